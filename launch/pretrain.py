@@ -1,0 +1,16 @@
+"""Pretraining on {"text": ...} lines under DeepSpeed: every token is predicted, texts are packed.
+
+    deepspeed launch/pretrain.py --deepspeed ds_configs/zero2.json
+    deepspeed launch/pretrain.py --deepspeed ds_configs/zero2.json --data_path my.jsonl --preset minimind-3
+"""
+
+import pathlib
+import sys
+
+# Works from a checkout that was not installed, and whatever the working directory is.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from minimind_ds.train import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main("pretrain", sys.argv[1:]))

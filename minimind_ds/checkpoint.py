@@ -1,0 +1,225 @@
+"""Checkpoints that are whole or do not exist.
+
+A checkpoint is written aside, every file is fsynced and hashed into a manifest, the folder is renamed into place, and
+only then does `latest` point to it.  Loading checks every size and hash first; a torn or altered checkpoint is named
+and the newest good one is used.  DeepSpeed's own files (pickles) are opened only after that check.
+
+    <run>/checkpoints/step_00000040/{manifest.json, state/*.pt, rng_rank0.safetensors}    <run>/checkpoints/latest
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+FORMAT = 1
+TAG = "state"
+
+
+class NoCheckpoint(ValueError):
+    """A checkpoint that was asked for by name is not there or not whole."""
+
+
+def folder_of(run_dir: pathlib.Path) -> pathlib.Path:
+    return run_dir / "checkpoints"
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else digest(f)
+
+
+def digest(file) -> str:
+    """Python 3.10's way."""
+    state = hashlib.sha256()
+    while block := file.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()
+
+
+def fsync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_durably(path: pathlib.Path, text: str) -> None:
+    """Replace a small file in one step that survives a power cut."""
+    aside = path.with_name(path.name + ".aside")
+    aside.write_text(text, encoding="utf-8")
+    fsync(aside)
+    os.replace(aside, path)
+    fsync(path.parent)
+
+
+def together(error: Exception | None, doing: str) -> None:
+    """Raise on all ranks when one failed, so that none waits for it."""
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    for rank, message in enumerate(errors):
+        if message is not None:
+            raise RuntimeError(f"{doing} failed on rank {rank}: {message}")
+
+
+def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> pathlib.Path:
+    """Write a checkpoint; collective.
+
+    Args:
+        engine: the DeepSpeed engine.
+        facts: goes into the manifest: at least 'step', 'epoch', 'epoch_step', 'layout' and 'identity'.
+        keep: how many of the newest checkpoints stay; the one just written always does.
+
+    Raises:
+        RuntimeError: on every rank, naming the one that failed.  Earlier checkpoints are untouched.
+    """
+    rank, home = dist.get_rank(), folder_of(run_dir)
+    aside, final = home / f".writing_{name_of(facts['step'])}", home / name_of(facts["step"])
+    error = None
+    if rank == 0:
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        except OSError as caught:
+            error = caught
+    together(error, f"writing {final}")
+    try:
+        save_file(rng_state(), aside / f"rng_rank{rank}.safetensors")
+        # DeepSpeed refuses to convert a checkpoint to its universal format without this.
+        engine.save_checkpoint(str(aside), tag=TAG, save_latest=False,
+                               client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
+    except (OSError, RuntimeError) as caught:
+        error = caught
+    together(error, f"writing {final}")
+    if rank == 0:
+        try:
+            commit(aside, final, facts)
+            retain(home, keep)
+        except OSError as caught:
+            error = caught
+    together(error, f"writing {final}")
+    return final
+
+
+def commit(aside: pathlib.Path, final: pathlib.Path, facts: dict) -> None:
+    """Manifest, fsync, rename, pointer: in this order."""
+    files = {}
+    for path in sorted(p for p in aside.rglob("*") if p.is_file()):
+        fsync(path)
+        files[path.relative_to(aside).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    for path in (p for p in aside.rglob("*") if p.is_dir()):
+        fsync(path)
+    write_durably(aside / "manifest.json", json.dumps({"format": FORMAT, **facts, "files": files}, indent=1))
+    if final.exists():
+        discard(final)
+    os.rename(aside, final)
+    fsync(final.parent)
+    write_durably(final.parent / "latest", final.name + "\n")
+
+
+def discard(path: pathlib.Path) -> None:
+    """Delete a checkpoint so that a half-deleted one is never taken for one."""
+    doomed = path.with_name(f".deleting_{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def retain(home: pathlib.Path, keep: int) -> None:
+    for old in sorted(home.glob("step_*"))[:-keep]:
+        discard(old)
+    for left in [*home.glob(".writing_*"), *home.glob(".deleting_*")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def verify(path: pathlib.Path) -> tuple[dict | None, str | None]:
+    """-> (manifest, None) for a whole checkpoint, (None, what is wrong) for any other."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        files = manifest["files"].items()
+        if manifest["format"] != FORMAT:
+            return None, f"{path} has format {manifest['format']}; this program reads format {FORMAT}"
+        for name, facts in files:
+            file = path / name
+            if not file.is_file():
+                return None, f"{file} is missing"
+            if file.stat().st_size != facts["bytes"]:
+                return None, f"{file} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+        for name, facts in files:
+            if sha256(path / name) != facts["sha256"]:
+                return None, f"{path / name} was altered: its SHA-256 is not the manifest's"
+    except FileNotFoundError:
+        return None, f"{path} has no manifest.json"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"{path}: the manifest is damaged ({error})"
+    return manifest, None
+
+
+def find(asked: str, run_dir: pathlib.Path) -> tuple[pathlib.Path | None, dict | None, list[str]]:
+    """The checkpoint to resume from.
+
+    Args:
+        asked: 'none', 'auto' (the newest whole one under run_dir) or a path to a checkpoint or a run folder.
+
+    Returns:
+        (path, manifest, complaints): path None means start fresh; complaints name what was passed over.
+
+    Raises:
+        NoCheckpoint: a path that was asked for holds no whole checkpoint; or 'auto' found only damaged ones.
+    """
+    if asked == "none":
+        return None, None, []
+    root = run_dir if asked == "auto" else pathlib.Path(asked)
+    if (root / "manifest.json").exists():
+        manifest, wrong = verify(root)
+        if wrong:
+            raise NoCheckpoint(f"--from_resume: {wrong}")
+        return root, manifest, []
+    complaints = []
+    for path in sorted(folder_of(root).glob("step_*"), reverse=True):
+        manifest, wrong = verify(path)
+        if manifest:
+            pointed = folder_of(root) / "latest"
+            if not pointed.exists() or pointed.read_text(encoding="utf-8", errors="replace").strip() != path.name:
+                complaints.append(f"{pointed} does not name the newest whole checkpoint; using {path.name}")
+            return path, manifest, complaints
+        complaints.append(f"passed over a damaged checkpoint: {wrong}")
+    if asked != "auto":
+        raise NoCheckpoint(f"--from_resume: no checkpoint in {asked}" + "".join(f"; {c}" for c in complaints))
+    if complaints:
+        raise NoCheckpoint(f"no whole checkpoint left in {run_dir} ({'; '.join(complaints)}); "
+                           "--from_resume none starts over")
+    return None, None, []
+
+
+def load(engine, path: pathlib.Path) -> None:
+    """Load a verified checkpoint of the same layout into the engine; collective."""
+    loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
+    assert loaded is not None, f"DeepSpeed found nothing under {path}"
+    set_rng_state(load_file(path / f"rng_rank{dist.get_rank()}.safetensors"))
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """torch's generators, which dropout draws from; the order of the data needs none."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

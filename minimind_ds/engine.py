@@ -1,0 +1,185 @@
+"""The DeepSpeed engine: find this process's rank, open the process group, wrap the model, take one honest step.
+
+DeepSpeed divides a loss by the accumulation steps and averages gradients over ranks; the trainer normalises by the
+labelled tokens of the whole step instead (minimind_ds/loss.py), so `backward` here switches the first off and the
+loss undoes the second.
+
+    deepspeed --num_gpus 2 launch/sft.py --deepspeed ds_configs/zero2.json
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT_MINUTES = 30
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where this process stands: its rank among `ranks`, its place on its machine, and its device."""
+
+    rank: int
+    ranks: int
+    local_rank: int
+    local_ranks: int
+    device: torch.device
+
+
+class NonFinite(RuntimeError):
+    """A loss or gradient is NaN or infinite; the update was not applied."""
+
+
+def read_layout() -> Layout:
+    """The layout from the launcher's variables (deepspeed, torchrun), SLURM's (srun), or a single process."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        for name, source in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"),
+                             ("LOCAL_RANK", "SLURM_LOCALID"), ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")):
+            if source in env:
+                env[name] = env[source].split("(")[0]
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        env.setdefault(name, value)
+    local_ranks = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1")))
+    local_rank = int(env["LOCAL_RANK"])
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return Layout(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, local_ranks, device)
+
+
+def start(layout: Layout) -> None:
+    """Open the process group and quieten DeepSpeed.  Imports deepspeed (some seconds)."""
+    if layout.device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Ranks on one machine share its cores; more threads than cores is several times slower.
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, layout.local_ranks)))
+    else:
+        torch.cuda.set_device(layout.device)
+    if layout.ranks == 1 and "MASTER_PORT" not in os.environ:
+        os.environ["MASTER_PORT"] = free_port()
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.ERROR)
+    if layout.device.type == "cpu":
+        # The shared-memory all-reduce is compiled at first use (about 45 s) and gains nothing at these sizes.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo" if layout.device.type == "cpu" else "nccl", verbose=False,
+                               timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES))
+
+
+def free_port() -> str:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def initialize(model: torch.nn.Module, config: dict):
+    """Wrap a model.
+
+    Args:
+        model: on any device; every rank holds the same weights.
+        config: a DeepSpeed configuration without "auto" (ds_config.resolve).
+
+    Returns:
+        The DeepSpeed engine.  Its learning rate is set by the caller unless the JSON names a scheduler.
+    """
+    import deepspeed
+
+    engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config,
+                                                   model_parameters=[p for p in model.parameters() if p.requires_grad])
+    undo_warm_start(engine)
+    engine.basic_optimizer.register_step_pre_hook(stop_on_non_finite)
+    return engine
+
+
+def undo_warm_start(engine) -> None:
+    """DeepSpeed's half-precision optimizer at stage 0 takes one step on zero gradients when it is made.
+
+    That leaves Adam's step count at 1 and the masters decayed once, so that its first real update differs from every
+    other stage's.  Both are put back here.
+    """
+    if not hasattr(engine.optimizer, "refresh_fp32_params"):
+        return
+    engine.optimizer.refresh_fp32_params()
+    for state in engine.basic_optimizer.state.values():
+        for value in state.values():
+            if torch.is_tensor(value):
+                value.zero_()
+        if isinstance(state.get("step"), int):
+            state["step"] = 0
+
+
+def stop_on_non_finite(optimizer, args, kwargs) -> None:
+    """Runs before every optimizer update, on gradients already reduced, unscaled and clipped."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    bad = torch.zeros((), device=grads[0].device if grads else "cpu")
+    for grad in grads:
+        # One pass: any NaN or infinity makes the sum so; a finite sum of finite parts cannot hide one.
+        bad += ~torch.isfinite(grad.sum(dtype=torch.float32))
+    if dist.get_world_size() > 1:
+        bad = bad.to(current_device())
+        dist.all_reduce(bad)
+    if bad.item() > 0:
+        raise NonFinite("a gradient is not finite")
+
+
+def current_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def grad_norm(engine, stage: int) -> float | None:
+    """Global 2-norm of the gradients before clipping; at stage 0 in fp32 it must be asked for before engine.step()."""
+    if stage == 0 and not hasattr(engine.optimizer, "_global_grad_norm"):
+        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads).item()
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def set_lr(engine, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+def full_weights(engine, stage: int) -> dict[str, torch.Tensor]:
+    """Every parameter in fp32 (the optimizer's master copy where there is one), on rank 0; {} elsewhere.
+
+    Collective.  A tied head is listed once.
+    """
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    masters = stage_zero_masters(engine)
+    for name, param in engine.module.named_parameters():
+        if masters is not None:
+            full = masters.get(param, param)
+        else:
+            full = safe_get_full_fp32_param(param) if stage > 0 else param
+        if full is None:
+            full = param
+        if dist.get_rank() == 0:
+            weights[name] = full.detach().float().cpu().clone()
+    return weights
+
+
+def stage_zero_masters(engine) -> dict | None:
+    """Parameter -> fp32 master of DeepSpeed's half-precision optimizer at stage 0; None for every other optimizer."""
+    if not hasattr(engine.optimizer, "refresh_fp32_params"):
+        return None
+    pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups)
+    return {low: high for lows, highs in pairs for low, high in zip(lows, highs)}

@@ -1,0 +1,53 @@
+"""The kernels' specification: attention over packed segments and dropless experts in plain PyTorch.
+
+Every other backend is tested against this one.  It is written to be read, runs on any device and in any floating
+dtype (fp64 included, for gradcheck), and holds the strictest form of sample isolation: each segment is computed as if
+it were alone, and every expert sees all T tokens in one fixed-shape product, so what one sample holds cannot move a
+bit of another sample's result, whatever the router decides.  That costs E/K times the expert FLOPs of a fast backend.
+
+    python -m pytest tests/test_kernels.py
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None: this backend runs every operation anywhere, in any floating dtype."""
+    return None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v inside each segment, causal; q (T, H, D), k and v (T, Hkv, D) -> (T, H, D)."""
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    groups = q.shape[1] // k.shape[1]
+    q_HTD = q.to(accumulate).transpose(0, 1)
+    k_HTD = k.to(accumulate).transpose(0, 1).repeat_interleave(groups, dim=0)
+    v_HTD = v.to(accumulate).transpose(0, 1).repeat_interleave(groups, dim=0)
+    bounds = cu_seqlens.tolist()
+    outputs = []
+    for start, end in zip(bounds, bounds[1:]):
+        length = end - start
+        future_LL = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        scores_HLL = q_HTD[:, start:end] @ k_HTD[:, start:end].transpose(1, 2) * q.shape[2] ** -0.5
+        weights_HLL = scores_HLL.masked_fill(future_LL, float("-inf")).softmax(dim=-1)
+        outputs.append(F.dropout(weights_HLL, dropout_p) @ v_HTD[:, start:end])
+    return torch.cat(outputs, dim=1).transpose(0, 1).to(q.dtype)
+
+
+def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """y_t = sum_k weights[t, k] * down_e @ (silu(gate_e @ x_t) * (up_e @ x_t)) with e = experts[t, k]."""
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    x_TC = x.to(accumulate)
+    y_TC = torch.zeros_like(x_TC)
+    for expert in range(gate_up.shape[0]):
+        gate_TI, up_TI = (x_TC @ gate_up[expert].to(accumulate).T).chunk(2, dim=-1)
+        expert_TC = (F.silu(gate_TI) * up_TI) @ down[expert].to(accumulate).T
+        chosen_TK = experts == expert
+        share_T1 = torch.where(chosen_TK, weights.to(accumulate), 0).sum(dim=-1, keepdim=True)
+        # `where`, not a product with zero: what another token's expert overflows on stays that token's.
+        y_TC = y_TC + torch.where(chosen_TK.any(dim=-1, keepdim=True), share_T1 * expert_TC, 0)
+    return y_TC.to(x.dtype)

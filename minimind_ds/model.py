@@ -1,0 +1,376 @@
+"""MiniMind's decoder, dense or mixture of experts, over packed rows.
+
+Modules carry the names of the original and of transformers' Qwen3 and Qwen3-MoE, so weights move between the three
+without surgery.  (B, T) rows are flattened to tokens; `cu_seqlens` keeps samples apart; the head and the loss run on
+labelled tokens only.
+
+Shape letters: B rows, T tokens (flattened B * row length inside the layers), C hidden, H heads, D head size,
+I intermediate, E experts, K experts per token, G balance groups, N labelled tokens, V vocabulary.
+
+    python -c "from minimind_ds import PRESETS, MiniMindForCausalLM; print(MiniMindForCausalLM(PRESETS['debug']))"
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from . import kernels, loss, weights
+from .config import ModelConfig
+from .kernels import Choice, resolve
+from .kernels import parse as parse_kernels
+
+if TYPE_CHECKING:
+    from .data.packing import PackedBatch
+
+BALANCE = ("batch", "row", "document")
+
+
+@dataclass
+class ModelOutput:
+    """What a forward pass gives back.
+
+    loss_sum: cross-entropy summed over labelled tokens, nats, float32 (0 when there are none).
+    n_labelled: how many tokens carry a label.
+    aux_loss: the balance loss, coefficient included, a mean over real tokens (0 for a dense model and in eval mode).
+    logits: (B, T, V) when asked for, else None.
+    expert_counts: (layers, E), real tokens' choices of each expert, for metrics; None for a dense model or in eval.
+    """
+
+    loss_sum: Tensor
+    n_labelled: int
+    aux_loss: Tensor
+    logits: Tensor | None = None
+    expert_counts: Tensor | None = None
+
+
+class Packing(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    cos_TD: Tensor
+    sin_TD: Tensor
+    groups_GT: Tensor | None
+    kernels: Choice
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS normalisation over the last dimension; the weight multiplies in fp32, before the cast (as MiniMind)."""
+    wide = at_least_fp32(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (weight * (wide * scale)).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotary position embedding, halves convention; cos and sin are (T, D / 2) in fp32."""
+    first, second = x_THD.chunk(2, dim=-1)
+    cos, sin = cos_TD[:, None], sin_TD[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THD.dtype)
+
+
+def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """(D / 2,) inverse wavelengths and the factor on cos and sin; YaRN (arXiv:2309.00071) as MiniMind blends it."""
+    D, base, yarn = config.head_dim, config.rope_theta, config.rope_scaling
+    freqs = 1.0 / (base ** (torch.arange(0, D, 2).float() / D))
+    if yarn is None:
+        return freqs, 1.0
+    original, factor = yarn.get("original_max_position_embeddings", 2048), yarn.get("factor", 16)
+    attention_factor = yarn.get("attention_factor", 1.0)
+    if config.max_position_embeddings <= original:
+        return freqs, attention_factor
+
+    def dimension(rotations: float) -> float:
+        return D * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dimension(yarn.get("beta_fast", 32.0))), 0)
+    high = min(math.ceil(dimension(yarn.get("beta_slow", 1.0))), D // 2 - 1)
+    ramp = ((torch.arange(D // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    return freqs * (1 - ramp + ramp / factor), attention_factor
+
+
+class Rotary(nn.Module):
+    """cos and sin by position.
+
+    The tables are no buffers: casting a module to bf16 would round them, and a position of 4,097 has no bf16.  They
+    are made where and when they are first needed.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.tables: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        if self.tables is None or self.tables[0].device != positions_T.device:
+            freqs, factor = rotary_frequencies(self.config)
+            angles = torch.outer(torch.arange(self.config.max_position_embeddings), freqs).float()
+            self.tables = tuple((f(angles) * factor).to(positions_T.device) for f in (torch.cos, torch.sin))
+        return self.tables[0][positions_T], self.tables[1][positions_T]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, H, Hkv, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.head_dim, self.dropout = D, config.dropout
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, Hkv * D, bias=False)
+        self.v_proj = nn.Linear(C, Hkv * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(D, config.rms_norm_eps)
+            self.k_norm = RMSNorm(D, config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x_TC: Tensor, packing: Packing) -> Tensor:
+        q_THD, k_THD, v_THD = (proj(x_TC).unflatten(-1, (-1, self.head_dim))
+                               for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q_THD = rotate(self.q_norm(q_THD), packing.cos_TD, packing.sin_TD)
+        k_THD = rotate(self.k_norm(k_THD), packing.cos_TD, packing.sin_TD)
+        out_THD = kernels.attention(q_THD, k_THD, v_THD, packing.cu_seqlens, packing.max_seqlen,
+                                    backend=packing.kernels.attention,
+                                    dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.o_proj(out_THD.flatten(1)), self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        return self.down_proj(swiglu(self.gate_proj(x_TC), self.up_proj(x_TC)))
+
+
+class Experts(nn.Module):
+    """All experts' weights in two stacked parameters: every rank and every step touches every one of them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, C, I = config.num_experts, config.hidden_size, config.moe_intermediate_size  # noqa: E741
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, C))
+        self.down_proj = nn.Parameter(torch.empty(E, C, I))
+
+    def forward(self, x_TC: Tensor, weights_TK: Tensor, experts_TK: Tensor, backend: str) -> Tensor:
+        return kernels.moe(x_TC, self.gate_up_proj, self.down_proj, weights_TK, experts_TK, backend=backend)
+
+
+class MoEFeedForward(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x_TC: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """-> output (T, C), balance loss, choices per expert (E,); the last two None when not asked for."""
+        scores_TE = at_least_fp32(self.gate(x_TC)).softmax(dim=-1)
+        weights_TK, experts_TK = scores_TE.topk(self.config.num_experts_per_tok, dim=-1, sorted=False)
+        if self.config.norm_topk_prob:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        y_TC = self.experts(x_TC, weights_TK, experts_TK, packing.kernels.moe)
+        if packing.groups_GT is None:
+            return y_TC, None, None
+        balance, counts_E = balance_loss(scores_TE, experts_TK, packing.groups_GT)
+        return y_TC, balance * self.config.router_aux_loss_coef, counts_E
+
+
+def balance_loss(scores_TE: Tensor, experts_TK: Tensor, groups_GT: Tensor) -> tuple[Tensor, Tensor]:
+    """E * sum_e load_e * mean score_e per group of tokens, averaged over groups by their real tokens.
+
+    load_e is the number of choices of expert e per token of the group, so loads sum to K (as MiniMind counts).
+
+    Args:
+        scores_TE: the router's probabilities.  experts_TK: its choices.
+        groups_GT: 1 where token t is real and of group g, else 0, in the scores' dtype.
+
+    Returns:
+        the loss, and (E,) how often real tokens chose each expert.
+    """
+    E = scores_TE.shape[1]
+    choices_TE = F.one_hot(experts_TK, E).sum(dim=1).to(scores_TE.dtype)
+    counts_GE, scores_GE = groups_GT @ choices_TE, groups_GT @ scores_TE
+    tokens_G1 = groups_GT.sum(dim=1, keepdim=True).clamp(min=1)
+    total = groups_GT.sum().clamp(min=1)
+    return E * (counts_GE / tokens_G1 * scores_GE).sum() / total, counts_GE.sum(dim=0).detach()
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
+        self.use_moe = config.use_moe
+
+    def forward(self, x_TC: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), packing)
+        normed_TC = self.post_attention_layernorm(x_TC)
+        if not self.use_moe:
+            return x_TC + self.mlp(normed_TC), None, None
+        y_TC, balance, counts_E = self.mlp(normed_TC, packing)
+        return x_TC + y_TC, balance, counts_E
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = config.dropout
+
+    def forward(self, ids_T: Tensor, packing: Packing, remember: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """-> hidden (T, C), the balance losses and the expert counts of the layers that have them."""
+        x_TC = F.dropout(self.embed_tokens(ids_T), self.dropout, self.training)
+        balances, counts = [], []
+        for layer in self.layers:
+            if remember:
+                x_TC, balance, counts_E = layer(x_TC, packing)
+            else:
+                x_TC, balance, counts_E = checkpoint(layer, x_TC, packing, use_reentrant=False)
+            if balance is not None:
+                balances.append(balance)
+                counts.append(counts_E)
+        return self.norm(x_TC), balances, counts
+
+
+class Head(nn.Linear):
+    """The output projection.  With labels it gives the loss: under ZeRO-3 its weight is whole only inside forward."""
+
+    def forward(self, hidden_NC: Tensor, labels_N: Tensor | None = None) -> Tensor:
+        if labels_N is None:
+            return F.linear(hidden_NC, self.weight)
+        return loss.cross_entropy_sum(hidden_NC, self.weight, labels_N)
+
+
+class MiniMindForCausalLM(nn.Module):
+    """MiniMind-3 or MiniMind2 for training and scoring.
+
+    Args:
+        config: the model's shape.
+        kernels: "auto", a backend's name, or "attention=NAME,moe=NAME" (see minimind_ds.kernels).
+        balance: the groups over which the experts' balance is asked for: "batch" (all real tokens of the
+            micro-batch, as MiniMind), "row" (each row of the batch: the same whichever ranks and micro-batches rows
+            are dealt to) or "document" (each packed sample).
+
+    Raises:
+        ValueError: a backend or a balance that does not exist.
+    """
+
+    def __init__(self, config: ModelConfig, kernels: str = "auto", *, balance: str = "batch"):
+        super().__init__()
+        if balance not in BALANCE:
+            raise ValueError(f"balance is {balance!r}; it must be one of {', '.join(BALANCE)}")
+        parse_kernels(kernels)
+        self.config, self.balance, self.kernels = config, balance, kernels
+        self.gradient_checkpointing = False
+        self.model = Decoder(config)
+        self.rotary = Rotary(config)
+        # A tied head owns no memory of its own: both modules hold one Parameter, which ZeRO-3 gathers for either.
+        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False,
+                            device="meta" if config.tie_word_embeddings else None)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Normal with deviation 0.02, norms 1, as MiniMind; fixed by torch's seed, in the order of parameters()."""
+        for parameter in self.parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0.0, 0.02)
+
+    def kernel_choice(self, device: torch.device | str, dtype: torch.dtype) -> Choice:
+        """The backends this model uses there, with the reason: for printing once.  Raises ValueError if it cannot."""
+        return resolve(self.kernels, device, dtype)
+
+    def forward(self, batch: PackedBatch, return_logits: bool = False) -> ModelOutput:
+        """Runs packed rows.  The balance loss and expert counts are worked out in training mode only.
+
+        Raises:
+            ValueError: a sample longer than max_position_embeddings.
+        """
+        if batch.max_seqlen > self.config.max_position_embeddings:
+            raise ValueError(f"a sample of {batch.max_seqlen} tokens is longer than max_position_embeddings "
+                             f"{self.config.max_position_embeddings}")
+        labels_T = batch.labels.flatten()
+        cos_TD, sin_TD = self.rotary(batch.position_ids.flatten())
+        packing = Packing(batch.cu_seqlens, batch.max_seqlen, cos_TD, sin_TD, self.balance_groups(batch),
+                          self.kernel_choice(labels_T.device, self.model.norm.weight.dtype))
+        remember = not (self.gradient_checkpointing and self.training)
+        hidden_TC, balances, counts = self.model(batch.input_ids.flatten(), packing, remember)
+        labelled_N = (labels_T != loss.IGNORE).nonzero().flatten()
+        loss_sum = self.lm_head(hidden_TC.index_select(0, labelled_N), labels_T.index_select(0, labelled_N))
+        return ModelOutput(
+            loss_sum=loss_sum,
+            n_labelled=len(labelled_N),
+            aux_loss=torch.stack(balances).sum() if balances else loss_sum.new_zeros(()),
+            logits=self.lm_head(hidden_TC).unflatten(0, batch.labels.shape) if return_logits else None,
+            expert_counts=torch.stack(counts) if counts else None,
+        )
+
+    def balance_groups(self, batch: PackedBatch) -> Tensor | None:
+        """(G, T), 1 where a real token belongs to the group, in fp32 (or the model's dtype if wider)."""
+        if not (self.training and self.config.use_moe and self.config.router_aux_loss_coef > 0):
+            return None
+        rows, length = batch.labels.shape
+        token_T = torch.arange(rows * length, device=batch.labels.device)
+        if self.balance == "batch":
+            n_groups, group_T = 1, torch.zeros_like(token_T)
+        elif self.balance == "row":
+            n_groups, group_T = rows, token_T // length
+        else:
+            n_groups = len(batch.cu_seqlens) - 1
+            group_T = torch.searchsorted(batch.cu_seqlens[1:].to(token_T), token_T, right=True)
+        member_GT = group_T == torch.arange(n_groups, device=token_T.device)[:, None]
+        real_mask = getattr(batch, "real_mask", None)
+        if real_mask is not None:
+            member_GT &= real_mask.flatten()
+        return member_GT.to(torch.promote_types(self.model.norm.weight.dtype, torch.float32))
+
+    def load_weights(self, state: dict[str, Tensor]):
+        """Loads weights under our own names, all of them and no others.  Raises ValueError naming what does not fit."""
+        state = weights.check(state, self.config, "state dict")
+        if self.config.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        self.load_state_dict(state, strict=True)
+
+    def load_minimind(self, state_dict: dict[str, Tensor]):
+        """Loads weights under MiniMind's names, all of them and no others.
+
+        Raises:
+            ValueError: one line naming what is missing, unexpected or of another shape.
+        """
+        self.load_weights(weights.from_minimind(state_dict, self.config))

@@ -1,0 +1,31 @@
+"""pip install -e .   (the ranges are the tested ones; see docs/DECISIONS.md for why each has its bounds)"""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="minimind_ds",
+    version="0.1.0",
+    description="DeepSpeed distributed-scaling toolkit for MiniMind language models",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["minimind_ds", "minimind_ds.*"]),
+    package_data={"minimind_ds": ["assets/*"]},
+    install_requires=[
+        # 2.10 fixes an unpickler CVE; 2.13 is the newest release tested.
+        "torch>=2.10,<2.14",
+        # 5.3 fixes code execution from a config file.
+        "transformers>=5.3,<6",
+        # Earlier releases scale or reduce gradients wrongly under accumulation.
+        "deepspeed>=0.19.7,<0.20",
+        "numpy>=1.26,<2.4",
+        "packaging>=24",
+        "ninja>=1.11,<2",
+        "pyyaml>=6.0,<7",
+        "safetensors>=0.5,<1",
+        "sentencepiece>=0.2.1,<0.3",
+        "tensorboard>=2.17,<3",
+        "tqdm>=4.66,<5",
+        "wandb>=0.19,<1",
+    ],
+    extras_require={"test": ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "ruff>=0.12,<0.18"]},
+)
