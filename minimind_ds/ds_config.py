@@ -151,7 +151,8 @@ def check_keys(path: str, raw: dict) -> None:
         for name in block:
             if name not in allowed:
                 close = difflib.get_close_matches(name, allowed, n=1)
-                raise ValueError(f"{path}: unknown key {key}.{name}" + (f"; did you mean {close[0]!r}?" if close else ""))
+                raise ValueError(f"{path}: unknown key {key}.{name}"
+                                 + (f"; did you mean {close[0]!r}?" if close else ""))
     for key in ("zero_optimization", "fp16", "bf16", "bfloat16", "checkpoint", "data_types", "aio", "compile"):
         if not isinstance(raw.get(key, {}), dict):
             raise ValueError(f"{path}: {key} is {raw[key]!r}; it must be an object")
@@ -205,8 +206,9 @@ def own_batch(config: dict, run: RunConfig, ranks: int) -> RunConfig:
     if total not in (None, "auto"):
         if not isinstance(total, int) or isinstance(total, bool) or total < 1:
             raise ValueError(f"{run.deepspeed}: train_batch_size is {total!r}; it must be a positive whole number")
-        if "batch_size" in run.given and "accumulation_steps" not in run.given and total % (run.batch_size * ranks) == 0:
-            run = agree(run, "accumulation_steps", total // (run.batch_size * ranks), "train_batch_size")
+        rows = run.batch_size * ranks
+        if "batch_size" in run.given and "accumulation_steps" not in run.given and total % rows == 0:
+            run = agree(run, "accumulation_steps", total // rows, "train_batch_size")
         elif "batch_size" not in run.given and total % (run.accumulation_steps * ranks) == 0:
             run = agree(run, "batch_size", total // (run.accumulation_steps * ranks), "train_batch_size")
         if total != run.batch_size * run.accumulation_steps * ranks:
@@ -271,7 +273,7 @@ def own_precision(config: dict, run: RunConfig) -> RunConfig:
 
 
 def fill_optimizer(config: dict, run: RunConfig) -> None:
-    """Without an optimizer in the JSON: AdamW, torch's fused one, or DeepSpeed's CPU Adam when states are offloaded."""
+    """Without an optimizer in the JSON: AdamW, torch's fused one, or DeepSpeed's CPU Adam for offloaded states."""
     if "optimizer" in config:
         if not isinstance(config["optimizer"].get("type"), str):
             raise ValueError(f"{run.deepspeed}: optimizer has no type")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,8 @@ def read_layout() -> Layout:
     local_ranks = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1")))
     local_rank = int(env["LOCAL_RANK"])
     cuda = torch.cuda.is_available()
+    if not cuda:
+        env.setdefault("DS_ACCELERATOR", "cpu")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Layout(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, local_ranks, device)
 
@@ -56,7 +59,6 @@ def read_layout() -> Layout:
 def start(layout: Layout) -> None:
     """Open the process group and quieten DeepSpeed.  Imports deepspeed (some seconds)."""
     if layout.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # Ranks on one machine share its cores; more threads than cores is several times slower.
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, layout.local_ranks)))
@@ -68,6 +70,8 @@ def start(layout: Layout) -> None:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
+    # DeepSpeed still calls collectives by names that torch has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if layout.device.type == "cpu":
         # The shared-memory all-reduce is compiled at first use (about 45 s) and gains nothing at these sizes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -113,7 +117,7 @@ def undo_warm_start(engine) -> None:
     That leaves Adam's step count at 1 and the masters decayed once, so that its first real update differs from every
     other stage's.  Both are put back here.
     """
-    if not hasattr(engine.optimizer, "refresh_fp32_params"):
+    if not hasattr(engine.optimizer, "fp16_groups") or engine.zero_optimization_stage() > 0:
         return
     engine.optimizer.refresh_fp32_params()
     for state in engine.basic_optimizer.state.values():
@@ -142,13 +146,25 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def grad_norm(engine, stage: int) -> float | None:
-    """Global 2-norm of the gradients before clipping; at stage 0 in fp32 it must be asked for before engine.step()."""
-    if stage == 0 and not hasattr(engine.optimizer, "_global_grad_norm"):
-        grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads).item()
+def grad_norm_before(engine, stage: int) -> float | None:
+    """Global 2-norm of the gradients, asked for before engine.step(), where DeepSpeed does not work it out itself."""
+    if stage > 0 or hasattr(engine.optimizer, "_global_grad_norm"):
+        return None
+    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    return torch.nn.utils.get_total_norm(grads).item()
+
+
+def norm_scale(engine, stage: int) -> float:
+    """What DeepSpeed's norm of the coming step has to be divided by: at stage 0 it still carries the loss scale."""
+    if stage == 0 and hasattr(engine.optimizer, "loss_scale_config"):
+        return float(engine.optimizer.loss_scale_config.cur_scale)
+    return 1.0
+
+
+def grad_norm(engine, scale: float) -> float | None:
+    """Global 2-norm of the gradients before clipping, as DeepSpeed worked it out in the last step."""
     norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+    return None if norm is None else float(norm) / scale
 
 
 def set_lr(engine, lr: float) -> None:
@@ -179,7 +195,16 @@ def full_weights(engine, stage: int) -> dict[str, torch.Tensor]:
 
 def stage_zero_masters(engine) -> dict | None:
     """Parameter -> fp32 master of DeepSpeed's half-precision optimizer at stage 0; None for every other optimizer."""
-    if not hasattr(engine.optimizer, "refresh_fp32_params"):
+    optimizer = engine.optimizer
+    if not hasattr(optimizer, "fp16_groups") or engine.zero_optimization_stage() > 0:
         return None
-    pairs = zip(engine.optimizer.fp16_groups, engine.optimizer.fp32_groups)
-    return {low: high for lows, highs in pairs for low, high in zip(lows, highs)}
+    masters = {}
+    for i, lows in enumerate(optimizer.fp16_groups):
+        if hasattr(optimizer, "fp32_groups"):
+            highs = optimizer.fp32_groups[i]
+        else:
+            # Its variant for fused optimizers keeps each group's masters in one flat tensor.
+            parts = optimizer.fp32_groups_flat[i][:sum(p.numel() for p in lows)].split([p.numel() for p in lows])
+            highs = [part.view_as(low) for part, low in zip(parts, lows)]
+        masters.update(zip(lows, highs))
+    return masters

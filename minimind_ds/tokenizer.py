@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -37,6 +38,7 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 ASSETS = Path(__file__).resolve().parent / "assets"
 # SentencePiece writes a space as this character, so the character itself has to travel as its three UTF-8 bytes.
 META_SPACE = "\u2581"
+META_BYTES = META_SPACE.encode("utf-8")
 # What a .model must give back unchanged before it is trusted with anybody's text.
 ROUND_TRIP_PROBE = " two  spaces\n\n\ttab 12\u00a0\ufb01\uff21 e\u0301 \u4f60\u597d \U0001f600\x00 "
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -59,7 +61,11 @@ class Tokenizer:
     specials: dict[str, int]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of plain text; never a control token, whatever the text looks like."""
+        """The ids of plain text; never a control token, whatever the text looks like.
+
+        Raises:
+            ValueError: a lone surrogate, which is not valid Unicode.
+        """
         raise NotImplementedError
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -137,10 +143,16 @@ class HuggingFaceTokenizer(Tokenizer):
         return found
 
     def encode(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+        except TypeError:
+            # The library says only "must be str" about a lone surrogate; Python's encoder says what and where.
+            for text in texts:
+                text.encode("utf-8")
+            raise
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         return self._full.decode(_checked(ids, self.vocab_size), skip_special_tokens=skip_special)
@@ -166,13 +178,17 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, model: bytes, name: str):
         self.name = name
         self._model = model
+        # The library takes no bytes for "load nothing now".
+        if not model:
+            raise ValueError(f"{name} is empty")
         try:
             self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError:
+            self.vocab_size = sp.vocab_size()
+            ids = range(self.vocab_size)
+            self._pieces = [sp.id_to_piece(i) for i in ids]
+        except (RuntimeError, UnicodeDecodeError):
             raise ValueError(f"{name} is not a SentencePiece model") from None
-        self.vocab_size = sp.vocab_size()
-        ids = range(self.vocab_size)
-        self.specials = {sp.id_to_piece(i): i for i in ids if sp.is_control(i) or sp.is_unknown(i)}
+        self.specials = {self._pieces[i]: i for i in ids if sp.is_control(i) or sp.is_unknown(i)}
         for token in CHAT_TOKENS:
             self.special_id(token)
         self.bos_id, self.eos_id = (self.special_id(token) for token in CHAT_TOKENS)
@@ -180,19 +196,19 @@ class SentencePieceTokenizer(Tokenizer):
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self._bytes = [self._piece_bytes(i) for i in ids]
         self._skipped = {i for token, i in self.specials.items() if token not in VISIBLE_TOKENS}
-        self._meta_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in META_SPACE.encode()]
+        self._meta_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in META_BYTES]
         if not all(map(sp.is_byte, self._meta_ids)) or self.decode(self.encode(ROUND_TRIP_PROBE)) != ROUND_TRIP_PROBE:
             raise ValueError(f"{name} changes the text it encodes; train it with byte fallback, identity "
                              "normalisation and no dummy prefix (launch/train_tokenizer.py does)")
 
     def _piece_bytes(self, i: int) -> bytes:
-        piece = self._sp.id_to_piece(i)
         if self._sp.is_byte(i):
-            return bytes([int(piece[3:5], 16)])
-        return (piece if i in self.specials.values() else piece.replace(META_SPACE, " ")).encode()
+            return bytes([int(self._pieces[i][3:5], 16)])
+        return self._pieces[i].replace(META_SPACE, " ").encode()
 
     def encode(self, text: str) -> list[int]:
-        first, *rest = text.split(META_SPACE)
+        # As bytes, so that a lone surrogate is Python's UnicodeEncodeError, a ValueError that says where.
+        first, *rest = text.encode("utf-8").split(META_BYTES)
         ids = self._sp.encode(first)
         for part in rest:
             ids += self._meta_ids
@@ -202,7 +218,7 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         if any(META_SPACE in text for text in texts):
             return [self.encode(text) for text in texts]
-        return self._sp.encode(list(texts))
+        return self._sp.encode([text.encode("utf-8") for text in texts])
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         ids = _checked(ids, self.vocab_size)
@@ -226,16 +242,14 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _hf_spec(self) -> dict:
         sp = self._sp
-        vocab = {sp.id_to_piece(i): i for i in range(self.vocab_size)}
         # SentencePiece joins the neighbours whose joint piece has the best score, however it came about: every way
         # to spell a piece with two others becomes a merge, in the order of the scores.
-        normal = [i for i in vocab.values() if sp.id_to_piece(i) not in self.specials and not sp.is_byte(i)]
-        pieces = {sp.id_to_piece(i) for i in normal}
+        vocab = {piece: i for i, piece in enumerate(self._pieces)}
+        normal = {piece: i for piece, i in vocab.items() if piece not in self.specials and not sp.is_byte(i)}
         merges = []
-        for i in sorted(normal, key=lambda i: (-sp.get_score(i), i)):
-            piece = sp.id_to_piece(i)
-            splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-            merges += [list(pair) for pair in splits if pair[0] in pieces and pair[1] in pieces]
+        for piece in sorted(normal, key=lambda piece: (-sp.get_score(normal[piece]), normal[piece])):
+            splits = [[piece[:cut], piece[cut:]] for cut in range(1, len(piece))]
+            merges += [pair for pair in splits if pair[0] in normal and pair[1] in normal]
         model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
                      fuse_unk=False, byte_fallback=True, ignore_merges=False, vocab=vocab, merges=merges)
         space = {"String": " "}
@@ -306,7 +320,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400, out: str | 
             user_defined_symbols=["\n"], max_sentence_length=1 << 30, shuffle_input_sentence=False, num_threads=1,
             minloglevel=2)
     except RuntimeError as err:
-        why = str(err).splitlines()[-1].strip()
+        most = re.search(r"<= (\d+)", str(err))
+        why = f"at most {most[1]} can be learnt from it" if most else " ".join(str(err).split())
         raise ValueError(f"too little text for a vocabulary of {vocab_size} pieces: {why}") from None
     tokenizer = SentencePieceTokenizer(model.getvalue(), name=str(out))
     _write_files(Path(out).parent, {Path(out).name: model.getvalue()})

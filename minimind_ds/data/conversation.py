@@ -3,8 +3,7 @@
 Data files are written by others.  Everything that could go wrong later goes wrong here, with the file, the line and
 the reason, so that rendering and tokenising never fail half-way through a data set.
 
-    python -c "import minimind_ds.data.conversation as c; print(next(iter(c.read_records(c.EXAMPLE, 'conversations'))))"
-    print(next(iter(r('examples/sft_train.jsonl', 'conversations'))))"
+    python -c "import minimind_ds.data.conversation as c; print(c.file_kind('examples/sft_train.jsonl'))"
 """
 
 from __future__ import annotations

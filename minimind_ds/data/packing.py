@@ -12,7 +12,7 @@ sample, `cu_seqlens` names every sample's tokens, no label crosses a boundary.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,7 +26,7 @@ IGNORE = -100
 # A search looks at this many samples before it takes the best fit found; most end within twenty.
 WINDOW = 128
 # Larger sets are packed in blocks of samples of equal length, so that the search runs about this often at most.
-MAX_ITEMS = 49152
+MAX_ITEMS = 32768
 
 
 class Rows(NamedTuple):
@@ -117,16 +117,15 @@ def _assign(lengths_N: np.ndarray, pack_len: int, seed: int) -> np.ndarray:
         # Blocks of `block` neighbours of one length, each packed as if it were one sample: `block` rows at once.
         starts_B = _blocks(lengths_N, block)
         rows = _fill_rows(lengths_N[starts_B].tolist(), pack_len, permutation(len(starts_B), seed, 4).tolist(), 4096)
-        for items in rows:
-            for item in items:
-                start = starts_B[item]
-                row_N[start : start + block] = np.arange(n_rows, n_rows + block)
-            n_rows += block
+        item_K = starts_B[[item for items in rows for item in items]]
+        first_row_K = block * np.repeat(np.arange(len(rows)), [len(items) for items in rows])
+        nth_b = np.arange(block)
+        row_N[item_K[:, None] + nth_b] = first_row_K[:, None] + nth_b
+        n_rows = block * len(rows)
         left_N = np.flatnonzero(row_N < 0)
     rows = _fill_rows(lengths_N[left_N].tolist(), pack_len, permutation(len(left_N), seed, 5).tolist(), 0)
-    for items in rows:
-        row_N[left_N[items]] = n_rows
-        n_rows += 1
+    item_K = left_N[[item for items in rows for item in items]]
+    row_N[item_K] = n_rows + np.repeat(np.arange(len(rows)), [len(items) for items in rows])
     return row_N
 
 
@@ -139,52 +138,130 @@ def _blocks(lengths_N: np.ndarray, block: int) -> np.ndarray:
     return np.repeat(first_L, n_blocks_L) + nth_B * block
 
 
+class _Stock:
+    """Items that are in no row yet: drawn in a given order, or asked for by length."""
+
+    def __init__(self, lengths: list[int], draw_order: list[int], pack_len: int):
+        self.lengths, self.draw_order, self.pack_len = lengths, draw_order, pack_len
+        self.used = bytearray(len(lengths))
+        self.left = len(lengths)
+        self.window: list[int] = []
+        self.drawn = 0
+        # Popping from the end gives each length's items in draw order; used ones are passed over when they come up.
+        self.by_length: dict[int, list[int]] = {}
+        for item in reversed(draw_order):
+            self.by_length.setdefault(lengths[item], []).append(item)
+        self.count = {length: len(items) for length, items in self.by_length.items()}
+        # Bit pack_len - length is set while an item of that length is left.
+        self.mirror = 0
+        for length in self.count:
+            self.mirror |= 1 << (pack_len - length)
+
+    def take(self, item: int):
+        length = self.lengths[item]
+        self.used[item] = 1
+        self.left -= 1
+        self.count[length] -= 1
+        if not self.count[length]:
+            self.mirror ^= 1 << (self.pack_len - length)
+
+    def candidates(self) -> Iterator[int]:
+        """At most WINDOW items: those that earlier searches passed over, then new ones in draw order."""
+        used, draw_order = self.used, self.draw_order
+        self.window = window = [item for item in self.window if not used[item]]
+        yield from window
+        while len(window) < WINDOW and self.drawn < len(draw_order):
+            item = draw_order[self.drawn]
+            self.drawn += 1
+            if not used[item]:
+                window.append(item)
+                yield item
+
+    def of_length(self, length: int, besides: list[int]) -> int | None:
+        """The next item of this length that is not one of `besides`, or None."""
+        items = self.by_length[length]
+        while self.used[items[-1]]:
+            items.pop()
+        return next((item for item in reversed(items) if not self.used[item] and item not in besides), None)
+
+
 def _fill_rows(lengths: list[int], pack_len: int, draw_order: list[int], stop_at: int) -> list[list[int]]:
     """Rows of items, until at most `stop_at` are left.  `lengths` falls, so that the next item left is the longest."""
-    used = bytearray(len(lengths))
-    window: list[int] = []
+    stock = _Stock(lengths, draw_order, pack_len)
     rows: list[list[int]] = []
-    longest, drawn, left = 0, 0, len(lengths)
-    while left > stop_at:
-        while used[longest]:
+    longest = 0
+    while stock.left > stop_at:
+        while stock.used[longest]:
             longest += 1
-        used[longest] = 1
-        window = [item for item in window if not used[item]]
-        while len(window) < WINDOW and drawn < len(draw_order):
-            if not used[draw_order[drawn]]:
-                window.append(draw_order[drawn])
-            drawn += 1
-        row = [longest, *_best_subset(window, lengths, pack_len - lengths[longest])]
-        for item in row:
-            used[item] = 1
-        left -= len(row)
+        stock.take(longest)
+        row = [longest]
+        # The last bit of the mirror is the shortest item left.
+        if stock.mirror.bit_length() > pack_len - (room := pack_len - lengths[longest]):
+            row += _best_subset(stock, room)
+            for item in row[1:]:
+                stock.take(item)
         rows.append(row)
     return rows
 
 
-def _best_subset(window: list[int], lengths: list[int], room: int) -> list[int]:
-    """The items of the window whose lengths sum to `room`, or as near below it as any subset comes.
+def _best_subset(stock: _Stock, room: int) -> list[int]:
+    """Items whose lengths sum to `room`, or as near below it as the search finds.
 
-    Subset sums as the bits of one integer; the search ends at the first item that makes the sum exact.  Walking back,
-    an item is taken only where the ones before it cannot reach the sum, so those that waited longest go first.
+    Sums of subsets of the window are the bits of one integer, and the search ends at the first item that makes the sum
+    exact.  If none does, one more item, of any length left, may close the row.
     """
-    if not room:
-        return []
+    lengths = stock.lengths
     reach, mask = 1, (2 << room) - 1
-    before: list[int] = []
-    for item in window:
-        before.append(reach)
+    before: list[tuple[int, int]] = []
+    for item in stock.candidates():
         length = lengths[item]
         if length <= room:
+            before.append((reach, item))
             reach |= (reach << length) & mask
             if reach.bit_length() > room:
-                break
+                return _walk_back(before, room, lengths)
     total = reach.bit_length() - 1
+    mirror = stock.mirror >> (stock.pack_len - room)
+    gap = _nearest(reach, mirror, 0)
+    while gap < room - total:
+        hits = reach & (mirror >> gap)
+        while hits:
+            lowest = (hits & -hits).bit_length() - 1
+            chosen = _walk_back(before, lowest, lengths)
+            closing = stock.of_length(room - gap - lowest, chosen)
+            if closing is not None:
+                return [*chosen, closing]
+            hits &= hits - 1
+        gap = _nearest(reach, mirror, gap + 1)
+    return _walk_back(before, total, lengths)
+
+
+def _nearest(reach: int, mirror: int, start: int) -> int:
+    """The smallest gap >= start at which `reach & (mirror >> gap)` is not 0; if there is none, a gap past all."""
+    spread = [mirror >> start]
+    while not reach & spread[-1]:
+        if not spread[-1]:
+            return mirror.bit_length() + start
+        spread.append(spread[-1] | spread[-1] >> (1 << (len(spread) - 1)))
+        if len(spread) > 40:
+            return mirror.bit_length() + start
+    gap = 0
+    for power in range(len(spread) - 2, -1, -1):
+        if not reach & (spread[power] >> gap):
+            gap += 1 << power
+    return start + gap
+
+
+def _walk_back(before: list[tuple[int, int]], total: int, lengths: list[int]) -> list[int]:
+    """Items that sum to `total`; `before` pairs each with the sums reachable without it.
+
+    An item is taken only where the ones before it cannot reach the sum, so those that waited longest go first.
+    """
     chosen = []
-    while total:
-        reach = before.pop()
+    for reach, item in reversed(before):
+        if not total:
+            break
         if not reach >> total & 1:
-            item = window[len(before)]
             chosen.append(item)
             total -= lengths[item]
     return chosen

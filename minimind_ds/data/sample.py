@@ -12,8 +12,8 @@ tokens.  Where it does:
 
 With a tokenizer that lacks one of these four or the tool_response pair (MiniMind2's), it is written as text.
 
-    python -c "from minimind_ds.data.sample import prompt_ids as p; from minimind_ds.tokenizer import load_tokenizer
-    t = load_tokenizer(); print(t.decode(p([{'role': 'user', 'content': 'Hello'}], t)))"
+    python -c "import minimind_ds.data.sample as s; print(s.render(s.parse_messages([dict(role='user', content='Hi')],
+        for_training=False), add_generation_prompt=True))"
 """
 
 from __future__ import annotations
@@ -162,7 +162,8 @@ def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, ma
             else _conversation(item, texts, controls, max_len, policy) for item in rendered]
 
 
-def prompt_ids(messages: Sequence[dict], tok: Tokenizer, tools: object = None, open_thinking: bool = False) -> list[int]:
+def prompt_ids(messages: Sequence[dict], tok: Tokenizer, tools: object = None,
+               open_thinking: bool = False) -> list[int]:
     """The ids of a chat so far, ready for the assistant to go on.
 
     Args:

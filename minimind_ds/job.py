@@ -1,0 +1,176 @@
+"""A run, prepared: everything that can fail by a user's mistake is read, checked and resolved here.
+
+Every rank prepares alone, before any rank talks to another, so that a mistake ends all of them with one line and exit
+code 2 instead of a hang.
+
+    deepspeed launch/sft.py --deepspeed ds_configs/zero2.json
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from dataclasses import dataclass
+
+import torch
+from minimind_ds.data.store import TokenStore, open_or_build
+
+from minimind_ds import ds_config, kernels, weights
+from minimind_ds.config import ModelConfig
+from minimind_ds.data import loader
+from minimind_ds.engine import Layout
+from minimind_ds.run_config import RunConfig, parse_run_config
+from minimind_ds.tokenizer import Tokenizer, load_tokenizer
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PROGRAMS = {
+    "sft": {"data_path": str(ROOT / "examples" / "sft_train.jsonl"), "save_weight": "sft"},
+    "pretrain": {"data_path": str(ROOT / "examples" / "pretrain.jsonl"), "save_weight": "pretrain"},
+}
+KINDS = {"sft": "conversations", "pretrain": "text"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Job:
+    """A prepared run: nothing in it can still fail by a user's mistake."""
+
+    run: RunConfig
+    layout: Layout
+    tokenizer: Tokenizer
+    model_config: ModelConfig
+    stores: list[TokenStore]
+    eval_store: TokenStore | None
+    plans: list[loader.EpochPlan]
+    eval_plan: loader.EpochPlan | None
+    ds: dict
+    kernels: object
+    start_weights: dict | None
+    notes: list[str]
+
+    @property
+    def stage(self) -> int:
+        return ds_config.stage_of(self.ds)
+
+    @property
+    def total_steps(self) -> int:
+        steps = sum(len(plan) for plan in self.plans)
+        return min(self.run.max_steps, steps) if self.run.max_steps else steps
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return pathlib.Path(self.run.save_dir)
+
+    @property
+    def done_path(self) -> pathlib.Path:
+        """Written last of all: the run is finished."""
+        return self.folder / "DONE"
+
+    @property
+    def weights_path(self) -> pathlib.Path:
+        config = self.model_config
+        return self.folder / weights.file_name(self.run.save_weight, config)
+
+
+def prepare(program: str, argv: list[str], layout: Layout) -> Job:
+    """Read, check and resolve everything.
+
+    Raises:
+        ValueError: one clear line about the user's input.
+    """
+    run = parse_run_config(argv, program, PROGRAMS[program])
+    if run.deepspeed is None:
+        raise ValueError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero2.json")
+    raw = ds_config.read_json(run.deepspeed)
+    ds_config.check_keys(run.deepspeed, raw)
+    run, notes = choose(run, layout)
+    tokenizer = load_tokenizer(run.tokenizer)
+    model_config = run.model_config(tokenizer.vocab_size)
+    check_writable(pathlib.Path(run.save_dir))
+    stores, eval_store = open_data(KINDS[program], run, tokenizer)
+    # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
+    ds, run = ds_config.resolve(raw, run, model_config, ranks=layout.ranks, total_steps=0)
+    choice = kernels.resolve(run.kernels, layout.device, DTYPES[run.dtype])
+    if run.dtype == "fp16" and not fp16_runs():
+        raise ValueError("--dtype fp16: DeepSpeed has no fp16 on this machine's processor; use bf16 or fp32")
+    plans = [plan_epoch(store, run, layout.ranks, epoch) for epoch, store in enumerate(stores)]
+    eval_plan = eval_store and plan_epoch(eval_store, run, layout.ranks, 0)
+    start_weights = None
+    if run.from_weight != "none":
+        start_weights = weights.load_weights(run.from_weight, model_config)
+    job = Job(run, layout, tokenizer, model_config, stores, eval_store, plans, eval_plan, ds, choice, start_weights,
+              notes)
+    if "scheduler" in raw:
+        job.ds, _ = ds_config.resolve(raw, run, model_config, ranks=layout.ranks, total_steps=job.total_steps)
+    return job
+
+
+def choose(run: RunConfig, layout: Layout) -> tuple[RunConfig, list[str]]:
+    """Fill in what the user left to the program; the notes say what was chosen and why."""
+    notes, cuda = [], layout.device.type == "cuda"
+    if run.preset is None:
+        memory = torch.cuda.get_device_properties(layout.device).total_memory / 2**30 if cuda else 0
+        run = run.replace(preset="minimind-3" if memory >= 12 else "debug")
+        why = f"{memory:.0f} GiB of GPU memory" if cuda else "no GPU"
+        notes.append(f"preset {run.preset}, chosen for this machine ({why}); --preset names another")
+    if run.dtype is None:
+        if cuda:
+            dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        else:
+            dtype = "bf16" if cpu_has_bf16() else "fp32"
+        run = run.replace(dtype=dtype)
+    if run.cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        run = run.replace(cache_dir=os.path.join(home, "minimind_ds"))
+    return run, notes
+
+
+def cpu_has_bf16() -> bool:
+    """Without these instructions bf16 is emulated, and slower than fp32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def fp16_runs() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().is_fp16_supported()
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Raises ValueError unless files can be made in the folder; makes it if need be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to --save_dir {folder}: {error.strerror}") from None
+
+
+def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer) -> tuple[list[TokenStore], TokenStore | None]:
+    """The tokenised training set of each epoch, and the held-out set or None.
+
+    Epochs share one store unless an option draws anew each epoch.
+    """
+    common = dict(kind=kind, max_seq_len=run.max_seq_len, policy=run.too_long, on_bad_record=run.on_bad_record,
+                  cache_dir=run.cache_dir, workers=run.num_workers)
+    drawn = run.random_system_ratio > 0 or run.drop_empty_think_ratio > 0
+    options = dict(random_system_ratio=run.random_system_ratio, drop_empty_think_ratio=run.drop_empty_think_ratio,
+                   seed=run.seed)
+    stores = [open_or_build(run.data_path, tokenizer, **common, options={**options, "epoch": epoch} if drawn else {})
+              for epoch in range(run.epochs if drawn else 1)]
+    if not drawn:
+        stores *= run.epochs
+    eval_store = None
+    if run.eval_path:
+        eval_store = open_or_build(run.eval_path, tokenizer, **common, options={})
+    elif run.eval_fraction:
+        eval_store = stores[0].split(run.eval_fraction, run.seed)[1]
+        stores = [store.split(run.eval_fraction, run.seed)[0] for store in stores]
+    return stores, eval_store
+
+
+def plan_epoch(store: TokenStore, run: RunConfig, ranks: int, epoch: int) -> loader.EpochPlan:
+    return loader.epoch_plan(store.lengths, store.labelled, pack_len=run.row_len,
+                             rows_per_step=run.batch_size * run.accumulation_steps * ranks, seed=run.seed,
+                             epoch=epoch, packing=run.packing)

@@ -1,0 +1,359 @@
+"""Training, as functions: main, the loop over a prepared run's plan, one optimizer step, one evaluation.
+
+The plan of each epoch depends on data, seed and rows per step only, which makes the data position of a checkpoint two
+numbers, and the loss the same on any layout.
+
+    deepspeed launch/sft.py --deepspeed ds_configs/zero2.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from minimind_ds import checkpoint, ds_config, engine, weights
+from minimind_ds.data import loader
+from minimind_ds.data.packing import PackedBatch
+from minimind_ds.engine import Layout, NonFinite
+from minimind_ds.job import Job, prepare
+from minimind_ds.loss import scaled_loss
+from minimind_ds.metrics import Metrics
+from minimind_ds.model import MiniMindForCausalLM
+
+
+def main(program: str, argv: list[str]) -> int:
+    """The whole of launch/sft.py and launch/pretrain.py.  Returns the exit code."""
+    layout = engine.read_layout()
+    try:
+        job = prepare(program, argv, layout)
+        engine.start(layout)
+        start = find_start(job)
+    except ValueError as error:
+        return user_error(error, layout)
+    except KeyboardInterrupt:
+        return 130
+    try:
+        train(job, start)
+    except NonFinite as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        if layout.rank == 0:
+            print("interrupted; --from_resume auto continues from the last checkpoint", file=sys.stderr, flush=True)
+        return 130
+    finally:
+        engine.stop()
+    return 0
+
+
+def user_error(error: ValueError, layout: Layout) -> int:
+    """One line from one rank, exit code 2."""
+    if layout.local_rank != 0:
+        # Every rank finds the same mistake; the launcher ends the others as soon as the one that says so has left.
+        time.sleep(10)
+    if layout.rank == 0 or layout.local_rank == 0:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return 2
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: after `step` steps, at step `epoch_step` of `epoch`; `path` is the checkpoint or None."""
+
+    path: pathlib.Path | None = None
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    finished: bool = False
+
+
+def find_start(job: Job) -> Start:
+    """Where to begin, decided on rank 0 and agreed on by all.
+
+    Raises:
+        ValueError: on every rank, when a checkpoint is damaged or the folder belongs to another run.
+    """
+    found = [None]
+    if job.layout.rank == 0:
+        try:
+            found = [look_for_start(job)]
+        except ValueError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    start, notes = found[0]
+    job.notes.extend(notes)
+    return start
+
+
+def look_for_start(job: Job) -> tuple[Start, list[str]]:
+    if job.run.from_resume == "auto" and job.done_path.exists():
+        done = json.loads(job.done_path.read_text(encoding="utf-8"))
+        compare(done["identity"], identity(job), job.folder)
+        return Start(step=done["step"], finished=True), []
+    path, manifest, complaints = checkpoint.find(job.run.from_resume, job.folder)
+    if path is None:
+        return Start(), complaints
+    compare(manifest["identity"], identity(job), path)
+    compare(manifest["layout"], layout_facts(job), path)
+    return Start(path, manifest["step"], manifest["epoch"], manifest["epoch_step"]), complaints
+
+
+def identity(job: Job) -> dict:
+    """What must not change between the halves of a run: the model, the data and everything the curve depends on."""
+    run = job.run
+    names = ("preset", "seed", "max_seq_len", "too_long", "packing", "pack_len", "epochs", "max_steps", "learning_rate",
+             "min_lr_ratio", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "grad_clip",
+             "eval_fraction", "random_system_ratio", "drop_empty_think_ratio", "moe_balance")
+    facts = {name: getattr(run, name) for name in names}
+    facts["rows per step"] = run.batch_size * run.accumulation_steps * job.layout.ranks
+    facts["tokenizer"] = job.tokenizer.fingerprint
+    facts["data"] = job.stores[0].content
+    return {**facts, **{f"model.{k}": v for k, v in job.model_config.to_dict().items()}}
+
+
+def layout_facts(job: Job) -> dict:
+    return {"ranks": job.layout.ranks, "ZeRO stage": job.stage, "dtype": job.run.dtype,
+            "batch_size": job.run.batch_size, "accumulation_steps": job.run.accumulation_steps,
+            "optimizer": job.ds["optimizer"]["type"]}
+
+
+def compare(then: dict, now: dict, path) -> None:
+    # The model first: of everything that differs it explains the most.
+    for name in sorted(now, key=lambda n: not n.startswith("model.")):
+        if then.get(name) != now[name]:
+            raise ValueError(f"cannot resume from {path}: its {name.removeprefix('model.')} is {then.get(name)!r}, "
+                             f"this run's is {now[name]!r}; --from_resume none starts over, another --save_dir "
+                             "keeps both")
+
+
+def train(job: Job, start: Start) -> None:
+    """Run the plan from `start` to its end, then write the weights."""
+    run, layout = job.run, job.layout
+    if start.finished:
+        if layout.rank == 0:
+            print(f"{job.folder} holds a finished run of {start.step} steps; --from_resume none starts over, another "
+                  "--save_dir keeps it")
+        return
+    ds_engine = build_engine(job)
+    if start.path is not None:
+        checkpoint.load(ds_engine, start.path)
+    if layout.rank == 0:
+        write_run_folder(job, start)
+    dist.barrier()
+    metrics = Metrics(job.folder, step=start.step, total_steps=job.total_steps, run=run, rank=layout.rank,
+                      resolved={**asdict(run), "deepspeed_config": job.ds})
+    try:
+        for line in summary(job, start):
+            metrics.say(line)
+        step = run_plan(job, ds_engine, start, metrics)
+        final = engine.full_weights(ds_engine, job.stage)
+        if layout.rank == 0:
+            weights.save_safetensors(job.weights_path, final, job.model_config)
+            checkpoint.write_durably(job.done_path, json.dumps({"step": step, "identity": identity(job)}))
+            metrics.say(f"wrote {job.weights_path}")
+        dist.barrier()
+    finally:
+        metrics.close()
+
+
+def write_run_folder(job: Job, start: Start) -> None:
+    """run.yaml, ds_config.json and the tokenizer; a run that starts over first removes the one before it."""
+    job.done_path.unlink(missing_ok=True)
+    if start.path is None and checkpoint.folder_of(job.folder).exists():
+        shutil.rmtree(checkpoint.folder_of(job.folder))
+    checkpoint.folder_of(job.folder).mkdir(exist_ok=True)
+    checkpoint.write_durably(job.folder / "run.yaml", job.run.to_yaml())
+    checkpoint.write_durably(job.folder / "ds_config.json", json.dumps(job.ds, indent=2))
+    job.tokenizer.save(job.folder / "tokenizer")
+
+
+def summary(job: Job, start: Start) -> list[str]:
+    """What the run is, for its first lines of output."""
+    run, layout, plan, store = job.run, job.layout, job.plans[0], job.stores[0]
+    parameters = sum(math.prod(shape) for shape in weights.expected_shapes(job.model_config).values())
+    choice = job.kernels
+    stats = store.stats
+    tokens, steps = sum(plan.n_tokens), len(plan)
+    lines = [*job.notes,
+             f"model: {run.preset}, {parameters / 1e6:.1f} M parameters; tokenizer: {job.tokenizer.name}",
+             f"data: {run.data_path}: {len(store.lengths):,} samples, {tokens:,} tokens, "
+             f"{sum(plan.n_labelled) / max(tokens, 1):.0%} labelled; cut {stats['cut']}, dropped {stats['dropped']}, "
+             f"without a label {stats['unlabelled']}, malformed {stats['skipped']}",
+             f"rows: {plan.n_rows:,} of {run.row_len} tokens, {tokens / max(plan.n_rows * run.row_len, 1):.1%} full",
+             f"kernels: {choice}",
+             f"engine: {ds_config.describe(job.ds)}; {layout.ranks} ranks x {run.batch_size} rows x "
+             f"{run.accumulation_steps} micro-batches a step; {steps:,} steps an epoch, {job.total_steps:,} in all"]
+    if start.path is not None:
+        lines.append(f"resuming from {start.path} after step {start.step}")
+    return lines
+
+
+def build_engine(job: Job):
+    """The model on this rank's device, inside DeepSpeed."""
+    run = job.run
+    torch.manual_seed(run.seed)
+    model = MiniMindForCausalLM(job.model_config, kernels=run.kernels, balance=run.moe_balance)
+    if job.start_weights is not None:
+        model.load_weights(job.start_weights)
+        job.start_weights = None
+    model.gradient_checkpointing = run.gradient_checkpointing
+    if run.compile:
+        model.compile_layers()
+    model.to(job.layout.device)
+    ds_engine = engine.initialize(model, job.ds)
+    # Dropout differs between ranks; everything else that is random was drawn above, alike on all.
+    torch.manual_seed(run.seed + 1 + job.layout.rank)
+    return ds_engine
+
+
+def run_plan(job: Job, ds_engine, start: Start, metrics: Metrics) -> int:
+    """Every step from `start` to the end; returns the number of the last one."""
+    run, step = job.run, start.step
+    owns_lr = "scheduler" not in job.ds
+    for epoch in range(start.epoch, run.epochs):
+        plan = job.plans[epoch]
+        first = start.epoch_step if epoch == start.epoch else 0
+        last = min(len(plan), first + job.total_steps - step)
+        with loader.Prefetcher(fetch(job, epoch, range(first, last)), pin=job.layout.device.type == "cuda") as batches:
+            for epoch_step in range(first, last):
+                step += 1
+                if owns_lr:
+                    engine.set_lr(ds_engine, learning_rate(step, job.total_steps, run))
+                line = train_step(job, ds_engine, plan, epoch_step, batches)
+                metrics.write({"step": step, "epoch": epoch, **line})
+                at_end = epoch_step + 1 == len(plan) or step == job.total_steps
+                if job.eval_plan and (step % run.eval_interval == 0 if run.eval_interval else at_end):
+                    metrics.write({"step": step, "epoch": epoch, **evaluate(job, ds_engine)})
+                if run.save_interval and step % run.save_interval == 0 and step < job.total_steps:
+                    facts = {"step": step, "epoch": epoch, "epoch_step": epoch_step + 1,
+                             "identity": identity(job), "layout": layout_facts(job)}
+                    checkpoint.save(ds_engine, job.folder, facts=facts, keep=run.keep)
+        if step == job.total_steps:
+            break
+    return step
+
+
+def learning_rate(step: int, total: int, run) -> float:
+    """Linear warm-up, then a cosine down to min_lr_ratio of the peak at the last step.  `step` counts from 1."""
+    warm = run.warmup_ratio * total
+    if step < warm:
+        return run.learning_rate * step / warm
+    progress = (step - warm) / max(total - warm, 1)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return run.learning_rate * (run.min_lr_ratio + (1 - run.min_lr_ratio) * cosine)
+
+
+def fetch(job: Job, epoch: int, steps: range) -> Iterator[PackedBatch]:
+    """This rank's micro-batches of those steps, in order."""
+    run, layout = job.run, job.layout
+    for epoch_step in steps:
+        for micro in range(run.accumulation_steps):
+            rows = job.plans[epoch].micro_batch_rows(epoch_step, layout.rank, micro, ranks=layout.ranks,
+                                                     accumulation=run.accumulation_steps, batch_size=run.batch_size)
+            yield loader.load_micro_batch(job.stores[epoch], rows, run.row_len, job.tokenizer.pad_id)
+
+
+def train_step(job: Job, ds_engine, plan, epoch_step: int, batches: Iterator[PackedBatch]) -> dict:
+    """One optimizer step: forward and backward of each micro-batch, then the update.
+
+    Returns:
+        The step's line of metrics, the same on every rank.
+
+    Raises:
+        NonFinite: before the update, naming the step and the samples.
+    """
+    run, layout = job.run, job.layout
+    began = time.perf_counter()
+    facts = plan.facts(epoch_step)
+    sums, suspects = torch.zeros(2, dtype=torch.float64, device=layout.device), []
+    scale = engine.norm_scale(ds_engine, job.stage)
+    ds_engine.train()
+    for micro in range(run.accumulation_steps):
+        batch = next(batches).to(layout.device, non_blocking=True)
+        out = ds_engine(batch)
+        ds_engine.backward(scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
+                                       step_real=facts.n_tokens, dp_world=layout.ranks), scale_wrt_gas=False)
+        sums += torch.stack([out.loss_sum.detach().double(), out.aux_loss.detach().double() * batch.n_tokens])
+        suspects.append(out.loss_sum.detach())
+        if micro + 1 == run.accumulation_steps:
+            # Once per step, and before the update: the sum over all ranks says whether any loss is not finite.
+            if layout.ranks > 1:
+                dist.all_reduce(sums)
+            if not torch.isfinite(sums).all():
+                raise NonFinite(blame(job, plan, epoch_step, suspects))
+            norm = engine.grad_norm_before(ds_engine, job.stage)
+        update(job, ds_engine, plan, epoch_step)
+    loss, aux = (sums / torch.tensor([max(facts.n_labelled, 1), max(facts.n_tokens, 1)], device=sums.device)).tolist()
+    if norm is None:
+        norm = engine.grad_norm(ds_engine, scale)
+    skipped = {} if ds_engine.was_step_applied() else {"skipped": True}
+    seconds = time.perf_counter() - began
+    return {"loss": loss, "aux_loss": aux, "lr": float(ds_engine.optimizer.param_groups[0]["lr"]), "grad_norm": norm,
+            "tokens": facts.n_tokens, "labelled_tokens": facts.n_labelled, "packing_fill": facts.fill,
+            "tokens_per_s": facts.n_tokens / seconds, "step_s": seconds, **skipped}
+
+
+def update(job: Job, ds_engine, plan, epoch_step: int) -> None:
+    """engine.step(): between accumulation boundaries it only counts.  A gradient that is not finite ends the run."""
+    try:
+        ds_engine.step()
+    except NonFinite as error:
+        raise NonFinite(f"{error}; {where(job, plan, epoch_step)}") from None
+    boundary = ds_engine.micro_steps % job.run.accumulation_steps == 0
+    # DeepSpeed skips such updates itself in half precision.  With fp16 the loss scale was too high: it is lowered.
+    if boundary and not ds_engine.was_step_applied() and job.run.dtype != "fp16":
+        raise NonFinite(f"a gradient is not finite; {where(job, plan, epoch_step)}")
+
+
+def where(job: Job, plan, epoch_step: int) -> str:
+    epoch = job.plans.index(plan)
+    lines = sorted(int(job.stores[epoch].lines[i]) for row in plan.rows(epoch_step) for i in row)
+    shown = ", ".join(map(str, lines[:20])) + (f" and {len(lines) - 20} more" if len(lines) > 20 else "")
+    step = sum(len(p) for p in job.plans[:epoch]) + epoch_step + 1
+    return f"the update of step {step} was not applied; its samples are lines {shown} of {job.run.data_path}"
+
+
+def blame(job: Job, plan, epoch_step: int, suspects: list[torch.Tensor]) -> str:
+    """Names the samples of the micro-batches whose loss is not finite; collective."""
+    mine = []
+    epoch = job.plans.index(plan)
+    for micro, loss_sum in enumerate(suspects):
+        if not torch.isfinite(loss_sum):
+            rows = plan.micro_batch_rows(epoch_step, job.layout.rank, micro, ranks=job.layout.ranks,
+                                         accumulation=job.run.accumulation_steps, batch_size=job.run.batch_size)
+            mine += [int(job.stores[epoch].lines[i]) for row in rows for i in row]
+    everyone = [None] * job.layout.ranks
+    dist.all_gather_object(everyone, mine)
+    lines = sorted(line for part in everyone for line in part)
+    step = sum(len(p) for p in job.plans[:epoch]) + epoch_step + 1
+    return (f"the loss of step {step} is not finite; the update was not applied; the loss comes from lines "
+            f"{', '.join(map(str, lines[:20]))}{' ...' if len(lines) > 20 else ''} of {job.run.data_path}")
+
+
+@torch.no_grad()
+def evaluate(job: Job, ds_engine) -> dict:
+    """Loss per labelled token over the held-out set, all ranks."""
+    run, layout, plan = job.run, job.layout, job.eval_plan
+    sums = torch.zeros(2, dtype=torch.float64, device=layout.device)
+    ds_engine.eval()
+    for epoch_step in range(len(plan)):
+        for micro in range(run.accumulation_steps):
+            rows = plan.micro_batch_rows(epoch_step, layout.rank, micro, ranks=layout.ranks,
+                                         accumulation=run.accumulation_steps, batch_size=run.batch_size)
+            batch = loader.load_micro_batch(job.eval_store, rows, run.row_len, job.tokenizer.pad_id)
+            out = ds_engine(batch.to(layout.device))
+            sums += torch.tensor([float(out.loss_sum), out.n_labelled], device=layout.device)
+    dist.all_reduce(sums)
+    ds_engine.train()
+    return {"eval_loss": (sums[0] / sums[1]).item(), "eval_tokens": int(sums[1])}

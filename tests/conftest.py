@@ -1,0 +1,70 @@
+"""Shared by all tests: the repository's root, the optional shared folder, and real deepspeed processes."""
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+# Ranks of one test share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; runs with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--slow"):
+        return
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="minutes long; runs with --slow"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """MiniMind's goldens, tokenizer and real data."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the shared folder beside the checkout (MiniMind's goldens, tokenizer and data)")
+    return SHARED
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def deepspeed_command(ranks: int, *words: str) -> list[str]:
+    launcher = pathlib.Path(sys.executable).with_name("deepspeed")
+    return [str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port()), *words]
+
+
+def environment(**extra: str) -> dict:
+    """The environment of a started program: the tests' own, with the venv's ninja and python first."""
+    bin_dir = str(pathlib.Path(sys.executable).parent)
+    return {**os.environ, "PATH": bin_dir + os.pathsep + os.environ["PATH"], "DS_ACCELERATOR": "cpu", **extra}
+
+
+@pytest.fixture(scope="session")
+def deepspeed():
+    """deepspeed(ranks, program, *flags) runs to its end; returns the finished process, checked unless check=False."""
+
+    def run(ranks: int, *words: str, check: bool = True, timeout: float = 300, **extra: str):
+        done = subprocess.run(deepspeed_command(ranks, *words), cwd=ROOT, env=environment(**extra), text=True,
+                              capture_output=True, timeout=timeout)
+        if check and done.returncode:
+            pytest.fail(f"{' '.join(words)} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
+        return done
+
+    return run

@@ -1,0 +1,139 @@
+"""Gradients and losses of the real training step on one layout, for tests/test_layouts.py.
+
+    deepspeed --num_gpus 2 tests/ranks/layouts.py OUT_DIR ACCUMULATION [extra run flags]
+
+Runs every ZeRO stage on a small dense and a small MoE model: the gradients of the first step, then three steps.  Rank 0
+writes OUT_DIR/<model>_<stage>.safetensors (gradients) and OUT_DIR/losses.json.
+"""
+
+import json
+import pathlib
+import sys
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from minimind_ds import engine  # noqa: E402
+from minimind_ds.data.packing import collate  # noqa: E402
+from minimind_ds.data.sample import Sample  # noqa: E402
+from minimind_ds.job import prepare  # noqa: E402
+from minimind_ds.loss import scaled_loss  # noqa: E402
+from minimind_ds.model import MiniMindForCausalLM  # noqa: E402
+from minimind_ds.train import build_engine, fetch, train_step  # noqa: E402
+
+MODELS = {"dense": {}, "moe": {"use_moe": True, "moe_intermediate_size": 48}}
+STEPS = 3
+
+
+def make_job(layout, out: pathlib.Path, model: str, stage: int, accumulation: int, extra: list[str]):
+    yaml = out / f"{model}_{layout.rank}.yaml"
+    fields = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+              "intermediate_size": 96, **MODELS[model]}
+    yaml.write_text("preset: debug\nmodel: " + json.dumps(fields), encoding="utf-8")
+    return prepare("sft", ["--config", str(yaml), "--deepspeed", str(ROOT / "ds_configs" / f"zero{stage}.json"),
+                           "--save_dir", str(out / "run"), "--cache_dir", str(out / "cache"), "--dtype", "fp32",
+                           "--max_seq_len", "128", "--pack_len", "128", "--batch_size", "2", "--learning_rate", "1e-2",
+                           "--accumulation_steps", str(accumulation), "--warmup_ratio", "0", *extra], layout)
+
+
+def full_gradients(ds_engine, stage: int) -> dict:
+    """Collective: every parameter's gradient as the update would see it, unclipped."""
+    from deepspeed.utils import safe_get_full_grad
+
+    grads = {}
+    for name, p in ds_engine.module.named_parameters():
+        grad = safe_get_full_grad(p) if stage > 0 else p.grad
+        grads[name] = grad.detach().float().cpu().clone()
+    return grads
+
+
+def first_gradients(job, ds_engine) -> dict:
+    """Gradients of the plan's first step, by the same calls as train_step."""
+    facts = job.plans[0].facts(0)
+    for batch in fetch(job, 0, range(1)):
+        out = ds_engine(batch)
+        ds_engine.backward(scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
+                                       step_real=facts.n_tokens, dp_world=job.layout.ranks), scale_wrt_gas=False)
+        if ds_engine.is_gradient_accumulation_boundary():
+            return full_gradients(ds_engine, job.stage)
+        ds_engine.step()
+    raise AssertionError("the step never ended")
+
+
+def constant_rows(model: MiniMindForCausalLM) -> list[int]:
+    """Tokens such that a row of nothing else sends all its tokens to one expert of the first layer, a new one each."""
+    tokens = {}
+    for token in range(300, 420):
+        row = [Sample(torch.full((16,), token), torch.cat([torch.full((15,), token), torch.tensor([-100])]))]
+        counts = model.train()(collate([row], 16)).expert_counts[0]
+        if (counts == 16).any():
+            tokens.setdefault(int(counts.argmax()), token)
+    assert len(tokens) >= 3, tokens
+    return list(tokens.values())
+
+
+def idle_experts(job, ds_engine, reference) -> float:
+    """Largest gradient error when every micro-batch of every rank routes to another expert."""
+    tokens, layout, accumulation = constant_rows(reference), job.layout, job.run.accumulation_steps
+    batches = []
+    for i in range(layout.ranks * accumulation):
+        token = tokens[i % 3]
+        targets = torch.cat([torch.full((15,), tokens[(i + 1) % 3]), torch.tensor([-100])])
+        batches.append(collate([[Sample(torch.full((16,), token), targets)]], 16))
+    labelled, real = 15 * len(batches), 16 * len(batches)
+    reference.zero_grad()
+    for batch in batches:
+        out = reference(batch)
+        (out.loss_sum / labelled + out.aux_loss * batch.n_tokens / real).backward()
+    for micro in range(accumulation):
+        batch = batches[layout.rank * accumulation + micro]
+        out = ds_engine(batch)
+        ds_engine.backward(scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=labelled,
+                                       step_real=real, dp_world=layout.ranks), scale_wrt_gas=False)
+        if ds_engine.is_gradient_accumulation_boundary():
+            grads = full_gradients(ds_engine, job.stage)
+        ds_engine.step()
+    expected = {name: p.grad for name, p in reference.named_parameters()}
+    return max(((grads[n] - expected[n]).norm() / expected[n].norm().clamp(min=1e-6)).item() for n in expected)
+
+
+def fresh_engine(job):
+    ds_engine = build_engine(job)
+    ds_engine.train()
+    return ds_engine
+
+
+def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
+    layout = engine.read_layout()
+    engine.start(layout)
+    losses = {}
+    for model in MODELS:
+        for stage in range(4):
+            job = make_job(layout, out, model, stage, accumulation, extra)
+            grads = first_gradients(job, fresh_engine(job))
+            ds_engine = fresh_engine(job)
+            batches = fetch(job, 0, range(STEPS))
+            lines = [train_step(job, ds_engine, job.plans[0], step, batches) for step in range(STEPS)]
+            case = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
+                    "norm": [line["grad_norm"] for line in lines]}
+            if model == "moe":
+                torch.manual_seed(job.run.seed)
+                reference = MiniMindForCausalLM(job.model_config, balance="row")
+                case["idle_expert_error"] = idle_experts(job, fresh_engine(job), reference)
+            losses[f"{model}_{stage}"] = case
+            if layout.rank == 0:
+                save_file(grads, out / f"{model}_{stage}.safetensors")
+    if layout.rank == 0:
+        (out / "losses.json").write_text(json.dumps(losses))
+    dist.barrier()
+    engine.stop()
+
+
+if __name__ == "__main__":
+    # The launcher puts --local_rank somewhere among the arguments.
+    args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    main(pathlib.Path(args[0]), int(args[1]), args[2:])

@@ -1,0 +1,122 @@
+"""Law 7: kill a run at any moment, start it again, and the metrics are those of the run nobody disturbed, bit for bit."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.conftest import ROOT, environment, free_port
+
+MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+         "intermediate_size": 96, "dropout": 0.1}
+STEPS, EVERY = 24, 5
+# What the run is doing when it is killed: having written so many steps, or writing the checkpoint of such a step.
+MOMENTS = {"before the first checkpoint": 3, "right after a checkpoint": 5, "while writing a checkpoint": "step_00000010",
+           "between checkpoints": 13, "near the end": 23}
+
+
+class Run:
+    """Two ranks of launch/sft.py started as torchrun would start them, killable at once."""
+
+    def __init__(self, folder: pathlib.Path, cache: pathlib.Path, stage: int, ranks: int = 2):
+        self.folder = folder
+        config = cache / "run.yaml"
+        flags = {"--config": config, "--deepspeed": ROOT / "ds_configs" / f"zero{stage}.json", "--save_dir": folder,
+                 "--cache_dir": cache, "--dtype": "bf16", "--max_steps": STEPS, "--save_interval": EVERY,
+                 "--batch_size": 1, "--accumulation_steps": 2, "--max_seq_len": 96, "--pack_len": 96}
+        words = [str(w) for pair in flags.items() for w in pair]
+        config.write_text("preset: debug\nmodel: " + json.dumps({**MODEL, "use_moe": stage in (1, 3)}))
+        port = str(free_port())
+        self.log = folder.with_suffix(".log").open("a")
+        self.ranks = [subprocess.Popen(
+            [sys.executable, str(ROOT / "launch" / "sft.py"), *words], cwd=ROOT, stdout=self.log, stderr=self.log,
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+                            MASTER_ADDR="127.0.0.1", MASTER_PORT=port), start_new_session=True)
+            for rank in range(ranks)]
+
+    def reached(self, moment) -> bool:
+        if isinstance(moment, str):
+            return (self.folder / "checkpoints" / f".writing_{moment}").exists()
+        path = self.folder / "metrics.jsonl"
+        return path.exists() and path.read_text().count("\n") >= moment
+
+    def kill_at(self, moment) -> None:
+        deadline = time.monotonic() + 120
+        while not self.reached(moment):
+            assert all(p.poll() is None for p in self.ranks), self.folder.with_suffix(".log").read_text()[-3000:]
+            assert time.monotonic() < deadline, f"never reached {moment}"
+            time.sleep(0.002)
+        for p in self.ranks:
+            os.killpg(p.pid, signal.SIGKILL)
+        for p in self.ranks:
+            p.wait()
+
+    def finish(self) -> None:
+        codes = [p.wait(timeout=180) for p in self.ranks]
+        assert codes == [0] * len(codes), self.folder.with_suffix(".log").read_text()[-4000:]
+
+
+def curve(folder: pathlib.Path) -> list:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["aux_loss"], row["grad_norm"], row["lr"]) for row in rows]
+
+
+def weights(folder: pathlib.Path) -> bytes:
+    return next(folder.glob("sft_*.safetensors")).read_bytes()
+
+
+@pytest.mark.parametrize("stage, moments", [
+    (0, ["while writing a checkpoint"]), (1, ["between checkpoints"]), (2, list(MOMENTS)),
+    (3, ["right after a checkpoint"]),
+    *[pytest.param(stage, list(MOMENTS), marks=pytest.mark.slow) for stage in (0, 1, 3)],
+])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, stage, moments):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    Run(whole, tmp_path, stage).finish()
+    for moment in moments:
+        Run(killed, tmp_path, stage).kill_at(MOMENTS[moment])
+    Run(killed, tmp_path, stage).finish()
+    assert curve(killed) == curve(whole)
+    assert [step for step, *_ in curve(killed)] == list(range(1, STEPS + 1))
+    assert weights(killed) == weights(whole)
+    # A finished run is left as it is.
+    Run(killed, tmp_path, stage).finish()
+    assert weights(killed) == weights(whole) and "holds a finished run" in killed.with_suffix(".log").read_text()
+
+
+def test_damaged_checkpoints_are_named_and_the_newest_whole_one_is_used(tmp_path):
+    whole, hurt = tmp_path / "whole", tmp_path / "hurt"
+    Run(whole, tmp_path, 2).finish()
+    Run(hurt, tmp_path, 2).kill_at(17)
+    home = hurt / "checkpoints"
+    newest, older = sorted(home.glob("step_*"), reverse=True)[:2]
+    file = next(newest.rglob("*optim_states.pt"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    (home / "latest").write_text("step_00009999\n")
+    Run(hurt, tmp_path, 2).finish()
+    said = hurt.with_suffix(".log").read_text()
+    assert f"{newest.name}" in said and "was altered" in said and f"resuming from {older}" in said
+    assert curve(hurt) == curve(whole) and weights(hurt) == weights(whole)
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path):
+    folder = tmp_path / "run"
+    Run(folder, tmp_path, 2).kill_at(7)
+    before = sorted(p.name for p in folder.rglob("*"))
+    other = tmp_path / "other.yaml"
+    other.write_text("preset: debug\nmodel: {hidden_size: 64, num_hidden_layers: 2}\n")
+    done = subprocess.run([sys.executable, "launch/sft.py", "--config", str(other), "--deepspeed",
+                           "ds_configs/zero2.json", "--save_dir", str(folder), "--cache_dir", str(tmp_path)],
+                          cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(said) == 1 and "hidden_size is 48" in said[0], done.stderr
+    assert sorted(p.name for p in folder.rglob("*")) == before
+    shutil.rmtree(folder)
