@@ -182,7 +182,6 @@ def summary(job: Job, start: Start) -> list[str]:
     """What the run is, for its first lines of output."""
     run, layout, plan, store = job.run, job.layout, job.plans[0], job.stores[0]
     parameters = sum(math.prod(shape) for shape in weights.expected_shapes(job.model_config).values())
-    choice = job.kernels
     stats = store.stats
     tokens, steps = sum(plan.n_tokens), len(plan)
     lines = [*job.notes,
@@ -191,7 +190,7 @@ def summary(job: Job, start: Start) -> list[str]:
              f"{sum(plan.n_labelled) / max(tokens, 1):.0%} labelled; cut {stats['cut']}, dropped {stats['dropped']}, "
              f"without a label {stats['unlabelled']}, malformed {stats['skipped']}",
              f"rows: {plan.n_rows:,} of {run.row_len} tokens, {tokens / max(plan.n_rows * run.row_len, 1):.1%} full",
-             f"kernels: {choice}",
+             f"kernels: {job.kernels.reason}",
              f"engine: {ds_config.describe(job.ds)}; {layout.ranks} ranks x {run.batch_size} rows x "
              f"{run.accumulation_steps} micro-batches a step; {steps:,} steps an epoch, {job.total_steps:,} in all"]
     if start.path is not None:

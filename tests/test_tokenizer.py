@@ -100,8 +100,12 @@ def test_every_character_comes_back(tok):
 
 
 def test_no_text_becomes_a_control_token(any_tok):
-    for text in AWKWARD + random_texts(2000, seed=2):
-        assert min(any_tok.encode(text), default=99) >= len(SPECIAL_TOKENS), ascii(text)
+    # In the form transformers reads, U+2581 is a space; that exception has its own test.
+    texts = [text.replace(META_SPACE, " ") for text in AWKWARD + random_texts(2000, seed=2)]
+    for text in texts:
+        ids = any_tok.encode(text)
+        assert min(ids, default=99) >= len(SPECIAL_TOKENS), ascii(text)
+        assert any_tok.decode(ids) == text
 
 
 def test_a_batch_equals_its_texts_alone(any_tok):

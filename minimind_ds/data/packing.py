@@ -12,6 +12,8 @@ sample, `cu_seqlens` names every sample's tokens, no label crosses a boundary.
 from __future__ import annotations
 
 import dataclasses
+import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -24,9 +26,12 @@ if TYPE_CHECKING:
 
 IGNORE = -100
 # A search looks at this many samples before it takes the best fit found; most end within twenty.
-WINDOW = 128
+WINDOW = 96
 # Larger sets are packed in blocks of samples of equal length, so that the search runs about this often at most.
 MAX_ITEMS = 32768
+# Sets of few rows are worth a second look, above all where they fall short of the good fill.
+REPACK_ROWS = 4096
+GOOD_FILL = 0.995
 
 
 class Rows(NamedTuple):
@@ -123,7 +128,10 @@ def _assign(lengths_N: np.ndarray, pack_len: int, seed: int) -> np.ndarray:
         row_N[item_K[:, None] + nth_b] = first_row_K[:, None] + nth_b
         n_rows = block * len(rows)
         left_N = np.flatnonzero(row_N < 0)
-    rows = _fill_rows(lengths_N[left_N].tolist(), pack_len, permutation(len(left_N), seed, 5).tolist(), 0)
+    lengths = lengths_N[left_N].tolist()
+    rows = _fill_rows(lengths, pack_len, permutation(len(left_N), seed, 5).tolist(), 0)
+    if n_rows + len(rows) <= REPACK_ROWS:
+        rows = _repack(rows, lengths, pack_len, seed)
     item_K = left_N[[item for items in rows for item in items]]
     row_N[item_K] = n_rows + np.repeat(np.arange(len(rows)), [len(items) for items in rows])
     return row_N
@@ -136,6 +144,57 @@ def _blocks(lengths_N: np.ndarray, block: int) -> np.ndarray:
     n_blocks_L = count_L // block
     nth_B = np.arange(n_blocks_L.sum()) - np.repeat(np.cumsum(n_blocks_L) - n_blocks_L, n_blocks_L)
     return np.repeat(first_L, n_blocks_L) + nth_B * block
+
+
+def _repack(rows: list[list[int]], lengths: list[int], pack_len: int, seed: int) -> list[list[int]]:
+    """Take a few rows apart, most of them with room left, and fill them again; keep what gathers the room in few rows.
+
+    A small set ends with a handful of items that do not complete each other, and then a row counts: this empties it.
+    It stops at the fewest rows there can be, and gives up early where that is far away or would not show.
+    """
+    dice = random.Random(f"repack {seed}")
+    fewest, total = _fewest_rows(lengths, pack_len), sum(lengths)
+    packed = [(pack_len - sum(lengths[item] for item in row), row) for row in rows]
+    # slack ** 1.5, scaled, in integers: the same decisions on any machine.
+    worth = [math.isqrt(slack**3 << 16) for slack in range(pack_len + 1)]
+    for attempt in range(8000):
+        n_rows = len(packed)
+        short_of_goal = total < GOOD_FILL * n_rows * pack_len and total >= GOOD_FILL * fewest * pack_len
+        if n_rows <= fewest or attempt >= (300 if not short_of_goal else 2000 if n_rows > fewest + 1 else 8000):
+            break
+        packed.sort(reverse=True)
+        n_slack = next((i for i, (slack, _) in enumerate(packed) if not slack), n_rows)
+        chosen = {i for i in (0, 1) if dice.random() < 0.5 and i < n_slack}
+        chosen |= {int(dice.random() * n_slack) for _ in range(int(dice.random() * 7))}
+        while len(chosen) < min(16, n_rows):
+            chosen.add(int(dice.random() * n_rows))
+        items = sorted(item for i in chosen for item in packed[i][1])
+        draw_order = sorted(range(len(items)), key=lambda _: dice.random())
+        local = [lengths[item] for item in items]
+        new = _fill_rows(local, pack_len, draw_order, 0)
+        if len(new) > len(chosen):
+            continue
+        refilled = [(pack_len - sum(local[i] for i in row), [items[i] for i in row]) for row in new]
+        gain = sum(worth[slack] for slack, _ in refilled) + (len(chosen) - len(new)) * worth[pack_len]
+        gain -= sum(worth[packed[i][0]] for i in chosen)
+        # A small loss now and then (0 half of the time, else 40, 80, ...) keeps the search from getting stuck.
+        if gain >= (math.frexp(dice.random())[1]) * (40 << 8):
+            packed = [row for i, row in enumerate(packed) if i not in chosen] + refilled
+    return [row for _, row in packed]
+
+
+def _fewest_rows(lengths: list[int], pack_len: int) -> int:
+    """No packing has fewer rows (the bound L2 of Martello and Toth, 1990): items over half a row never share one."""
+    count = np.bincount(lengths, minlength=pack_len + 1)
+    tokens = count * np.arange(pack_len + 1)
+    n_up_to, tokens_up_to = np.cumsum(count), np.cumsum(tokens)
+    small = np.arange(1, pack_len // 2 + 1)
+    half, alone = pack_len // 2, pack_len - small
+    n_alone, n_large = n_up_to[-1] - n_up_to[alone], n_up_to[alone] - n_up_to[half]
+    room = n_large * pack_len - (tokens_up_to[alone] - tokens_up_to[half])
+    more = -((room - (tokens_up_to[half] - tokens_up_to[small - 1])) // pack_len)
+    bounds = n_alone + n_large + np.maximum(more, 0)
+    return max(-(-sum(lengths) // pack_len), int(bounds.max(initial=0)))
 
 
 class _Stock:
@@ -226,12 +285,12 @@ def _best_subset(stock: _Stock, room: int) -> list[int]:
     while gap < room - total:
         hits = reach & (mirror >> gap)
         while hits:
-            lowest = (hits & -hits).bit_length() - 1
-            chosen = _walk_back(before, lowest, lengths)
-            closing = stock.of_length(room - gap - lowest, chosen)
+            total_before = hits.bit_length() - 1
+            chosen = _walk_back(before, total_before, lengths)
+            closing = stock.of_length(room - gap - total_before, chosen)
             if closing is not None:
                 return [*chosen, closing]
-            hits &= hits - 1
+            hits ^= 1 << total_before
         gap = _nearest(reach, mirror, gap + 1)
     return _walk_back(before, total, lengths)
 

@@ -1,4 +1,4 @@
-"""The kernels' specification: attention over packed segments and dropless experts in plain PyTorch.
+"""The kernels' specification: packed attention, dropless experts and the elementwise parts in plain PyTorch.
 
 Every other backend is tested against this one.  It is written to be read, runs on any device and in any floating
 dtype (fp64 included, for gradcheck), and holds the strictest form of sample isolation: each segment is computed as if
@@ -20,13 +20,16 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float) -> Tensor:
     """softmax(q k^T / sqrt(D)) v inside each segment, causal; q (T, H, D), k and v (T, Hkv, D) -> (T, H, D)."""
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    groups = q.shape[1] // k.shape[1]
-    q_HTD = q.to(accumulate).transpose(0, 1)
-    k_HTD = k.to(accumulate).transpose(0, 1).repeat_interleave(groups, dim=0)
-    v_HTD = v.to(accumulate).transpose(0, 1).repeat_interleave(groups, dim=0)
+    group = q.shape[1] // k.shape[1]
+    q_HTD = at_least_fp32(q).transpose(0, 1)
+    k_HTD = at_least_fp32(k).transpose(0, 1).repeat_interleave(group, dim=0)
+    v_HTD = at_least_fp32(v).transpose(0, 1).repeat_interleave(group, dim=0)
     bounds = cu_seqlens.tolist()
     outputs = []
     for start, end in zip(bounds, bounds[1:]):
@@ -40,14 +43,31 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
 
 def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
     """y_t = sum_k weights[t, k] * down_e @ (silu(gate_e @ x_t) * (up_e @ x_t)) with e = experts[t, k]."""
-    accumulate = torch.promote_types(x.dtype, torch.float32)
-    x_TC = x.to(accumulate)
+    x_TC = at_least_fp32(x)
     y_TC = torch.zeros_like(x_TC)
     for expert in range(gate_up.shape[0]):
-        gate_TI, up_TI = (x_TC @ gate_up[expert].to(accumulate).T).chunk(2, dim=-1)
-        expert_TC = (F.silu(gate_TI) * up_TI) @ down[expert].to(accumulate).T
+        gate_TI, up_TI = (x_TC @ at_least_fp32(gate_up[expert]).T).chunk(2, dim=-1)
+        expert_TC = (F.silu(gate_TI) * up_TI) @ at_least_fp32(down[expert]).T
         chosen_TK = experts == expert
-        share_T1 = torch.where(chosen_TK, weights.to(accumulate), 0).sum(dim=-1, keepdim=True)
+        share_T1 = torch.where(chosen_TK, at_least_fp32(weights), 0).sum(dim=-1, keepdim=True)
         # `where`, not a product with zero: what another token's expert overflows on stays that token's.
         y_TC = y_TC + torch.where(chosen_TK.any(dim=-1, keepdim=True), share_T1 * expert_TC, 0)
     return y_TC.to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension; the weight multiplies in fp32, before the cast (as MiniMind)."""
+    wide = at_least_fp32(x)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (weight * (wide * scale)).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, halves convention, in at least fp32; x (T, H, D), cos and sin (T, D / 2)."""
+    first, second = at_least_fp32(x).chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
