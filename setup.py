@@ -24,6 +24,7 @@ setup(
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2.1,<0.3",
         "tensorboard>=2.17,<3",
+        "tokenizers>=0.22,<0.24",
         "tqdm>=4.66,<5",
         "wandb>=0.19,<1",
     ],

@@ -299,7 +299,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400, out: str | 
     text, and text must tokenise the same whatever stands before it.  The same texts give the same bytes.
 
     Raises:
-        ValueError: no text, or too little of it for vocab_size; nothing is written.
+        ValueError: no text, too little of it for vocab_size, or vocab_size too small for it; nothing is written.
     """
     # A generator over single lines: newlines are pieces of their own, and SentencePiece is made for short sentences.
     lines = (line for text in texts for line in text.replace(META_SPACE, "").split("\n") if line)
@@ -320,9 +320,14 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400, out: str | 
             user_defined_symbols=["\n"], max_sentence_length=1 << 30, shuffle_input_sentence=False, num_threads=1,
             minloglevel=2)
     except RuntimeError as err:
-        most = re.search(r"<= (\d+)", str(err))
-        why = f"at most {most[1]} can be learnt from it" if most else " ".join(str(err).split())
-        raise ValueError(f"too little text for a vocabulary of {vocab_size} pieces: {why}") from None
+        most, least = re.search(r"<= (\d+)$", str(err).rstrip(". \n")), re.search(r"\d+ vs (\d+)", str(err))
+        if most:
+            why = f"too little text for a vocabulary of {vocab_size} pieces: at most {most[1]} can be learnt from it"
+        elif least:
+            why = f"vocab_size is {vocab_size}; the characters of this text alone take {least[1]} pieces"
+        else:
+            why = f"the tokenizer cannot be trained: {' '.join(str(err).split())}"
+        raise ValueError(why) from None
     tokenizer = SentencePieceTokenizer(model.getvalue(), name=str(out))
     _write_files(Path(out).parent, {Path(out).name: model.getvalue()})
     return tokenizer

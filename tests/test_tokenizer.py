@@ -212,6 +212,7 @@ def test_training_gives_the_same_bytes_twice_and_stands_by_its_promises(tmp_path
 
 @pytest.mark.parametrize("texts, vocab_size, why", [
     ([], 6400, "no text"), (["\n"], 6400, "no text"), (["hi"], 6400, "at most"), (["hi"], 100, "take 293"),
+    (["\u4f60\u597d\u4e16\u754c" * 9], 295, "alone take"),
 ])
 def test_too_little_text_is_one_clear_error_and_writes_nothing(texts, vocab_size, why, tmp_path):
     with pytest.raises(ValueError, match=why) as caught:
