@@ -80,7 +80,7 @@ def packed_loop(job: Job, dtype: str) -> Loop:
 
 
 def measure(loops: list[Loop], warm_up: int, steps: int, device: torch.device, say) -> dict:
-    """Time the loops in turns.  -> name: {tokens_per_s: median, spread: (min, max), tokens, step_s, first/last loss}."""
+    """Time the loops in turns.  -> by name: median, least and most tokens/s, median seconds, first and last loss."""
     seconds = {loop.name: [] for loop in loops}
     rates = {loop.name: [] for loop in loops}
     losses = {loop.name: [] for loop in loops}

@@ -13,11 +13,11 @@ import pathlib
 from dataclasses import dataclass
 
 import torch
-from minimind_ds.data.store import TokenStore, open_or_build
 
 from minimind_ds import ds_config, kernels, weights
 from minimind_ds.config import ModelConfig
 from minimind_ds.data import loader
+from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.engine import Layout
 from minimind_ds.run_config import RunConfig, parse_run_config
 from minimind_ds.tokenizer import Tokenizer, load_tokenizer

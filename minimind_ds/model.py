@@ -61,28 +61,6 @@ class Packing(NamedTuple):
     kernels: Choice
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS normalisation over the last dimension; the weight multiplies in fp32, before the cast (as MiniMind)."""
-    wide = at_least_fp32(x)
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (weight * (wide * scale)).to(x.dtype)
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    return F.silu(gate) * up
-
-
-def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotary position embedding, halves convention; cos and sin are (T, D / 2) in fp32."""
-    first, second = x_THD.chunk(2, dim=-1)
-    cos, sin = cos_TD[:, None], sin_TD[:, None]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_THD.dtype)
-
-
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     """(D / 2,) inverse wavelengths and the factor on cos and sin; YaRN (arXiv:2309.00071) as MiniMind blends it."""
     D, base, yarn = config.head_dim, config.rope_theta, config.rope_scaling
@@ -129,30 +107,40 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps, backend=packing.kernels.elementwise)
+
+
+class Linear(nn.Linear):
+    """No bias; the product is made in the input's dtype, which is wider than the weight's where that is faster."""
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None):
+        super().__init__(in_features, out_features, bias=False, device=device)
+
     def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return F.linear(x, self.weight.to(x.dtype))
 
 
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         C, H, Hkv, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.head_dim, self.dropout = D, config.dropout
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, Hkv * D, bias=False)
-        self.v_proj = nn.Linear(C, Hkv * D, bias=False)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.head_dim, self.dropout, self.qk_norm = D, config.dropout, config.qk_norm
+        self.q_proj = Linear(C, H * D)
+        self.k_proj = Linear(C, Hkv * D)
+        self.v_proj = Linear(C, Hkv * D)
+        self.o_proj = Linear(H * D, C)
         if config.qk_norm:
             self.q_norm = RMSNorm(D, config.rms_norm_eps)
             self.k_norm = RMSNorm(D, config.rms_norm_eps)
-        else:
-            self.q_norm = self.k_norm = nn.Identity()
 
     def forward(self, x_TC: Tensor, packing: Packing) -> Tensor:
         q_THD, k_THD, v_THD = (proj(x_TC).unflatten(-1, (-1, self.head_dim))
                                for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q_THD = rotate(self.q_norm(q_THD), packing.cos_TD, packing.sin_TD)
-        k_THD = rotate(self.k_norm(k_THD), packing.cos_TD, packing.sin_TD)
+        if self.qk_norm:
+            q_THD, k_THD = self.q_norm(q_THD, packing), self.k_norm(k_THD, packing)
+        q_THD, k_THD = (kernels.rotate(x_THD, packing.cos_TD, packing.sin_TD, backend=packing.kernels.elementwise)
+                        for x_THD in (q_THD, k_THD))
         out_THD = kernels.attention(q_THD, k_THD, v_THD, packing.cu_seqlens, packing.max_seqlen,
                                     backend=packing.kernels.attention,
                                     dropout_p=self.dropout if self.training else 0.0)
@@ -162,12 +150,13 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_TC: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x_TC), self.up_proj(x_TC)))
+    def forward(self, x_TC: Tensor, packing: Packing) -> Tensor:
+        return self.down_proj(kernels.swiglu(self.gate_proj(x_TC), self.up_proj(x_TC),
+                                             backend=packing.kernels.elementwise))
 
 
 class Experts(nn.Module):
@@ -180,19 +169,21 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(E, C, I))
 
     def forward(self, x_TC: Tensor, weights_TK: Tensor, experts_TK: Tensor, backend: str) -> Tensor:
-        return kernels.moe(x_TC, self.gate_up_proj, self.down_proj, weights_TK, experts_TK, backend=backend)
+        return kernels.moe(x_TC, self.gate_up_proj.to(x_TC.dtype), self.down_proj.to(x_TC.dtype), weights_TK,
+                           experts_TK, backend=backend)
 
 
 class MoEFeedForward(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.gate = Linear(config.hidden_size, config.num_experts)
         self.experts = Experts(config)
 
     def forward(self, x_TC: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """-> output (T, C), balance loss, choices per expert (E,); the last two None when not asked for."""
-        scores_TE = at_least_fp32(self.gate(x_TC)).softmax(dim=-1)
+        logits_TE = self.gate(x_TC)
+        scores_TE = logits_TE.softmax(dim=-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
         weights_TK, experts_TK = scores_TE.topk(self.config.num_experts_per_tok, dim=-1, sorted=False)
         if self.config.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
@@ -233,10 +224,10 @@ class Block(nn.Module):
         self.use_moe = config.use_moe
 
     def forward(self, x_TC: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC), packing)
-        normed_TC = self.post_attention_layernorm(x_TC)
+        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC, packing), packing)
+        normed_TC = self.post_attention_layernorm(x_TC, packing)
         if not self.use_moe:
-            return x_TC + self.mlp(normed_TC), None, None
+            return x_TC + self.mlp(normed_TC, packing), None, None
         y_TC, balance, counts_E = self.mlp(normed_TC, packing)
         return x_TC + y_TC, balance, counts_E
 
@@ -251,7 +242,8 @@ class Decoder(nn.Module):
 
     def forward(self, ids_T: Tensor, packing: Packing, remember: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """-> hidden (T, C), the balance losses and the expert counts of the layers that have them."""
-        x_TC = F.dropout(self.embed_tokens(ids_T), self.dropout, self.training)
+        x_TC = self.embed_tokens(ids_T).to(packing.kernels.activations)
+        x_TC = F.dropout(x_TC, self.dropout, self.training)
         balances, counts = [], []
         for layer in self.layers:
             if remember:
@@ -261,16 +253,16 @@ class Decoder(nn.Module):
             if balance is not None:
                 balances.append(balance)
                 counts.append(counts_E)
-        return self.norm(x_TC), balances, counts
+        return self.norm(x_TC, packing), balances, counts
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """The output projection.  With labels it gives the loss: under ZeRO-3 its weight is whole only inside forward."""
 
     def forward(self, hidden_NC: Tensor, labels_N: Tensor | None = None) -> Tensor:
         if labels_N is None:
-            return F.linear(hidden_NC, self.weight)
-        return loss.cross_entropy_sum(hidden_NC, self.weight, labels_N)
+            return super().forward(hidden_NC)
+        return loss.cross_entropy_sum(hidden_NC, self.weight.to(hidden_NC.dtype), labels_N)
 
 
 class MiniMindForCausalLM(nn.Module):
@@ -297,7 +289,7 @@ class MiniMindForCausalLM(nn.Module):
         self.model = Decoder(config)
         self.rotary = Rotary(config)
         # A tied head owns no memory of its own: both modules hold one Parameter, which ZeRO-3 gathers for either.
-        self.lm_head = Head(config.hidden_size, config.vocab_size, bias=False,
+        self.lm_head = Head(config.hidden_size, config.vocab_size,
                             device="meta" if config.tie_word_embeddings else None)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -305,12 +297,23 @@ class MiniMindForCausalLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Normal with deviation 0.02, norms 1, as MiniMind; fixed by torch's seed, in the order of parameters()."""
-        for parameter in self.parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(1.0)
-            else:
-                parameter.normal_(0.0, 0.02)
+        """Draws initial weights: see weights.fresh."""
+        parameters = dict(self.named_parameters())
+        for name, tensor in weights.fresh(self.config):
+            parameters[name].copy_(tensor)
+
+    def compile_layers(self):
+        """From now on the elementwise parts of the layers run through torch.compile.
+
+        Raises:
+            ValueError: another backend was asked for them, or there is no compiler.
+        """
+        asked = parse_kernels(self.kernels)
+        if asked["elementwise"] not in ("auto", "compiled", asked["attention"]):
+            raise ValueError(f"compile: kernels {self.kernels!r} already name another backend for elementwise")
+        asked["elementwise"] = "compiled"
+        self.kernels = ",".join(f"{op}={name}" for op, name in asked.items())
+        self.kernel_choice(self.model.norm.weight.device, self.model.norm.weight.dtype)
 
     def kernel_choice(self, device: torch.device | str, dtype: torch.dtype) -> Choice:
         """The backends this model uses there, with the reason: for printing once.  Raises ValueError if it cannot."""
@@ -320,10 +323,10 @@ class MiniMindForCausalLM(nn.Module):
         """Runs packed rows.  The balance loss and expert counts are worked out in training mode only.
 
         Raises:
-            ValueError: a sample longer than max_position_embeddings.
+            ValueError: a segment longer than max_position_embeddings.
         """
         if batch.max_seqlen > self.config.max_position_embeddings:
-            raise ValueError(f"a sample of {batch.max_seqlen} tokens is longer than max_position_embeddings "
+            raise ValueError(f"a segment of {batch.max_seqlen} tokens is longer than max_position_embeddings "
                              f"{self.config.max_position_embeddings}")
         labels_T = batch.labels.flatten()
         cos_TD, sin_TD = self.rotary(batch.position_ids.flatten())
@@ -331,7 +334,10 @@ class MiniMindForCausalLM(nn.Module):
                           self.kernel_choice(labels_T.device, self.model.norm.weight.dtype))
         remember = not (self.gradient_checkpointing and self.training)
         hidden_TC, balances, counts = self.model(batch.input_ids.flatten(), packing, remember)
-        labelled_N = (labels_T != loss.IGNORE).nonzero().flatten()
+        # A batch that brings the labelled positions spares a GPU the question how many there are.
+        labelled_N = getattr(batch, "labelled_index", None)
+        if labelled_N is None:
+            labelled_N = (labels_T != loss.IGNORE).nonzero().flatten()
         loss_sum = self.lm_head(hidden_TC.index_select(0, labelled_N), labels_T.index_select(0, labelled_N))
         return ModelOutput(
             loss_sum=loss_sum,
@@ -361,7 +367,7 @@ class MiniMindForCausalLM(nn.Module):
         return member_GT.to(torch.promote_types(self.model.norm.weight.dtype, torch.float32))
 
     def load_weights(self, state: dict[str, Tensor]):
-        """Loads weights under our own names, all of them and no others.  Raises ValueError naming what does not fit."""
+        """Loads weights under our own names, all and no others.  Raises ValueError naming what does not fit."""
         state = weights.check(state, self.config, "state dict")
         if self.config.tie_word_embeddings:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]

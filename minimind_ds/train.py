@@ -112,9 +112,10 @@ def look_for_start(job: Job) -> tuple[Start, list[str]]:
 def identity(job: Job) -> dict:
     """What must not change between the halves of a run: the model, the data and everything the curve depends on."""
     run = job.run
-    names = ("preset", "seed", "max_seq_len", "too_long", "packing", "pack_len", "epochs", "max_steps", "learning_rate",
-             "min_lr_ratio", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "grad_clip",
-             "eval_fraction", "random_system_ratio", "drop_empty_think_ratio", "moe_balance")
+    names = ("preset", "seed", "max_seq_len", "too_long", "packing", "pack_len", "epochs", "max_steps",
+             "learning_rate", "min_lr_ratio", "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2",
+             "adam_epsilon", "grad_clip", "eval_fraction", "random_system_ratio", "drop_empty_think_ratio",
+             "moe_balance")
     facts = {name: getattr(run, name) for name in names}
     facts["rows per step"] = run.batch_size * run.accumulation_steps * job.layout.ranks
     facts["tokenizer"] = job.tokenizer.fingerprint

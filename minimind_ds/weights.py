@@ -1,14 +1,33 @@
-"""Names of weights: MiniMind's .pth <-> ours <-> Hugging Face, and files that hold them.
+"""Names of weights: MiniMind's .pth <-> ours <-> Hugging Face, and the files that hold them.
+
+Ours are transformers 5's: experts stacked in two parameters a layer, so that every rank and step touches all of them.
+Files of MiniMind and of Hugging Face (Qwen3, Qwen3-MoE, Llama) hold one tensor per expert and projection.  Nothing
+is loaded that could run code: safetensors, or torch.load(weights_only=True).
 
     python -m pytest tests/test_weights.py
 """
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from .config import ModelConfig
+
+# Fields that may differ between the configuration of a file and the one it is loaded into: they change no weight and
+# no logit on texts that both can read.
+FREE_FIELDS = {"dropout", "router_aux_loss_coef", "max_position_embeddings", "bos_token_id", "eos_token_id",
+               "inference_rope_scaling", "rope_scaling"}
+MOE_FIELDS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -33,6 +52,12 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, C)
     return shapes
+
+
+def fresh(config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Initial weights under our names: normal with deviation 0.02, norms 1 (as MiniMind), fixed by torch's seed."""
+    for name, shape in expected_shapes(config).items():
+        yield name, torch.ones(shape) if len(shape) == 1 else torch.empty(shape).normal_(0.0, 0.02)
 
 
 def split_experts(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -119,3 +144,202 @@ def to_minimind(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tens
     split = split_experts(state)
     split.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
     return split
+
+
+def file_name(save_weight: str, config: ModelConfig) -> str:
+    """The name of a run's final weights, as MiniMind names its own."""
+    return f"{save_weight}_{config.hidden_size}{'_moe' if config.use_moe else ''}.safetensors"
+
+
+def save_safetensors(path: str | Path, state: dict[str, Tensor], config: ModelConfig):
+    """Writes weights (our names) with their configuration: wholly or not at all, even through a power cut.
+
+    Raises:
+        ValueError: weights that do not fit the configuration.
+    """
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in check(state, config, str(path)).items()}
+    write_whole(Path(path), save(state, metadata={"config": json.dumps(config.to_dict()), "format": "pt"}))
+
+
+def write_whole(path: Path, content: bytes):
+    """Temporary file beside it, fsync, rename, fsync of the folder."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def find(path: str | Path) -> list[Path]:
+    """The weight files that a path means: a file itself, a run folder's one .safetensors, a Hugging Face folder's.
+
+    Raises:
+        ValueError: nothing there, or several weights to choose from.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    files = sorted(path.glob("*.safetensors"))
+    if (path / "config.json").is_file():
+        if not files:
+            raise ValueError(f"{path}: a Hugging Face folder without .safetensors files (pickled ones are not read)")
+        return files
+    if not files:
+        raise ValueError(f"{path}: holds no .safetensors file")
+    if len(files) > 1:
+        raise ValueError(f"{path}: holds several weights ({', '.join(f.name for f in files)}); name one of them")
+    return files
+
+
+def read_config(path: str | Path) -> ModelConfig | None:
+    """The configuration that weights carry with them, or None (a .pth, or a .safetensors of another origin).
+
+    Raises:
+        ValueError: nothing there, or a configuration that is not a MiniMind's.
+    """
+    first = find(path)[0]
+    folder_config = first.parent / "config.json"
+    if first.suffix != ".safetensors":
+        return None
+    stored = read_metadata(first).get("config")
+    try:
+        if stored is not None:
+            return ModelConfig.from_dict(json.loads(stored))
+        if folder_config.is_file():
+            return from_hf_config(json.loads(folder_config.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its configuration is not a MiniMind's: {error}") from None
+    return None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def load_weights(path: str | Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Weights under our names, on the CPU, in the dtype of the file.
+
+    Args:
+        path: a run folder or its .safetensors file, the original MiniMind's .pth, or a Hugging Face folder.
+
+    Raises:
+        ValueError: one line: no such file, unreadable, not plain tensors, or weights of another model.
+    """
+    theirs = read_config(path)
+    if theirs is not None:
+        fields = [name for name in config.to_dict() if name not in FREE_FIELDS]
+        for name in fields if config.use_moe else [name for name in fields if name not in MOE_FIELDS]:
+            if getattr(theirs, name) != getattr(config, name):
+                raise ValueError(f"{path}: {name} is {getattr(theirs, name)} there and {getattr(config, name)} here")
+    state = {}
+    for file in find(path):
+        state |= read_safetensors(file) if file.suffix == ".safetensors" else read_pth(file)
+    return from_minimind(state, config, str(path))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """A state dict, or the "model" of one of MiniMind's resume files."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(f"{path}: refused: it is not a plain file of tensors (torch.load with weights_only=True "
+                         f"does not read it)") from None
+    except (RuntimeError, OSError, EOFError, KeyError) as error:
+        raise ValueError(f"{path}: not a readable .pth file: {str(error).splitlines()[0]}") from None
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]
+    if not (isinstance(state, dict) and state and all(isinstance(tensor, Tensor) for tensor in state.values())):
+        raise ValueError(f"{path}: holds no state dict")
+    return state
+
+
+def to_hf_config(config: ModelConfig, dtype: torch.dtype) -> dict:
+    """config.json for transformers (4.51 and later, 5) and vLLM: Qwen3, Qwen3-MoE, or Llama without QK-norm.
+
+    Raises:
+        ValueError: experts without QK-norm, for which there is no such architecture.
+    """
+    if config.use_moe and not config.qk_norm:
+        raise ValueError("a mixture of experts without qk_norm has no counterpart in transformers")
+    kind, name = ("qwen3_moe", "Qwen3Moe") if config.use_moe else ("qwen3", "Qwen3")
+    if not config.qk_norm:
+        kind, name = "llama", "Llama"
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
+            "hidden_act", "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta",
+            "tie_word_embeddings", "bos_token_id", "eos_token_id")
+    values = {field: getattr(config, field) for field in same}
+    rope = dict(config.rope_scaling or {})
+    kind_of_rope = rope.pop("type", rope.pop("rope_type", "default"))
+    # transformers 5 reads rope_parameters; transformers 4 and older vLLM read rope_theta and rope_scaling.
+    values["rope_parameters"] = {"rope_type": kind_of_rope, "rope_theta": config.rope_theta, **rope}
+    if rope:
+        values["rope_scaling"] = {"rope_type": kind_of_rope, **rope}
+    values |= {"architectures": [f"{name}ForCausalLM"], "model_type": kind, "attention_bias": False,
+               "attention_dropout": config.dropout, "initializer_range": 0.02, "use_cache": True,
+               "dtype": str(dtype).removeprefix("torch.")}
+    if kind == "llama":
+        values |= {"mlp_bias": False}
+    else:
+        values |= {"use_sliding_window": False, "sliding_window": None}
+    if config.use_moe:
+        values |= {"num_experts": config.num_experts, "num_local_experts": config.num_experts,
+                   "num_experts_per_tok": config.num_experts_per_tok, "norm_topk_prob": config.norm_topk_prob,
+                   "moe_intermediate_size": config.moe_intermediate_size, "decoder_sparse_step": 1,
+                   "mlp_only_layers": [], "router_aux_loss_coef": config.router_aux_loss_coef}
+    return values
+
+
+def from_hf_config(values: dict) -> ModelConfig:
+    """The inverse of to_hf_config, for folders written by anyone.
+
+    Raises:
+        ValueError: an architecture, or a part of one, that MiniMind does not have.
+    """
+    kind = values.get("model_type")
+    if kind not in ("qwen3", "qwen3_moe", "llama", "minimind"):
+        raise ValueError(f"model_type {kind!r} is none of qwen3, qwen3_moe, llama")
+    refused = {"attention_bias": (None, False), "mlp_bias": (None, False), "use_sliding_window": (None, False),
+               "mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)}
+    for name, allowed in refused.items():
+        if values.get(name) not in allowed:
+            raise ValueError(f"{name} is {values[name]!r}, which MiniMind does not have")
+    known = set(ModelConfig.__dataclass_fields__) - {"rope_scaling", "use_moe", "qk_norm"}
+    fields = {name: value for name, value in values.items() if name in known and value is not None}
+    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    fields["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
+    kind_of_rope = rope.pop("rope_type", rope.pop("type", "default"))
+    if kind_of_rope not in ("default", "yarn"):
+        raise ValueError(f"rope_type {kind_of_rope!r} is neither default nor yarn")
+    if kind_of_rope == "yarn":
+        fields["rope_scaling"] = {**rope, "type": "yarn"}
+    if kind == "qwen3_moe":
+        fields["num_experts"] = values.get("num_experts", values.get("num_local_experts", 128))
+    fields["use_moe"] = values.get("use_moe", kind == "qwen3_moe")
+    return ModelConfig(**fields, qk_norm=kind != "llama")

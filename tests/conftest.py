@@ -64,7 +64,8 @@ def deepspeed():
         done = subprocess.run(deepspeed_command(ranks, *words), cwd=ROOT, env=environment(**extra), text=True,
                               capture_output=True, timeout=timeout)
         if check and done.returncode:
-            pytest.fail(f"{' '.join(words)} ended with {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
+            pytest.fail(f"{' '.join(words)} ended with {done.returncode}\n{done.stdout[-4000:]}\n"
+                        f"{done.stderr[-6000:]}")
         return done
 
     return run

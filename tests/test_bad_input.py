@@ -17,7 +17,7 @@ def turn(role, content):
 
 
 def lines(*records) -> bytes:
-    return b"".join((r if isinstance(r, bytes) else json.dumps(r, ensure_ascii=False).encode()) + b"\n" for r in records)
+    return b"".join((r if isinstance(r, bytes) else json.dumps(r).encode()) + b"\n" for r in records)
 
 
 # name: (content of the data file, what the message must say)

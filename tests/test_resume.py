@@ -1,4 +1,4 @@
-"""Law 7: kill a run at any moment, start it again, and the metrics are those of the run nobody disturbed, bit for bit."""
+"""Law 7: a run killed at any moment and started again ends as the run nobody disturbed, bit for bit."""
 
 import json
 import os
@@ -17,8 +17,8 @@ MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "n
          "intermediate_size": 96, "dropout": 0.1}
 STEPS, EVERY = 24, 5
 # What the run is doing when it is killed: having written so many steps, or writing the checkpoint of such a step.
-MOMENTS = {"before the first checkpoint": 3, "right after a checkpoint": 5, "while writing a checkpoint": "step_00000010",
-           "between checkpoints": 13, "near the end": 23}
+MOMENTS = {"before the first checkpoint": 3, "right after a checkpoint": 5,
+           "while writing a checkpoint": "step_00000010", "between checkpoints": 13, "near the end": 23}
 
 
 class Run:

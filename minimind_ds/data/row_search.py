@@ -15,10 +15,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# A search looks at this many items before it takes the best fit found; most end within twenty.
+# A search looks at this many items, and at twice the room, before it takes the best fit found; most end by twenty.
 WINDOW = 96
-# How hard repack() tries depends on whether this fill is missed and could be had.
+# repack() tries hard where this fill can be had at all.
 GOOD_FILL = 0.995
+ATTEMPTS = 2000
 
 
 class _Stock:
@@ -49,11 +50,11 @@ class _Stock:
             self.mirror ^= 1 << (self.pack_len - length)
 
     def candidates(self) -> Iterator[int]:
-        """At most WINDOW items: those that earlier searches passed over, then new ones in draw order."""
+        """Items that earlier searches passed over, then new ones in draw order."""
         used, draw_order = self.used, self.draw_order
         self.window = window = [item for item in self.window if not used[item]]
         yield from window
-        while len(window) < WINDOW and self.drawn < len(draw_order):
+        while self.drawn < len(draw_order):
             item = draw_order[self.drawn]
             self.drawn += 1
             if not used[item]:
@@ -96,8 +97,12 @@ def _best_subset(stock: _Stock, room: int) -> list[int]:
     lengths = stock.lengths
     reach, mask = 1, (2 << room) - 1
     before: list[tuple[int, int]] = []
-    for item in stock.candidates():
+    seen = 0
+    for n_seen, item in enumerate(stock.candidates()):
+        if n_seen >= WINDOW and seen >= 2 * room:
+            break
         length = lengths[item]
+        seen += length
         if length <= room:
             before.append((reach, item))
             reach |= (reach << length) & mask
@@ -121,13 +126,13 @@ def _best_subset(stock: _Stock, room: int) -> list[int]:
 
 def _nearest(reach: int, mirror: int, start: int) -> int:
     """The smallest gap >= start at which `reach & (mirror >> gap)` is not 0; if there is none, a gap past all."""
+    # spread[k] has a bit set where one of 2**k neighbouring gaps hits, so the search halves.
     spread = [mirror >> start]
     while not reach & spread[-1]:
-        if not spread[-1]:
-            return mirror.bit_length() + start
-        spread.append(spread[-1] | spread[-1] >> (1 << (len(spread) - 1)))
-        if len(spread) > 40:
-            return mirror.bit_length() + start
+        width = 1 << (len(spread) - 1)
+        if width > spread[0].bit_length():
+            return start + width
+        spread.append(spread[-1] | spread[-1] >> width)
     gap = 0
     for power in range(len(spread) - 2, -1, -1):
         if not reach & (spread[power] >> gap):
@@ -153,38 +158,43 @@ def _walk_back(before: list[tuple[int, int]], total: int, lengths: list[int]) ->
 def repack(rows: list[list[int]], lengths: list[int], pack_len: int, seed: int) -> list[list[int]]:
     """Take a few rows apart, most of them with room left, and fill them again; keep what gathers the room in few rows.
 
-    A small set ends with a handful of items that do not complete each other, and then a row counts: this empties it.
-    It stops at the fewest rows there can be, and gives up early where that is far away or would not show.
+    A small set ends with a handful of items that do not complete each other, and there a row counts: this empties it.
+    `rows` hold items, each an index into `lengths`, which falls.  Stops at the fewest rows there can be.
     """
     dice = random.Random(f"repack {seed}")
     fewest, total = fewest_rows(lengths, pack_len), sum(lengths)
     packed = [(pack_len - sum(lengths[item] for item in row), row) for row in rows]
-    # slack ** 1.5, scaled, in integers: the same decisions on any machine.
-    worth = [math.isqrt(slack**3 << 16) for slack in range(pack_len + 1)]
-    for attempt in range(8000):
-        n_rows = len(packed)
-        short_of_goal = total < GOOD_FILL * n_rows * pack_len and total >= GOOD_FILL * fewest * pack_len
-        if n_rows <= fewest or attempt >= (300 if not short_of_goal else 2000 if n_rows > fewest + 1 else 8000):
+    # room ** 1.5, scaled, in integers: the same decisions on any machine.
+    worth = [math.isqrt(room**3 << 16) for room in range(pack_len + 1)]
+    for attempt in range(ATTEMPTS):
+        could_be_good = total >= GOOD_FILL * fewest * pack_len
+        if len(packed) <= fewest or (attempt >= ATTEMPTS // 8 and not could_be_good):
             break
         packed.sort(reverse=True)
-        n_slack = next((i for i, (slack, _) in enumerate(packed) if not slack), n_rows)
-        chosen = {i for i in (0, 1) if dice.random() < 0.5 and i < n_slack}
-        chosen |= {int(dice.random() * n_slack) for _ in range(int(dice.random() * 7))}
-        while len(chosen) < min(16, n_rows):
-            chosen.add(int(dice.random() * n_rows))
-        items = sorted(item for i in chosen for item in packed[i][1])
+        chosen = _choose_rows([room for room, _ in packed], dice)
+        items = sorted(item for row in chosen for item in packed[row][1])
         draw_order = sorted(range(len(items)), key=lambda _: dice.random())
         local = [lengths[item] for item in items]
-        new = fill_rows(local, pack_len, draw_order, 0)
+        new = [(pack_len - sum(local[i] for i in row), [items[i] for i in row])
+               for row in fill_rows(local, pack_len, draw_order, 0)]
         if len(new) > len(chosen):
             continue
-        refilled = [(pack_len - sum(local[i] for i in row), [items[i] for i in row]) for row in new]
-        gain = sum(worth[slack] for slack, _ in refilled) + (len(chosen) - len(new)) * worth[pack_len]
-        gain -= sum(worth[packed[i][0]] for i in chosen)
-        # A small loss now and then (0 half of the time, else 40, 80, ...) keeps the search from getting stuck.
-        if gain >= (math.frexp(dice.random())[1]) * (40 << 8):
-            packed = [row for i, row in enumerate(packed) if i not in chosen] + refilled
+        gain = sum(worth[room] for room, _ in new) + (len(chosen) - len(new)) * worth[pack_len]
+        gain -= sum(worth[packed[row][0]] for row in chosen)
+        # Half of the time a small loss is let pass (40, 80, 120, ... ever less often): it keeps the search moving.
+        if gain >= math.frexp(dice.random())[1] * (40 << 8):
+            packed = [row for i, row in enumerate(packed) if i not in chosen] + new
     return [row for _, row in packed]
+
+
+def _choose_rows(rooms: list[int], dice: random.Random) -> set[int]:
+    """Sixteen rows; `rooms` falls, and rows with much room are likelier than others."""
+    with_room = next((row for row, room in enumerate(rooms) if not room), len(rooms))
+    chosen = {row for row in (0, 1) if dice.random() < 0.5 and row < with_room}
+    chosen |= {int(dice.random() * with_room) for _ in range(int(dice.random() * 7))}
+    while len(chosen) < min(16, len(rooms)):
+        chosen.add(int(dice.random() * len(rooms)))
+    return chosen
 
 
 def fewest_rows(lengths: list[int], pack_len: int) -> int:

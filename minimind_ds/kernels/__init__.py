@@ -1,58 +1,72 @@
-"""The one door to attention over packed segments and dropless experts, whatever computes them.
+"""The one door to attention over packed segments, dropless experts and the elementwise parts.
 
-A backend is a module with `why_not`, `attention` and `moe`; a new one is a file here and a line in BACKENDS.
+A backend is a module with `why_not(op, device, dtype)` and the functions of the operations it does not refuse; a new
+one is a file here and a line in BACKENDS.
 
-    python -c "from minimind_ds import kernels; print(kernels.resolve('auto', 'cpu', 'bfloat16'))"
+    python -c "from minimind_ds import kernels; print(kernels.resolve('auto', 'cpu', 'bfloat16').reason)"
 """
 
 from __future__ import annotations
 
+import functools
+import pathlib
+import platform
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import reference, sdpa
+from . import compiled, reference, sdpa
 
-# Fastest first: `auto` takes the first that can run.
-BACKENDS = {
+# Fastest first: `auto` takes the first that can run.  What stands behind `reference` has to be asked for by name.
+BACKENDS: dict[str, ModuleType] = {
     "sdpa": sdpa,
     "reference": reference,
+    "compiled": compiled,
 }
-OPS = ("attention", "moe")
+OPS = ("attention", "moe", "elementwise")
+ACTIVATIONS = ("auto", "native", "fp32")
 
 
 class Choice(NamedTuple):
-    """The backend of each operation, and a line saying why."""
+    """What runs: a backend for each operation, the dtype activations are kept in, and a line saying why."""
 
     attention: str
     moe: str
+    elementwise: str
+    activations: torch.dtype
     reason: str
 
 
 def parse(spec: str) -> dict[str, str]:
-    """Reads "auto", a backend's name or "attention=NAME,moe=NAME" (an operation left out is "auto").
+    """Reads "auto", a backend's name or "attention=NAME,moe=NAME,..."; what is left out is "auto".
+
+    Keys are attention, moe, elementwise (a backend each) and activations (native: the parameters' dtype, or fp32).
 
     Raises:
         ValueError: an operation or a backend that does not exist.
     """
+    keys = (*OPS, "activations")
+    asked = dict.fromkeys(keys, "auto")
     if "=" not in spec:
-        asked = dict.fromkeys(OPS, spec.strip())
+        asked.update(dict.fromkeys(OPS, spec.strip()))
     else:
-        asked = dict.fromkeys(OPS, "auto")
         for part in spec.split(","):
-            op, _, name = (word.strip() for word in part.partition("="))
-            if op not in OPS:
-                raise ValueError(f"kernels {spec!r}: no operation {op!r}; the operations are {', '.join(OPS)}")
-            asked[op] = name
-    for name in asked.values():
-        if name != "auto" and name not in BACKENDS:
-            raise ValueError(f"kernels {spec!r}: no backend {name!r}; there are auto, {', '.join(BACKENDS)}")
+            key, _, name = (word.strip() for word in part.partition("="))
+            if key not in keys:
+                raise ValueError(f"kernels {spec!r}: no operation {key!r}; there are {', '.join(keys)}")
+            asked[key] = name
+    for key, name in asked.items():
+        names = ACTIVATIONS if key == "activations" else ("auto", *BACKENDS)
+        if name not in names:
+            raise ValueError(f"kernels {spec!r}: no {key} {name!r}; there are {', '.join(names)}")
     return asked
 
 
+@functools.lru_cache
 def resolve(spec: str, device: torch.device | str, dtype: torch.dtype | str) -> Choice:
-    """Names the backend of each operation for tensors of this device and dtype.
+    """Names what runs each operation for parameters of this device and dtype.
 
     "auto" takes the fastest that can run here; a name is taken at its word.
 
@@ -61,20 +75,53 @@ def resolve(spec: str, device: torch.device | str, dtype: torch.dtype | str) -> 
     """
     device = torch.device(device)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    chosen, reasons = {}, []
-    for op, name in parse(spec).items():
-        refusals = {other: module.why_not(op, device, dtype) for other, module in BACKENDS.items()}
-        if name == "auto":
-            chosen[op] = next(other for other, refusal in refusals.items() if refusal is None)
-            passed = [f"{other}: {refusal}" for other, refusal in refusals.items() if refusal]
-            reasons.append(f"{op} = {chosen[op]} (auto: the fastest that runs {dtype} on {device.type}"
-                           + (f"; not {'; '.join(passed)})" if passed else ")"))
-        elif refusals[name]:
-            raise ValueError(f"kernels: {op} = {name} cannot run here: {refusals[name]}")
-        else:
-            chosen[op] = name
-            reasons.append(f"{op} = {name} (as asked)")
-    return Choice(**chosen, reason=", ".join(reasons))
+    asked = parse(spec)
+    activations, slow = dtype, None
+    if asked["activations"] == "fp32":
+        activations = torch.promote_types(dtype, torch.float32)
+    elif asked["activations"] == "auto":
+        slow = why_slow(device, dtype)
+        activations = torch.float32 if slow else dtype
+    chosen = {op: choose(op, asked[op], device, activations) for op in OPS}
+    how = {op: "auto: the fastest that runs here" if asked[op] == "auto" else "as asked" for op in OPS}
+    parts = [f"{op} = {chosen[op]} ({how[op]})" for op in OPS]
+    parts.append(f"activations = {str(activations).removeprefix('torch.')} ({slow or 'as the parameters'})")
+    return Choice(**chosen, activations=activations, reason=", ".join(parts))
+
+
+def choose(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
+    if name == "auto":
+        return next(other for other, module in BACKENDS.items() if module.why_not(op, device, dtype) is None)
+    refusal = BACKENDS[name].why_not(op, device, dtype)
+    if refusal:
+        raise ValueError(f"kernels: {op} = {name} cannot run here: {refusal}")
+    return name
+
+
+def why_slow(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why products in this dtype are slower than fp32's on this CPU, or None if they are not.
+
+    Told by the CPU's name and flags, not by a stopwatch, so that a resumed run decides the same.  Measured: Intel's
+    AVX512-BF16 without AMX runs half as fast as its fp32, AMD's about twice as fast.
+    """
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    short = "bf16" if dtype == torch.bfloat16 else "fp16"
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if platform.machine() not in ("x86_64", "AMD64") or not cpuinfo.exists():
+        return None
+    text = cpuinfo.read_text()
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    if f"amx_{short}" in flags or ("AuthenticAMD" in text and f"avx512_{short}" in flags):
+        return None
+    return f"this CPU multiplies {short} more slowly than fp32; parameters stay {short}"
+
+
+def backend_module(op: str, backend: str, x: Tensor) -> ModuleType:
+    """A name that has been resolved is only looked up; "auto" and refusals are worked out."""
+    if backend != "auto" and backend not in BACKENDS:
+        raise ValueError(f"kernels: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
+    return BACKENDS[choose(op, backend, x.device, x.dtype)]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backend: str,
@@ -84,7 +131,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     Args:
         q: (T, H, D).  k, v: (T, Hkv, D) with Hkv dividing H: head h reads key head h // (H / Hkv).
         cu_seqlens: (N + 1,) int32, where segments start and end: 0 = first, T = last, not decreasing.
-            On the CPU even when q is on a GPU, where the backend can use it so without waiting for the GPU.
+            On the CPU even when q is on a GPU: backends read it there without waiting for the GPU.
         max_seqlen: the longest segment's length, in tokens.
         backend: "auto" or a name from BACKENDS.
         dropout_p: the probability with which an attention weight is dropped.
@@ -95,8 +142,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     Raises:
         ValueError: an unknown backend, or one that cannot run on this device and dtype.
     """
-    name = resolve(f"attention={backend}", q.device, q.dtype).attention
-    return BACKENDS[name].attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p)
+    module = backend_module("attention", backend, q)
+    return module.attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p)
 
 
 def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, *, backend: str) -> Tensor:
@@ -114,5 +161,19 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
     Raises:
         ValueError: an unknown backend, or one that cannot run on this device and dtype.
     """
-    name = resolve(f"moe={backend}", x.device, x.dtype).moe
-    return BACKENDS[name].moe(x, gate_up, down, weights, experts)
+    return backend_module("moe", backend, x).moe(x, gate_up, down, weights, experts)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in at least fp32, then in x's dtype."""
+    return backend_module("elementwise", backend, x).rms_norm(x, weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor, *, backend: str) -> Tensor:
+    """silu(gate) * up."""
+    return backend_module("elementwise", backend, gate).swiglu(gate, up)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str) -> Tensor:
+    """Rotary embedding, halves convention: x (T, H, D), cos and sin (T, D / 2) -> (T, H, D)."""
+    return backend_module("elementwise", backend, x).rotate(x, cos, sin)

@@ -51,12 +51,11 @@ class RMSNorm(Function):
         return *rms_norm_backward(dy, *ctx.saved_tensors), None
 
 
-def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """-> dgate, dup."""
-    dup = F.silu(gate).mul_(dy)
-    dgate = dy * up
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, *, dgate: Tensor, dup: Tensor):
+    """Fills dgate and dup."""
+    torch.ops.aten.silu.out(gate, out=dup).mul_(dy)
+    torch.mul(dy, up, out=dgate)
     torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-    return dgate, dup
 
 
 class SwiGLU(Function):
@@ -68,7 +67,29 @@ class SwiGLU(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return swiglu_backward(dy, *ctx.saved_tensors)
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        swiglu_backward(dy, gate, up, dgate=dgate, dup=dup)
+        return dgate, dup
+
+
+class JoinedSwiGLU(Function):
+    """SwiGLU of (..., 2 I), gate then up: the gradient is born joined, where chunk's own would copy it together."""
+
+    @staticmethod
+    def forward(ctx, gate_up):
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate_up, = ctx.saved_tensors
+        dgate_up = torch.empty_like(gate_up)
+        (gate, up), (dgate, dup) = gate_up.chunk(2, dim=-1), dgate_up.chunk(2, dim=-1)
+        swiglu_backward(dy, gate, up, dgate=dgate, dup=dup)
+        return dgate_up
 
 
 def rotate_halves(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:

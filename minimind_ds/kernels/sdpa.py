@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .elementwise import rms_norm, rotate, swiglu
+from .elementwise import JoinedSwiGLU, rms_norm, rotate, swiglu
 
 __all__ = ["attention", "moe", "rms_norm", "rotate", "swiglu", "why_not"]
 
@@ -72,8 +72,8 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
     place_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(T * K, device=x.device))
     counts_E = torch.bincount(experts.flatten(), minlength=E)
     x_MC = Permute.apply(x[:, None].expand(T, K, -1).reshape(T * K, -1), order_M, place_M)
-    gate_MI, up_MI = grouped_linear(x_MC, gate_up, counts_E).chunk(2, dim=-1)
-    y_MC = grouped_linear(swiglu(gate_MI, up_MI), down, counts_E)
+    hidden_MI = JoinedSwiGLU.apply(grouped_linear(x_MC, gate_up, counts_E))
+    y_MC = grouped_linear(hidden_MI, down, counts_E)
     y_TKC = Permute.apply(y_MC, place_M, order_M).view(T, K, -1)
     return (y_TKC * weights.to(x.dtype)[..., None]).sum(dim=1)
 

@@ -2,8 +2,8 @@
 
     deepspeed --num_gpus 2 tests/ranks/layouts.py OUT_DIR ACCUMULATION [extra run flags]
 
-Runs every ZeRO stage on a small dense and a small MoE model: the gradients of the first step, then three steps.  Rank 0
-writes OUT_DIR/<model>_<stage>.safetensors (gradients) and OUT_DIR/losses.json.
+Runs every ZeRO stage on a small dense and a small MoE model: the gradients of the first step, then three steps.
+Rank 0 writes OUT_DIR/<model>_<stage>.safetensors (gradients) and OUT_DIR/losses.json.
 """
 
 import json
@@ -29,13 +29,14 @@ MODELS = {"dense": {}, "moe": {"use_moe": True, "moe_intermediate_size": 48}}
 STEPS = 3
 
 
-def make_job(layout, out: pathlib.Path, model: str, stage: int, accumulation: int, extra: list[str]):
+def make_job(layout, out: pathlib.Path, model: str, stage: int, accumulation: int, extra: list[str],
+             dtype: str = "fp32"):
     yaml = out / f"{model}_{layout.rank}.yaml"
     fields = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
               "intermediate_size": 96, **MODELS[model]}
     yaml.write_text("preset: debug\nmodel: " + json.dumps(fields), encoding="utf-8")
     return prepare("sft", ["--config", str(yaml), "--deepspeed", str(ROOT / "ds_configs" / f"zero{stage}.json"),
-                           "--save_dir", str(out / "run"), "--cache_dir", str(out / "cache"), "--dtype", "fp32",
+                           "--save_dir", str(out / "run"), "--cache_dir", str(out / "cache"), "--dtype", dtype,
                            "--max_seq_len", "128", "--pack_len", "128", "--batch_size", "2", "--learning_rate", "1e-2",
                            "--accumulation_steps", str(accumulation), "--warmup_ratio", "0", *extra], layout)
 

@@ -1,0 +1,59 @@
+"""A gradient that is not finite must not reach the weights, for tests/test_training.py.
+
+    deepspeed --num_gpus 2 tests/ranks/non_finite.py OUT_DIR
+
+At every stage, in fp32 and bf16: one good step, then one whose gradients (not its loss) are NaN on rank 1 alone.  The
+trainer's own step must raise on both ranks and leave the weights as they were, bit for bit.
+"""
+
+import json
+import pathlib
+import sys
+
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from minimind_ds import engine  # noqa: E402
+from minimind_ds.engine import NonFinite  # noqa: E402
+from minimind_ds.train import build_engine, fetch, train_step  # noqa: E402
+from tests.ranks.layouts import make_job  # noqa: E402
+
+
+def poison(module, inputs, output):
+    output.register_hook(lambda grad: grad * float("nan"))
+
+
+def attempt(job) -> tuple[str, bool, bool]:
+    """-> (what was raised, whether the good step moved the weights, whether the bad one did)."""
+    ds_engine = build_engine(job)
+    batches = fetch(job, 0, range(2))
+    at_first = engine.full_weights(ds_engine, job.stage)
+    train_step(job, ds_engine, job.plans[0], 0, batches)
+    before = engine.full_weights(ds_engine, job.stage)
+    if job.layout.rank == 1:
+        ds_engine.module.model.norm.register_forward_hook(poison)
+    said = "nothing"
+    try:
+        train_step(job, ds_engine, job.plans[0], 1, batches)
+    except NonFinite as error:
+        said = str(error)
+    after = engine.full_weights(ds_engine, job.stage)
+    moved = [any(not torch.equal(a[name], b[name]) for name in a) for a, b in ((at_first, before), (before, after))]
+    return said, *moved
+
+
+def main(out: pathlib.Path) -> None:
+    layout = engine.read_layout()
+    engine.start(layout)
+    results = {}
+    for dtype in ("fp32", "bf16"):
+        for stage in range(4):
+            job = make_job(layout, out, "dense", stage, 2, [], dtype)
+            results[f"{dtype} {stage}"] = attempt(job)
+    (out / f"non_finite_{layout.rank}.json").write_text(json.dumps(results))
+    engine.stop()
+
+
+if __name__ == "__main__":
+    main(pathlib.Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank"))))
