@@ -68,7 +68,7 @@ def test_the_choices_of_the_program_are_said_once(trained):
 
 
 def test_pretraining_runs_on_text_and_its_weights_start_sft(tmp_path, deepspeed):
-    words = flags(tmp_path, 3, max_steps=4, dtype="fp32")
+    words = flags(tmp_path, 3, max_steps=10, dtype="fp32", learning_rate=0.01)
     deepspeed(1, "launch/pretrain.py", *words)
     weights = tmp_path / "run" / "pretrain_48.safetensors"
     assert weights.exists() and all(line["labelled_tokens"] > line["tokens"] * 0.8 for line in metrics(tmp_path))

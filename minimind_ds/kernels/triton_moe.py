@@ -58,7 +58,7 @@ def rows_tile(pointers_M1, columns, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     return tl.load(pointers_M1 + columns[None, :], mask=(columns < WIDTH)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks"])
 def gate_up_kernel(x_ptr, weight_ptr, gate_up_ptr, hidden_ptr, order_ptr, blocks_ptr, n_blocks,
                    C: tl.constexpr, I: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                    DEPTH: tl.constexpr, SWIZZLE: tl.constexpr, SAVE: tl.constexpr, ACC: tl.constexpr):
@@ -92,7 +92,7 @@ def gate_up_kernel(x_ptr, weight_ptr, gate_up_ptr, hidden_ptr, order_ptr, blocks
     tl.store(hidden_ptr + row * I + column[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_blocks"])
 def linear_kernel(a_ptr, weight_ptr, scale_ptr, out_ptr, order_ptr, blocks_ptr, n_blocks,
                   N: tl.constexpr, D: tl.constexpr, TRANSPOSED: tl.constexpr, SCALED: tl.constexpr,
                   ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SWIZZLE: tl.constexpr,
@@ -238,3 +238,32 @@ def weight_gradient_kernel(a_ptr, b_ptr, out_ptr, order_ptr, offsets_ptr, E, P: 
         out = tl.dot(tl.trans(a), b, out, input_precision="ieee", out_dtype=ACC)
     pointers = out_ptr + (share * E + expert).to(tl.int64) * (P * Q) + p[:, None] * Q + q[None, :]
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
+
+
+class Sizes(NamedTuple):
+    """A kernel's tile: `rows` x `columns` of output, `depth` summed over at a time; `parts` of the epilogue."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+    parts: int = 1
+
+
+# From compiled resource tables (docs/KERNELS.md): no spills on sm_80 and sm_90, wgmma's full width on sm_90.
+# gate_up computes two tiles of its columns.  All kernels over rows share one table of row blocks, so one `rows`.
+HALF = {
+    "gate_up": Sizes(128, 128, 64, 8, 3),
+    "linear": Sizes(128, 256, 64, 8, 3),
+    "hidden_gradient": Sizes(128, 128, 64, 4, 3, parts=2),
+    "gate_up_gradient": Sizes(128, 256, 64, 8, 3),
+    "down_gradient": Sizes(256, 128, 64, 8, 3),
+}
+FULL = {
+    "gate_up": Sizes(64, 32, 16, 4, 2),
+    "linear": Sizes(64, 64, 16, 4, 2),
+    "hidden_gradient": Sizes(64, 64, 16, 4, 2),
+    "gate_up_gradient": Sizes(64, 64, 16, 4, 2),
+    "down_gradient": Sizes(64, 64, 16, 4, 2),
+}

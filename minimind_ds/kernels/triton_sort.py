@@ -112,7 +112,8 @@ def plan(experts: Tensor, E: int, rows: int, *, programs: int = PROGRAMS) -> Pla
     BLOCK = max(16, ONE_HOT // E_PAD)
     span = triton.cdiv(triton.cdiv(M, programs), BLOCK) * BLOCK
     used = max(1, triton.cdiv(M, max(span, 1)))
-    n_blocks = triton.cdiv(M, rows) + E
+    # Every expert may leave one block short of rows, by all but one of them.
+    n_blocks = (M + E * (rows - 1)) // rows
     counts = torch.empty(used, E_PAD, dtype=torch.int32, device=device)
     made = Plan(torch.empty(M, dtype=torch.int32, device=device), torch.empty(E + 1, dtype=torch.int32, device=device),
                 torch.empty(n_blocks, 4, dtype=torch.int32, device=device))
