@@ -84,12 +84,13 @@ def gate_up_kernel(x_ptr, weight_ptr, gate_up_ptr, hidden_ptr, order_ptr, blocks
         up = tl.dot(x, tl.trans(u), up, input_precision="ieee", out_dtype=ACC)
     hidden = gate / (1 + tl.exp(-gate)) * up
     valid = (row < end)[:, None] & (column < I)[None, :]
-    row = row.to(tl.int64)[:, None]
+    within = tl.arange(0, ROWS)[:, None]
     if SAVE:
-        saved = gate_up_ptr + row * (2 * I) + column[None, :]
+        saved = gate_up_ptr + first.to(tl.int64) * (2 * I) + within * (2 * I) + column[None, :]
         tl.store(saved, gate.to(gate_up_ptr.dtype.element_ty), mask=valid)
         tl.store(saved + I, up.to(gate_up_ptr.dtype.element_ty), mask=valid)
-    tl.store(hidden_ptr + row * I + column[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=valid)
+    hidden_rows = hidden_ptr + first.to(tl.int64) * I + within * I
+    tl.store(hidden_rows + column[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
@@ -108,7 +109,7 @@ def linear_kernel(a_ptr, weight_ptr, scale_ptr, out_ptr, order_ptr, blocks_ptr, 
     EVEN: tl.constexpr = D % DEPTH == 0 and N % COLUMNS == 0
     row = first + tl.arange(0, ROWS)
     inside = tl.minimum(row, end - 1)
-    a_rows = a_ptr + (inside.to(tl.int64) * D)[:, None]
+    a_rows = a_ptr + first.to(tl.int64) * D + ((inside - first) * D)[:, None]
     weight = weight_ptr + expert.to(tl.int64) * (N * D)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     out = tl.zeros([ROWS, COLUMNS], ACC)
@@ -180,9 +181,10 @@ def hidden_gradient_kernel(dy_ptr, down_ptr, scale_ptr, gate_up_ptr, dgate_up_pt
         dhidden = tl.dot(dy, w, dhidden, input_precision="ieee", out_dtype=ACC)
     scale = tl.load(scale_ptr + choice).to(ACC)
     valid = row < end
-    row = row.to(tl.int64)[:, None]
-    gate_up_rows, dgate_up_rows = gate_up_ptr + row * (2 * I), dgate_up_ptr + row * (2 * I)
-    hidden_rows = hidden_ptr + row * I
+    within = tl.arange(0, ROWS)[:, None]
+    gate_up_rows = gate_up_ptr + first.to(tl.int64) * (2 * I) + within * (2 * I)
+    dgate_up_rows = dgate_up_ptr + first.to(tl.int64) * (2 * I) + within * (2 * I)
+    hidden_rows = hidden_ptr + first.to(tl.int64) * I + within * I
     WIDTH: tl.constexpr = COLUMNS // PARTS
     column = block * COLUMNS + tl.arange(0, WIDTH)
     if PARTS == 1:
@@ -227,15 +229,15 @@ def weight_gradient_kernel(a_ptr, b_ptr, out_ptr, order_ptr, offsets_ptr, E, P: 
     token = tl.load(order_ptr + first + inner, mask=first + inner < end, other=0) // K
     for start in range(first, end, DEPTH):
         row = start + inner
-        valid = (row < end)[:, None]
+        valid = row < end
         a_row = token if GATHER_A else row
         b_row = token if GATHER_B else row
-        a_mask = valid if P % HEIGHT == 0 else valid & (p < P)[None, :]
-        b_mask = valid if Q % COLUMNS == 0 else valid & (q < Q)[None, :]
-        a = tl.load(a_ptr + (a_row.to(tl.int64) * P)[:, None] + p[None, :], mask=a_mask, other=0.0)
+        a_mask = valid[None, :] if P % HEIGHT == 0 else valid[None, :] & (p < P)[:, None]
+        b_mask = valid[:, None] if Q % COLUMNS == 0 else valid[:, None] & (q < Q)[None, :]
+        a = tl.load(a_ptr + (a_row.to(tl.int64) * P)[None, :] + p[:, None], mask=a_mask, other=0.0)
         b = tl.load(b_ptr + (b_row.to(tl.int64) * Q)[:, None] + q[None, :], mask=b_mask, other=0.0)
         token = tl.load(order_ptr + row + DEPTH, mask=row + DEPTH < end, other=0) // K
-        out = tl.dot(tl.trans(a), b, out, input_precision="ieee", out_dtype=ACC)
+        out = tl.dot(a, b, out, input_precision="ieee", out_dtype=ACC)
     pointers = out_ptr + (share * E + expert).to(tl.int64) * (P * Q) + p[:, None] * Q + q[None, :]
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
 

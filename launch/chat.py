@@ -1,0 +1,73 @@
+"""Talk to a trained model, or ask it one question.
+
+    python launch/chat.py --weight out/sft
+    python launch/chat.py --weight out/sft --prompt "What is the opposite of hot?" --temperature 0
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import sys
+
+# Works from a checkout that was not installed, and whatever the working directory is.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+# transformers must not look for anything on the network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch  # noqa: E402
+
+from minimind_ds import chat  # noqa: E402
+from minimind_ds.export import DTYPES  # noqa: E402
+from minimind_ds.run_config import OneLineParser  # noqa: E402
+
+
+def parser() -> OneLineParser:
+    p = OneLineParser(prog="python launch/chat.py", description=__doc__.split("\n")[0])
+    p.add_argument("--weight", required=True, help="run folder, its .safetensors file, or exported folder")
+    p.add_argument("--tokenizer", help="another tokenizer than the one beside the weights")
+    p.add_argument("--prompt", help="ask this and leave; without it: a conversation")
+    p.add_argument("--system", default="", help="system prompt (default: none)")
+    p.add_argument("--history", type=int, default=8, help="earlier question-answer pairs sent along (default: 8)")
+    p.add_argument("--open_thinking", action="store_true", help="leave the think block open for the model to fill")
+    own = chat.Sampling()
+    p.add_argument("--temperature", type=float, default=own.temperature,
+                   help=f"0: greedy (default: {own.temperature})")
+    p.add_argument("--top_p", type=float, default=own.top_p,
+                   help=f"draw from the likeliest tokens that hold this share (default: {own.top_p})")
+    p.add_argument("--top_k", type=int, default=own.top_k, help="draw from this many tokens; 0: all (default: 0)")
+    p.add_argument("--repetition_penalty", type=float, default=own.repetition_penalty,
+                   help=f"above 1: repeats less (default: {own.repetition_penalty})")
+    p.add_argument("--max_new_tokens", type=int, default=own.max_new_tokens,
+                   help=f"longest answer in tokens (default: {own.max_new_tokens})")
+    p.add_argument("--seed", type=int, help="the same seed draws the same answers (default: another each time)")
+    p.add_argument("--dtype", choices=tuple(DTYPES), help="precision (default: that of the weights)")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                   help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    return p
+
+
+def main(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
+    try:
+        if args.history < 0:
+            raise ValueError(f"--history is {args.history}; it must be at least 0")
+        sampling = chat.Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+                                 repetition_penalty=args.repetition_penalty, max_new_tokens=args.max_new_tokens)
+        dtype = DTYPES[args.dtype] if args.dtype else None
+        model, tok = chat.load_model(args.weight, args.tokenizer, dtype=dtype, device=args.device)
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+        talk = chat.Chat(model, tok, sampling, args.system, args.history, args.open_thinking)
+        if args.prompt is None:
+            chat.converse(talk)
+        else:
+            chat.answer(talk, args.prompt)
+    except ValueError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,170 @@
+"""Every backend against the reference, the reference against textbook formulas, gradients against differences."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minimind_ds import kernels
+
+LENGTHS = [[1], [2, 1, 1, 3], [63, 64, 65], [300, 1, 17], [5, 0, 3]]
+# Relative to the largest entry; half precision is judged against the reference in fp32 on the same rounded inputs.
+BOUNDS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+OTHERS = [name for name in kernels.BACKENDS if name not in ("reference", "compiled")
+          and kernels.BACKENDS[name].why_not("attention", torch.device("cpu"), torch.float32) is None]
+
+
+def cu_seqlens(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def attention_inputs(lengths, heads, kv_heads, size, dtype):
+    generator = torch.Generator().manual_seed(sum(lengths) + size)
+    total = sum(lengths)
+    return [torch.randn(total, h, size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+            for h in (heads, kv_heads, kv_heads)]
+
+
+def moe_inputs(tokens, size, inner, experts, k, dtype):
+    generator = torch.Generator().manual_seed(tokens + k)
+    draw = [torch.randn(*shape, generator=generator, dtype=torch.float64)
+            for shape in ((tokens, size), (experts, 2 * inner, size), (experts, size, inner))]
+    weights, chosen = torch.rand(tokens, experts, generator=generator, dtype=torch.float64).softmax(-1).topk(k)
+    return [x.to(dtype).requires_grad_() for x in (*draw, weights)], chosen
+
+
+def with_gradients(function, inputs):
+    """Output and gradients of a weighted sum, at least fp32."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    out = function(*inputs)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    return [out.detach(), *(x.grad for x in inputs)]
+
+
+def assert_close(ours, theirs, bound):
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.double() - b.double()).abs().max() <= bound * b.double().abs().max().clamp(min=1e-30)
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("heads, kv_heads, size", [(4, 4, 32), (4, 2, 96), (4, 1, 64)])
+def test_attention_equals_the_reference(backend, dtype, lengths, heads, kv_heads, size):
+    inputs = attention_inputs(lengths, heads, kv_heads, size, dtype)
+    wide = [x.to(torch.promote_types(dtype, torch.float32)) for x in inputs]
+    bounds, longest = cu_seqlens(lengths), max(lengths)
+    ours = with_gradients(lambda *x: kernels.attention(*x, bounds, longest, backend=backend), inputs)
+    theirs = with_gradients(lambda *x: kernels.attention(*x, bounds, longest, backend="reference"), wide)
+    assert ours[0].dtype == dtype
+    assert_close(ours, theirs, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+@pytest.mark.parametrize("tokens, experts, k", [(1, 4, 1), (3, 8, 2), (130, 4, 1), (130, 4, 4), (64, 1, 1)])
+def test_moe_equals_the_reference(backend, dtype, tokens, experts, k):
+    inputs, chosen = moe_inputs(tokens, 48, 24, experts, k, dtype)
+    wide = [x.to(torch.promote_types(dtype, torch.float32)) for x in inputs]
+    ours = with_gradients(lambda *x: kernels.moe(*x, chosen, backend=backend), inputs)
+    theirs = with_gradients(lambda *x: kernels.moe(*x, chosen, backend="reference"), wide)
+    assert ours[0].dtype == dtype
+    assert_close(ours, theirs, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("backend", ["reference", *OTHERS])
+def test_an_expert_that_nobody_chose_has_a_gradient_of_zeros(backend):
+    (x, gate_up, down, weights), _ = moe_inputs(7, 8, 4, 4, 1, torch.float32)
+    chosen = torch.tensor([[0], [2]] * 3 + [[0]])
+    # Memory that was used before: a gradient that is allocated and not written would show.
+    poison = [torch.full_like(parameter, torch.nan) for parameter in (gate_up, down)]
+    del poison
+    kernels.moe(x, gate_up, down, weights, chosen, backend=backend).sum().backward()
+    for grad in (gate_up.grad, down.grad):
+        assert (grad[1] == 0).all() and (grad[3] == 0).all()
+        assert grad[0].norm() > 0 and grad[2].norm() > 0
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_elementwise_operations_equal_the_reference(backend, dtype):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    angle = torch.rand(9, 16, generator=generator) * 6
+    cases = {
+        "rms_norm": ([draw(9, 3, 32), draw(32)], lambda x, w, **on: kernels.rms_norm(x, w, 1e-6, **on)),
+        "swiglu": ([draw(9, 40), draw(9, 40)], kernels.swiglu),
+        "rotate": ([draw(9, 3, 32)], lambda x, **on: kernels.rotate(x, angle.cos(), angle.sin(), **on)),
+    }
+    for inputs, function in cases.values():
+        wide = [x.to(torch.promote_types(dtype, torch.float32)) for x in inputs]
+        ours = with_gradients(lambda *x: function(*x, backend=backend), inputs)
+        assert ours[0].dtype == dtype
+        assert_close(ours, with_gradients(lambda *x: function(*x, backend="reference"), wide), BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("backend", ["reference", *OTHERS])
+def test_gradients_are_those_of_finite_differences(backend):
+    lengths = [1, 4, 3]
+    q_k_v = attention_inputs(lengths, 4, 2, 4, torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda *x: kernels.attention(*x, cu_seqlens(lengths), 4, backend=backend), q_k_v)
+    inputs, chosen = moe_inputs(5, 4, 3, 3, 2, torch.float64)
+    assert torch.autograd.gradcheck(lambda *x: kernels.moe(*x, chosen, backend=backend), inputs)
+    x, gate_up, _, _ = inputs
+    assert torch.autograd.gradcheck(lambda x, w: kernels.rms_norm(x, w[0, 0], 1e-3, backend=backend), (x, gate_up))
+    assert torch.autograd.gradcheck(lambda x, y: kernels.swiglu(x, 2 * y, backend=backend), (x, x))
+    angle = torch.arange(8.0, dtype=torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda q: kernels.rotate(q, angle.cos()[:, None].expand(8, 2), angle.sin()[:, None].expand(8, 2),
+                                 backend=backend), q_k_v[:1])
+
+
+def test_reference_attention_is_masked_softmax():
+    lengths = [3, 1, 6]
+    q, k, v = (x.detach() for x in attention_inputs(lengths, 4, 2, 8, torch.float64))
+    segment = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    mask = (segment[:, None] == segment[None]) & torch.ones(10, 10, dtype=torch.bool).tril()
+    expected = F.scaled_dot_product_attention(q.transpose(0, 1), k.repeat_interleave(2, 1).transpose(0, 1),
+                                              v.repeat_interleave(2, 1).transpose(0, 1), attn_mask=mask)
+    ours = kernels.attention(q, k, v, cu_seqlens(lengths), 6, backend="reference")
+    torch.testing.assert_close(ours, expected.transpose(0, 1), rtol=1e-12, atol=1e-12)
+
+
+def test_reference_moe_is_the_sum_over_chosen_experts_token_by_token():
+    (x, gate_up, down, weights), chosen = moe_inputs(6, 8, 4, 3, 2, torch.float64)
+    expected = torch.zeros(6, 8, dtype=torch.float64)
+    for t in range(6):
+        for weight, e in zip(weights[t], chosen[t]):
+            gate, up = gate_up[e, :4] @ x[t], gate_up[e, 4:] @ x[t]
+            expected[t] += weight * (down[e] @ (F.silu(gate) * up))
+    torch.testing.assert_close(kernels.moe(x, gate_up, down, weights, chosen, backend="reference"), expected,
+                               rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", *OTHERS])
+def test_attention_dropout_keeps_the_mean(backend):
+    q = torch.zeros(64, 2, 8)
+    v = torch.ones(64, 2, 8)
+    torch.manual_seed(0)
+    out = kernels.attention(q, q, v, cu_seqlens([64]), 64, backend=backend, dropout_p=0.3)
+    assert out.std() > 0 and abs(out.mean() - 1) < 0.1
+
+
+def test_names_that_do_not_exist_are_refused_with_those_that_do():
+    for spec in ("warp", "attention=warp", "moe=", "conv=sdpa", "activations=bf8"):
+        with pytest.raises(ValueError, match="there are"):
+            kernels.resolve(spec, "cpu", torch.float32)
+    with pytest.raises(ValueError, match="sdpa"):
+        kernels.attention(*(torch.zeros(1, 1, 8),) * 3, cu_seqlens([1]), 1, backend="warp")
+    with pytest.raises(ValueError, match="cannot run here: only the elementwise"):
+        kernels.resolve("attention=compiled", "cpu", torch.float32)
+
+
+def test_choice_names_every_operation_and_says_why():
+    choice = kernels.resolve("attention=reference,activations=native", "cpu", "bfloat16")
+    assert (choice.attention, choice.moe, choice.activations) == ("reference", "sdpa", torch.bfloat16)
+    assert all(f"{op} = " in choice.reason for op in (*kernels.OPS, "activations"))
+    assert "as asked" in choice.reason and "auto" in choice.reason
