@@ -246,7 +246,7 @@ def converse(chat: Chat, lines: Callable[[str], str] = input):
     print("/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer.", file=sys.stderr)
     while True:
         try:
-            question = lines("> ").strip()
+            question = lines("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
         except KeyboardInterrupt:

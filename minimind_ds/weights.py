@@ -272,7 +272,7 @@ def read_pth(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: refused: it is not a plain file of tensors (torch.load with weights_only=True "
                          f"does not read it)") from None
     except (RuntimeError, OSError, EOFError, KeyError) as error:
-        raise ValueError(f"{path}: not a readable .pth file: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path}: not a readable .pth file: {str(error).partition(chr(10))[0]}") from None
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not (isinstance(state, dict) and state and all(isinstance(tensor, Tensor) for tensor in state.values())):

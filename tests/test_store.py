@@ -58,11 +58,11 @@ def built_at(store):
 
 
 def test_the_store_holds_what_build_sample_makes_one_by_one(data, build, tok):
-    store = build(data)
+    store = build(data, max_seq_len=58)
     assert len(store) == 60 and store.stats["cut"] > 0
     assert all(tensor.dtype.is_signed for tensor in (store[0].input_ids, store[0].labels))
     for i, (line, record) in enumerate(read_records(data, "conversations")):
-        expected = build_sample(record, tok, 64)
+        expected = build_sample(record, tok, 58)
         assert store[i].input_ids.tolist() == expected.input_ids.tolist()
         assert store[i].labels.tolist() == expected.labels.tolist()
         assert store.lines[i] == line and store.lengths[i] == len(expected.input_ids)

@@ -20,11 +20,12 @@ from __future__ import annotations
 import contextlib
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .schedule import schedule
 
 # Softmax runs in base 2: exp2 is one instruction.
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -171,7 +172,7 @@ def query_gradient_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta
 def key_gradient_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, T,
                         Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
                         H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-                        HEADS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr,
+                        BLOCK: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr,
                         ACC: tl.constexpr, PRECISION: tl.constexpr):
     """dk and dv (T, Hkv, D).  One program: KEYS keys of one key head, against all later queries of its group.
 
@@ -197,27 +198,27 @@ def key_gradient_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_pt
         v1 = load_rows(v_block, key_row * V_STRIDE, here, D0, D1, D)
         dk1 = tl.zeros([KEYS, D1], ACC)
         dv1 = tl.zeros([KEYS, D1], ACC)
-    row = tl.arange(0, HEADS * BLOCK)
-    TURNS: tl.constexpr = H // HKV // HEADS
-    for turn in range(0, tl.cdiv(end - first, BLOCK) * TURNS):
-        token = first + turn // TURNS * BLOCK + row % BLOCK
-        head = kv_head * (H // HKV) + turn % TURNS * HEADS + row // BLOCK
+    row = tl.arange(0, BLOCK)
+    GROUP: tl.constexpr = H // HKV
+    for turn in range(0, tl.cdiv(end - first, BLOCK) * GROUP):
+        head = kv_head * GROUP + turn % GROUP
+        token = first + turn // GROUP * BLOCK + row
         valid = token < end
-        token64 = first64 + turn // TURNS * BLOCK
-        q_offsets = row % BLOCK * Q_STRIDE + head * D
-        offsets = row % BLOCK * (H * D) + head * D
+        token64 = first64 + turn // GROUP * BLOCK
+        q_block = q_ptr + token64 * Q_STRIDE + head * D
+        dout_block = dout_ptr + token64 * (H * D) + head * D
         statistics = head.to(tl.int64) * T + token
         lse = tl.load(lse_ptr + statistics, mask=valid, other=0.0)
         delta = tl.load(delta_ptr + statistics, mask=valid, other=0.0)
-        q0 = load_rows(q_ptr + token64 * Q_STRIDE, q_offsets, valid, 0, D0, D)
-        dout0 = load_rows(dout_ptr + token64 * (H * D), offsets, valid, 0, D0, D)
+        q0 = load_rows(q_block, row * Q_STRIDE, valid, 0, D0, D)
+        dout0 = load_rows(dout_block, row * (H * D), valid, 0, D0, D)
         scores = tl.dot(k0, tl.trans(q0), input_precision=PRECISION, out_dtype=ACC)
         # The product with v starts from -delta instead of 0, which costs neither an instruction nor registers.
-        minus_delta = tl.zeros([KEYS, HEADS * BLOCK], ACC) - delta[None, :]
+        minus_delta = tl.zeros([KEYS, BLOCK], ACC) - delta[None, :]
         dweights = tl.dot(v0, tl.trans(dout0), minus_delta, input_precision=PRECISION, out_dtype=ACC)
         if D1 > 0:
-            q1 = load_rows(q_ptr + token64 * Q_STRIDE, q_offsets, valid, D0, D1, D)
-            dout1 = load_rows(dout_ptr + token64 * (H * D), offsets, valid, D0, D1, D)
+            q1 = load_rows(q_block, row * Q_STRIDE, valid, D0, D1, D)
+            dout1 = load_rows(dout_block, row * (H * D), valid, D0, D1, D)
             scores = tl.dot(k1, tl.trans(q1), scores, input_precision=PRECISION, out_dtype=ACC)
             dweights = tl.dot(v1, tl.trans(dout1), dweights, input_precision=PRECISION, out_dtype=ACC)
         # Queries past the end have q = dout = lse = delta = 0 and add nothing; keys past it are not stored.
@@ -240,7 +241,10 @@ def key_gradient_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_pt
 
 
 class Config(NamedTuple):
-    """One kernel's launch: rows (queries x heads) and keys of its tiles, warps, and loads in flight in its loop."""
+    """One kernel's launch: rows (queries x heads) and keys of its tiles, warps, stages of loads in its loop.
+
+    `registers` is a bound per thread, where the compiler takes more than it needs and a third block would not fit.
+    """
 
     rows: int
     keys: int
@@ -279,62 +283,24 @@ def architecture() -> int:
 
 
 def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
-    """Launch sizes of "forward", "query_gradient" or "key_gradient", from compiled resource tables (docs/KERNELS.md)."""
+    """Launch sizes of "forward", "query_gradient" or "key_gradient".
+
+    Chosen from what compiled code needs (docs/KERNELS.md has the table): no spills with Triton 3.6 and 3.9, and the
+    most blocks on an SM.  A document's bits depend on these alone, so no tuner may pick them by the clock.
+    """
     if dtype == torch.float64:
         return Config(16, 16, 4, 1)
     if dtype == torch.float32:
-        return Config(32, 32, 4, 1)
-    return Config(64, 64, 4, 2)
-
-
-def tiles_on_cpu(bounds: np.ndarray, block: int) -> np.ndarray:
-    """Tiles of at most `block` tokens that cover every document: (n, 4) int32 rows of first, start, end, 0.
-
-    `first` is the tile's first token, `start` and `end` are its document's bounds.  Longest documents come first, and
-    in each its last tile, which has the most keys to go through: the short ones fill the gaps at the end.  A
-    document's tiles stay together, so that its keys and values are read from memory once and then from the cache.
-    """
-    lengths = np.diff(bounds)
-    order = np.argsort(-lengths, kind="stable")
-    counts = -(-lengths[order] // block)
-    document = np.repeat(order, counts)
-    from_last = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
-    tiles = np.zeros((len(document), 4), dtype=np.int32)
-    tiles[:, 0] = bounds[document] + (np.repeat(counts, counts) - 1 - from_last) * block
-    tiles[:, 1] = bounds[document]
-    tiles[:, 2] = bounds[document + 1]
-    return tiles
-
-
-def tiles_on_device(cu_seqlens: Tensor, n_tokens: int, block: int) -> Tensor:
-    """The same tiles without asking the device for a number: as many rows as there can be, the rest empty."""
-    bounds = cu_seqlens.long()
-    lengths, order = bounds.diff().sort(descending=True, stable=True)
-    ends = ((lengths + block - 1) // block).cumsum(0)
-    item = torch.arange(n_tokens // block + len(lengths), device=bounds.device)
-    place = torch.searchsorted(ends, item, right=True)
-    used = place < len(lengths)
-    place = place.clamp(max=len(lengths) - 1)
-    start, end = bounds[order[place]], bounds[order[place] + 1]
-    first = start + (ends[place] - 1 - item) * block
-    return torch.stack((first, start, end, start), dim=1).where(used[:, None], 0).int()
-
-
-def schedule(cu_seqlens: Tensor, n_tokens: int, block: int, device: torch.device) -> Tensor:
-    """(n, 4) int32 tiles on `device`, made once per `cu_seqlens` and remembered on that tensor.
-
-    A micro-batch has one `cu_seqlens`, so its layers share one schedule, forward and backward.  From the CPU it goes
-    over as one asynchronous copy out of pinned memory.
-    """
-    made = cu_seqlens.__dict__.setdefault("_attention_tiles", {})
-    key = (block, device, cu_seqlens._version)
-    if key not in made:
-        if cu_seqlens.device.type == "cpu":
-            tiles = torch.from_numpy(tiles_on_cpu(cu_seqlens.numpy().astype(np.int64), block))
-            made[key] = tiles if device.type == "cpu" else tiles.pin_memory().to(device, non_blocking=True)
-        else:
-            made[key] = tiles_on_device(cu_seqlens, n_tokens, block)
-    return made[key]
+        return Config(16, 32, 8, 2) if kernel == "forward" else Config(32, 32, 8, 2)
+    if arch // 10 in (9, 10):
+        return {
+            "forward": Config(64, 64, 4, 2, 168 if D <= 96 else None),
+            "query_gradient": Config(64, 32, 4, 3),
+            "key_gradient": Config(64 if D <= 96 else 32, 64, 4, 2),
+        }[kernel]
+    if kernel == "key_gradient" and 64 < D <= 96:
+        return Config(16, 64, 4, 2)
+    return Config(64, 32, 4, 2)
 
 
 def on(device: torch.device):
@@ -358,14 +324,17 @@ class Launch(NamedTuple):
 def launch(kernel: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> Launch:
     (T, H, D), HKV = q.shape, k.shape[1]
     shape, sizes = layout(H, HKV, D, q.dtype), config(kernel, D, q.dtype, architecture())
-    block = sizes.rows // shape.HEADS
-    keys = kernel == "key_gradient"
-    tiles = schedule(cu_seqlens, T, sizes.keys if keys else block, q.device)
     constants = dict(Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0), V_STRIDE=v.stride(0), H=H, HKV=HKV, D=D,
-                     SCALE=D ** -0.5, BLOCK=block, KEYS=sizes.keys, num_warps=sizes.warps, num_stages=sizes.stages,
-                     enable_fp_fusion=True, maxnreg=sizes.registers,
-                     **shape._asdict())
-    return Launch(tiles, len(tiles) * (HKV if keys else H // shape.HEADS), constants)
+                     SCALE=D ** -0.5, KEYS=sizes.keys, num_warps=sizes.warps, num_stages=sizes.stages,
+                     enable_fp_fusion=True, maxnreg=sizes.registers, **shape._asdict())
+    if kernel == "key_gradient":
+        del constants["HEADS"]
+        tiles, across = schedule(cu_seqlens, T, sizes.keys, q.device), HKV
+        constants["BLOCK"] = sizes.rows
+    else:
+        constants["BLOCK"] = sizes.rows // shape.HEADS
+        tiles, across = schedule(cu_seqlens, T, constants["BLOCK"], q.device), H // shape.HEADS
+    return Launch(tiles, len(tiles) * across, constants)
 
 
 @torch.library.custom_op("minimind_ds::packed_attention", mutates_args=())

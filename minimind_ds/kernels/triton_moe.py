@@ -24,248 +24,177 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .triton_grouped import gate_up_kernel, hidden_gradient_kernel, linear_kernel, weight_gradient_kernel
 from .triton_sort import Plan, plan
 
 # Row blocks that share their expert's columns while these are in the cache.
 SWIZZLE = 8
 
 
-@triton.jit
-def row_block(blocks_ptr, n_blocks, COLUMN_BLOCKS: tl.constexpr, SWIZZLE: tl.constexpr):
-    """-> expert, first row, end row, column block of this program; the rows are empty where it has no work."""
-    program = tl.program_id(0)
-    group = program // (SWIZZLE * COLUMN_BLOCKS)
-    height = tl.minimum(n_blocks - group * SWIZZLE, SWIZZLE)
-    within = program % (SWIZZLE * COLUMN_BLOCKS)
-    block = blocks_ptr + (group * SWIZZLE + within % height) * 4
-    return tl.load(block), tl.load(block + 1), tl.load(block + 2), within // height
-
-
-@triton.jit
-def tile(base, rows, columns, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """The (rows, columns) of a matrix with WIDTH columns.  EVEN: all of them are inside, nothing to mask."""
-    pointers = base + rows[:, None] * WIDTH + columns[None, :]
-    if EVEN:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(rows < HEIGHT)[:, None] & (columns < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit
-def rows_tile(pointers_M1, columns, WIDTH: tl.constexpr, EVEN: tl.constexpr):
-    """Columns of rows given by pointers, all of them real: a block's last rows are read again instead of masked."""
-    if EVEN:
-        return tl.load(pointers_M1 + columns[None, :])
-    return tl.load(pointers_M1 + columns[None, :], mask=(columns < WIDTH)[None, :], other=0.0)
-
-
-@triton.jit(do_not_specialize=["n_blocks"])
-def gate_up_kernel(x_ptr, weight_ptr, gate_up_ptr, hidden_ptr, order_ptr, blocks_ptr, n_blocks,
-                   C: tl.constexpr, I: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                   DEPTH: tl.constexpr, SWIZZLE: tl.constexpr, SAVE: tl.constexpr, ACC: tl.constexpr):
-    """gate_up (M, 2 I) if SAVE, and hidden (M, I) = silu(gate) * up, for choices in sorted order."""
-    expert, first, end, block = row_block(blocks_ptr, n_blocks, tl.cdiv(I, COLUMNS), SWIZZLE)
-    if first >= end:
-        return
-    EVEN: tl.constexpr = C % DEPTH == 0 and I % COLUMNS == 0
-    row = first + tl.arange(0, ROWS)
-    token = tl.load(order_ptr + tl.minimum(row, end - 1)) // K
-    x_rows = x_ptr + (token.to(tl.int64) * C)[:, None]
-    gate_weight = weight_ptr + expert.to(tl.int64) * (2 * I * C)
-    up_weight = gate_weight + I * C
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
-    gate = tl.zeros([ROWS, COLUMNS], ACC)
-    up = tl.zeros([ROWS, COLUMNS], ACC)
-    for start in range(0, C, DEPTH):
-        inner = start + tl.arange(0, DEPTH)
-        x = rows_tile(x_rows, inner, C, C % DEPTH == 0)
-        g = tile(gate_weight, column, inner, I, C, EVEN)
-        u = tile(up_weight, column, inner, I, C, EVEN)
-        gate = tl.dot(x, tl.trans(g), gate, input_precision="ieee", out_dtype=ACC)
-        up = tl.dot(x, tl.trans(u), up, input_precision="ieee", out_dtype=ACC)
-    hidden = gate / (1 + tl.exp(-gate)) * up
-    valid = (row < end)[:, None] & (column < I)[None, :]
-    within = tl.arange(0, ROWS)[:, None]
-    if SAVE:
-        saved = gate_up_ptr + first.to(tl.int64) * (2 * I) + within * (2 * I) + column[None, :]
-        tl.store(saved, gate.to(gate_up_ptr.dtype.element_ty), mask=valid)
-        tl.store(saved + I, up.to(gate_up_ptr.dtype.element_ty), mask=valid)
-    hidden_rows = hidden_ptr + first.to(tl.int64) * I + within * I
-    tl.store(hidden_rows + column[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=valid)
-
-
-@triton.jit(do_not_specialize=["n_blocks"])
-def linear_kernel(a_ptr, weight_ptr, scale_ptr, out_ptr, order_ptr, blocks_ptr, n_blocks,
-                  N: tl.constexpr, D: tl.constexpr, TRANSPOSED: tl.constexpr, SCALED: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SWIZZLE: tl.constexpr,
-                  ACC: tl.constexpr):
-    """out (M, N) = a (M, D) @ weight[expert], times scale (M,) if SCALED.
-
-    Rows of `a` are in sorted order, those of `scale` and `out` are choices.  A weight is (D, N), or (N, D) if
-    TRANSPOSED.
-    """
-    expert, first, end, block = row_block(blocks_ptr, n_blocks, tl.cdiv(N, COLUMNS), SWIZZLE)
-    if first >= end:
-        return
-    EVEN: tl.constexpr = D % DEPTH == 0 and N % COLUMNS == 0
-    row = first + tl.arange(0, ROWS)
-    inside = tl.minimum(row, end - 1)
-    a_rows = a_ptr + first.to(tl.int64) * D + ((inside - first) * D)[:, None]
-    weight = weight_ptr + expert.to(tl.int64) * (N * D)
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
-    out = tl.zeros([ROWS, COLUMNS], ACC)
-    for start in range(0, D, DEPTH):
-        inner = start + tl.arange(0, DEPTH)
-        a = rows_tile(a_rows, inner, D, D % DEPTH == 0)
-        if TRANSPOSED:
-            w = tl.trans(tile(weight, column, inner, N, D, EVEN))
-        else:
-            w = tile(weight, inner, column, D, N, EVEN)
-        out = tl.dot(a, w, out, input_precision="ieee", out_dtype=ACC)
-    choice = tl.load(order_ptr + inside)
-    if SCALED:
-        out = out * tl.load(scale_ptr + choice).to(ACC)[:, None]
-    pointers = out_ptr + (choice.to(tl.int64) * N)[:, None] + column[None, :]
-    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=(row < end)[:, None] & (column < N)[None, :])
-
-
-@triton.jit
-def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a tile's columns."""
-    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
-
-
-@triton.jit
-def swiglu_gradient(dhidden, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I: tl.constexpr,
-                    ACC: tl.constexpr):
-    """Epilogue of hidden_gradient_kernel for the columns given; returns their share of dscale, (rows,)."""
-    mask = valid[:, None] & (column < I)[None, :]
-    gate = tl.load(gate_up_rows + column[None, :], mask=mask, other=0.0).to(ACC)
-    up = tl.load(gate_up_rows + I + column[None, :], mask=mask, other=0.0).to(ACC)
-    sigmoid = 1 / (1 + tl.exp(-gate))
-    silu = gate * sigmoid
-    hidden = silu * up
-    dscale = tl.sum(dhidden * hidden, 1)
-    dtype = hidden_rows.dtype.element_ty
-    tl.store(hidden_rows + column[None, :], (hidden * scale[:, None]).to(dtype), mask=mask)
-    dhidden = dhidden * scale[:, None]
-    dgate = dhidden * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(dgate_up_rows + column[None, :], dgate.to(dtype), mask=mask)
-    tl.store(dgate_up_rows + I + column[None, :], (dhidden * silu).to(dtype), mask=mask)
-    return dscale
-
-
-@triton.jit(do_not_specialize=["n_blocks", "M"])
-def hidden_gradient_kernel(dy_ptr, down_ptr, scale_ptr, gate_up_ptr, dgate_up_ptr, hidden_ptr, dscale_ptr, order_ptr,
-                           blocks_ptr, n_blocks, M, C: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
-                           ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PARTS: tl.constexpr,
-                           SWIZZLE: tl.constexpr, ACC: tl.constexpr):
-    """From dy (T, C) to dgate_up (M, 2 I), scale * hidden (M, I) and this column block's share of dscale.
-
-    dscale is (column blocks, M), by choice; everything else by sorted choice.  The epilogue works through the tile in
-    PARTS column ranges (1, 2 or 4), to stay within the registers.
-    """
-    expert, first, end, block = row_block(blocks_ptr, n_blocks, tl.cdiv(I, COLUMNS), SWIZZLE)
-    if first >= end:
-        return
-    EVEN: tl.constexpr = C % DEPTH == 0 and I % COLUMNS == 0
-    row = first + tl.arange(0, ROWS)
-    choice = tl.load(order_ptr + tl.minimum(row, end - 1))
-    dy_rows = dy_ptr + ((choice // K).to(tl.int64) * C)[:, None]
-    weight = down_ptr + expert.to(tl.int64) * (C * I)
-    column = block * COLUMNS + tl.arange(0, COLUMNS)
-    dhidden = tl.zeros([ROWS, COLUMNS], ACC)
-    for start in range(0, C, DEPTH):
-        inner = start + tl.arange(0, DEPTH)
-        dy = rows_tile(dy_rows, inner, C, C % DEPTH == 0)
-        w = tile(weight, inner, column, C, I, EVEN)
-        dhidden = tl.dot(dy, w, dhidden, input_precision="ieee", out_dtype=ACC)
-    scale = tl.load(scale_ptr + choice).to(ACC)
-    valid = row < end
-    within = tl.arange(0, ROWS)[:, None]
-    gate_up_rows = gate_up_ptr + first.to(tl.int64) * (2 * I) + within * (2 * I)
-    dgate_up_rows = dgate_up_ptr + first.to(tl.int64) * (2 * I) + within * (2 * I)
-    hidden_rows = hidden_ptr + first.to(tl.int64) * I + within * I
-    WIDTH: tl.constexpr = COLUMNS // PARTS
-    column = block * COLUMNS + tl.arange(0, WIDTH)
-    if PARTS == 1:
-        dscale = swiglu_gradient(dhidden, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I, ACC)
-    else:
-        left, right = halves(dhidden, ROWS, COLUMNS)
-        if PARTS == 2:
-            dscale = swiglu_gradient(left, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I, ACC)
-            dscale += swiglu_gradient(right, scale, gate_up_rows, dgate_up_rows, hidden_rows, column + WIDTH, valid,
-                                      I, ACC)
-        else:
-            for half in tl.static_range(2):
-                first_part, second_part = halves(left if half == 0 else right, ROWS, COLUMNS // 2)
-                here = column + 2 * half * WIDTH
-                part = swiglu_gradient(first_part, scale, gate_up_rows, dgate_up_rows, hidden_rows, here, valid, I, ACC)
-                part += swiglu_gradient(second_part, scale, gate_up_rows, dgate_up_rows, hidden_rows, here + WIDTH,
-                                        valid, I, ACC)
-                dscale = part if half == 0 else dscale + part
-    tl.store(dscale_ptr + block.to(tl.int64) * M + choice, dscale, mask=valid)
-
-
-@triton.jit(do_not_specialize=["E"])
-def weight_gradient_kernel(a_ptr, b_ptr, out_ptr, order_ptr, offsets_ptr, E, P: tl.constexpr, Q: tl.constexpr,
-                           K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, SPLIT: tl.constexpr,
-                           HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ACC: tl.constexpr):
-    """out (SPLIT, E, P, Q): of each expert's rows, a share's sum of a^T b; zero where there are none.
-
-    a (M, P) and b (M, Q) are in sorted order, or (T, ...) by token where gathered.
-    """
-    program = tl.program_id(0)
-    p = program // tl.cdiv(Q, COLUMNS) % tl.cdiv(P, HEIGHT) * HEIGHT + tl.arange(0, HEIGHT)
-    q = program % tl.cdiv(Q, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-    expert = program // (tl.cdiv(Q, COLUMNS) * tl.cdiv(P, HEIGHT))
-    first, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
-    share = tl.program_id(1)
-    if SPLIT > 1:
-        rows = tl.cdiv(tl.cdiv(end - first, SPLIT), DEPTH) * DEPTH
-        first, end = tl.minimum(first + share * rows, end), tl.minimum(first + (share + 1) * rows, end)
-    inner = tl.arange(0, DEPTH)
-    out = tl.zeros([HEIGHT, COLUMNS], ACC)
-    # Tokens are read one round ahead: their rows' loads then start as early as those of rows in order.
-    token = tl.load(order_ptr + first + inner, mask=first + inner < end, other=0) // K
-    for start in range(first, end, DEPTH):
-        row = start + inner
-        valid = row < end
-        a_row = token if GATHER_A else row
-        b_row = token if GATHER_B else row
-        a_mask = valid[None, :] if P % HEIGHT == 0 else valid[None, :] & (p < P)[:, None]
-        b_mask = valid[:, None] if Q % COLUMNS == 0 else valid[:, None] & (q < Q)[None, :]
-        a = tl.load(a_ptr + (a_row.to(tl.int64) * P)[None, :] + p[:, None], mask=a_mask, other=0.0)
-        b = tl.load(b_ptr + (b_row.to(tl.int64) * Q)[:, None] + q[None, :], mask=b_mask, other=0.0)
-        token = tl.load(order_ptr + row + DEPTH, mask=row + DEPTH < end, other=0) // K
-        out = tl.dot(a, b, out, input_precision="ieee", out_dtype=ACC)
-    pointers = out_ptr + (share * E + expert).to(tl.int64) * (P * Q) + p[:, None] * Q + q[None, :]
-    tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])
-
-
 class Sizes(NamedTuple):
-    """A kernel's tile: `rows` x `columns` of output, `depth` summed over at a time; `parts` of the epilogue."""
+    """A kernel's tile: `rows` x `columns` of output, summed over `depth` at a time."""
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
-    parts: int = 1
 
 
-# From compiled resource tables (docs/KERNELS.md): no spills on sm_80 and sm_90, wgmma's full width on sm_90.
-# gate_up computes two tiles of its columns.  All kernels over rows share one table of row blocks, so one `rows`.
-HALF = {
+# From compiled resource tables (docs/KERNELS.md): no spills, both operands of every product copied asynchronously.
+# The kernels over rows share one table of row blocks, so one number of `rows`; gate_up has two tiles of its columns.
+HOPPER = {
     "gate_up": Sizes(128, 128, 64, 8, 3),
     "linear": Sizes(128, 256, 64, 8, 3),
-    "hidden_gradient": Sizes(128, 128, 64, 4, 3, parts=2),
+    "hidden_gradient": Sizes(128, 128, 64, 8, 3),
     "gate_up_gradient": Sizes(128, 256, 64, 8, 3),
     "down_gradient": Sizes(256, 128, 64, 8, 3),
 }
-FULL = {
-    "gate_up": Sizes(64, 32, 16, 4, 2),
-    "linear": Sizes(64, 64, 16, 4, 2),
-    "hidden_gradient": Sizes(64, 64, 16, 4, 2),
-    "gate_up_gradient": Sizes(64, 64, 16, 4, 2),
-    "down_gradient": Sizes(64, 64, 16, 4, 2),
-}
+# Within the 99 KB of shared memory that consumer GPUs have as well.
+AMPERE = {**HOPPER, "gate_up": Sizes(128, 128, 32, 8, 4), "hidden_gradient": Sizes(128, 64, 64, 4, 3)}
+# fp32 without tensor cores: exact products, for tests and small models.
+WIDE = dict.fromkeys(HOPPER, Sizes(64, 64, 16, 4, 2))
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def sizes_for(dtype: torch.dtype) -> dict[str, Sizes]:
+    """Tiles for the GPU that kernels are started on; the interpreter runs Hopper's."""
+    if dtype.itemsize > 2:
+        return WIDE
+    if triton.knobs.runtime.interpret:
+        return HOPPER
+    arch = triton.runtime.driver.active.get_current_target().arch
+    return HOPPER if 90 <= arch < 120 else AMPERE
+
+
+def splits(tiles: int, rows: int, device: torch.device) -> int:
+    """How many programs share the sum of one tile of a weight's gradient: enough to fill the GPU, 512 rows for each.
+
+    Their sums are stored apart and added in order.  With all four experts of MiniMind's size it is one.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return max(1, min(processors // tiles, rows // 512))
+
+
+def accumulator(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def apply_gate_up(x: Tensor, weight: Tensor, K: int, made: Plan, sizes: Sizes, save: bool) -> tuple[Tensor, Tensor]:
+    """x (T, C), weight (E, 2 I, C) -> gate_up (M, 2 I), empty unless `save`, and silu(gate) * up (M, I), sorted."""
+    M, C, I = len(made.order), x.shape[1], weight.shape[1] // 2
+    gate_up = x.new_empty(M if save else 0, 2 * I)
+    hidden = x.new_empty(M, I)
+    grid = (len(made.blocks) * triton.cdiv(I, sizes.columns),)
+    gate_up_kernel[grid](x, weight, gate_up, hidden, made.order, made.blocks, len(made.blocks), C, C=C, I=I, K=K,
+                         ROWS=sizes.rows, COLUMNS=sizes.columns, DEPTH=sizes.depth, SWIZZLE=SWIZZLE, SAVE=save,
+                         ACC=accumulator(x.dtype), num_warps=sizes.warps, num_stages=sizes.stages)
+    return gate_up, hidden
+
+
+def apply_linear(a: Tensor, weight: Tensor, scale: Tensor | None, K: int, made: Plan, sizes: Sizes) -> Tensor:
+    """Sorted rows a (M, D) times their experts' weights, by token: (T, N).
+
+    weight is (E, N, D) with a scale (T, K), and (E, D, N) without one.  A token's K results are stored apart and then
+    added, in order.
+    """
+    (M, D), N = a.shape, weight.numel() // weight.shape[0] // a.shape[1]
+    out = a.new_empty(M, N)
+    grid = (len(made.blocks) * triton.cdiv(N, sizes.columns),)
+    scaled = scale is not None
+    linear_kernel[grid](a, weight, scale if scaled else out, out, made.order, made.blocks, len(made.blocks), N=N, D=D,
+                        TRANSPOSED=scaled, SCALED=scaled, ROWS=sizes.rows, COLUMNS=sizes.columns, DEPTH=sizes.depth,
+                        SWIZZLE=SWIZZLE, ACC=accumulator(a.dtype), num_warps=sizes.warps, num_stages=sizes.stages)
+    return out if K == 1 else out.view(-1, K, N).sum(dim=1)
+
+
+def hidden_gradient(dy: Tensor, down: Tensor, scale: Tensor, gate_up: Tensor, made: Plan,
+                    sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+    """dy (T, C) -> dgate_up (M, 2 I) and scale * hidden (M, I), both sorted, and dscale (T, K)."""
+    M, C, I = len(made.order), dy.shape[1], down.shape[2]
+    dgate_up, hidden = torch.empty_like(gate_up), dy.new_empty(M, I)
+    column_blocks = triton.cdiv(I, sizes.columns)
+    dscale = dy.new_empty(column_blocks, M, dtype=torch.promote_types(dy.dtype, torch.float32))
+    hidden_gradient_kernel[(len(made.blocks) * column_blocks,)](
+        dy, down, scale, gate_up, dgate_up, hidden, dscale, made.order, made.blocks, len(made.blocks), M, C, C=C, I=I,
+        K=scale.shape[1], ROWS=sizes.rows, COLUMNS=sizes.columns, DEPTH=sizes.depth, SWIZZLE=SWIZZLE,
+        ACC=accumulator(dy.dtype), num_warps=sizes.warps, num_stages=sizes.stages)
+    return dgate_up, hidden, dscale.sum(dim=0).view(scale.shape).to(scale.dtype)
+
+
+def weight_gradient(a: Tensor, b: Tensor, gathered: str, K: int, made: Plan, sizes: Sizes) -> Tensor:
+    """sum of a^T b over each expert's rows: (E, P, Q) from a (., P) and b (., Q), of which `gathered` is by token."""
+    E, P, Q = len(made.offsets) - 1, a.shape[1], b.shape[1]
+    tiles = E * triton.cdiv(P, sizes.rows) * triton.cdiv(Q, sizes.columns)
+    split = splits(tiles, len(made.order) // E, a.device)
+    out = a.new_empty(split, E, P, Q, dtype=a.dtype if split == 1 else torch.promote_types(a.dtype, torch.float32))
+    weight_gradient_kernel[(tiles, split)](
+        a, b, out, made.order, made.offsets, E, P=P, Q=Q, K=K, GATHER_A=gathered == "a", GATHER_B=gathered == "b",
+        SPLIT=split, HEIGHT=sizes.rows, COLUMNS=sizes.columns, DEPTH=sizes.depth, ACC=accumulator(a.dtype),
+        num_warps=sizes.warps, num_stages=sizes.stages)
+    return out[0] if split == 1 else out.sum(dim=0).to(a.dtype)
+
+
+class Moe(Function):
+    """Saves what it was given, gate_up and the plan; gate_up only if a gradient can be asked for."""
+
+    @staticmethod
+    def forward(ctx, x, gate_up, down, weights, experts, sizes, save):
+        K = experts.shape[1]
+        with torch.cuda.device_of(x):
+            made = plan(experts, gate_up.shape[0], sizes["gate_up"].rows)
+            saved, hidden = apply_gate_up(x, gate_up, K, made, sizes["gate_up"], save)
+            y = apply_linear(hidden, down, weights, K, made, sizes["linear"])
+        ctx.save_for_backward(x, gate_up, down, weights, saved, *made)
+        ctx.sizes = sizes
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gate_up, down, weights, saved, *made = ctx.saved_tensors
+        made, K, sizes, dy = Plan(*made), weights.shape[1], ctx.sizes, dy.contiguous()
+        wants_x, wants_gate_up, wants_down = ctx.needs_input_grad[:3]
+        with torch.cuda.device_of(x):
+            dgate_up, hidden, dweights = hidden_gradient(dy, down, weights, saved, made, sizes["hidden_gradient"])
+            dx = apply_linear(dgate_up, gate_up, None, K, made, sizes["linear"]) if wants_x else None
+            dweight = weight_gradient(dgate_up, x, "b", K, made, sizes["gate_up_gradient"]) if wants_gate_up else None
+            ddown = weight_gradient(dy, hidden, "a", K, made, sizes["down_gradient"]) if wants_down else None
+        return dx, dweight, ddown, dweights, None, None, None
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where these kernels run: NVIDIA GPUs from Ampere on in bf16, fp16 and fp32; the interpreter anywhere."""
+    if triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda" or torch.version.hip:
+        return "needs an NVIDIA GPU (or TRITON_INTERPRET=1)"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "needs an NVIDIA GPU of compute capability 8.0 or more"
+    return None if dtype in DTYPES else f"computes in bf16, fp16 or fp32, not {dtype}"
+
+
+def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor,
+        sizes: dict[str, Sizes] | None = None) -> Tensor:
+    """y_t = sum_k weights[t, k] * down_e @ (silu(gate_e @ x_t) * (up_e @ x_t)) with e = experts[t, k].
+
+    Args:
+        x: (T, C).  gate_up: (E, 2 I, C), gate first.  down: (E, C, I).  All of one dtype.
+        weights: (T, K) floating.  experts: (T, K) integers in [0, E); others are undefined behaviour.
+        sizes: the kernels' tiles, by name; chosen for the GPU if None.
+
+    Returns:
+        (T, C) in x's dtype.  Experts that nobody chose get gradients of exactly zero.
+
+    Raises:
+        ValueError: dtypes that differ, shapes that do not fit.
+    """
+    if not x.dtype == gate_up.dtype == down.dtype:
+        raise ValueError(f"x, gate_up and down must have one dtype, not {x.dtype}, {gate_up.dtype}, {down.dtype}")
+    E, C, I = down.shape
+    if gate_up.shape != (E, 2 * I, C) or x.shape != (len(weights), C) or weights.shape != experts.shape:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, gate_up, down, weights, experts))
+        raise ValueError(f"x, gate_up, down, weights, experts do not fit each other: {shapes}")
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gate_up, down, weights))
+    return Moe.apply(x.contiguous(), gate_up.contiguous(), down.contiguous(), weights.contiguous(), experts,
+                     sizes or sizes_for(x.dtype), save)
