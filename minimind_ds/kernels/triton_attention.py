@@ -205,20 +205,20 @@ def key_gradient_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_pt
         token = first + turn // GROUP * BLOCK + row
         valid = token < end
         token64 = first64 + turn // GROUP * BLOCK
-        q_block = q_ptr + token64 * Q_STRIDE + head * D
-        dout_block = dout_ptr + token64 * (H * D) + head * D
+        q_block, q_offsets = q_ptr + token64 * Q_STRIDE, row * Q_STRIDE + head * D
+        dout_block, offsets = dout_ptr + token64 * (H * D), row * (H * D) + head * D
         statistics = head.to(tl.int64) * T + token
         lse = tl.load(lse_ptr + statistics, mask=valid, other=0.0)
         delta = tl.load(delta_ptr + statistics, mask=valid, other=0.0)
-        q0 = load_rows(q_block, row * Q_STRIDE, valid, 0, D0, D)
-        dout0 = load_rows(dout_block, row * (H * D), valid, 0, D0, D)
+        q0 = load_rows(q_block, q_offsets, valid, 0, D0, D)
+        dout0 = load_rows(dout_block, offsets, valid, 0, D0, D)
         scores = tl.dot(k0, tl.trans(q0), input_precision=PRECISION, out_dtype=ACC)
         # The product with v starts from -delta instead of 0, which costs neither an instruction nor registers.
         minus_delta = tl.zeros([KEYS, BLOCK], ACC) - delta[None, :]
         dweights = tl.dot(v0, tl.trans(dout0), minus_delta, input_precision=PRECISION, out_dtype=ACC)
         if D1 > 0:
-            q1 = load_rows(q_block, row * Q_STRIDE, valid, D0, D1, D)
-            dout1 = load_rows(dout_block, row * (H * D), valid, D0, D1, D)
+            q1 = load_rows(q_block, q_offsets, valid, D0, D1, D)
+            dout1 = load_rows(dout_block, offsets, valid, D0, D1, D)
             scores = tl.dot(k1, tl.trans(q1), scores, input_precision=PRECISION, out_dtype=ACC)
             dweights = tl.dot(v1, tl.trans(dout1), dweights, input_precision=PRECISION, out_dtype=ACC)
         # Queries past the end have q = dout = lse = delta = 0 and add nothing; keys past it are not stored.
