@@ -22,7 +22,7 @@ from minimind_ds.data.loader import load_micro_batch
 from minimind_ds.data.packing import permutation
 from minimind_ds.job import Job, prepare
 from minimind_ds.padded import PaddedMiniMind
-from minimind_ds.train import build_engine, fetch, train_step
+from minimind_ds.train import Position, build_engine, fetch, train_step
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -70,10 +70,11 @@ def packed_loop(job: Job, dtype: str) -> Loop:
     state = {"at": 0}
 
     def step():
-        at = state["at"] % len(job.plans[0])
+        plan, at = job.first_plan, state["at"] % len(job.first_plan)
         state["at"] += 1
         engine.set_lr(ds_engine, job.run.learning_rate)
-        line = train_step(job, ds_engine, job.plans[0], at, fetch(job, 0, range(at, at + 1)))
+        batches = fetch(job, 0, plan, range(at, at + 1))
+        line = train_step(job, ds_engine, plan, Position(state["at"], 0, at), batches)
         return line["tokens"], line["loss"]
 
     return Loop(f"packed {dtype}", step)
@@ -123,7 +124,7 @@ def compare_padded(program_flags: list[str], *, dtypes: list[str], padded_rows: 
         job.start_weights = start
         loops += [packed_loop(job, dtype)]
     results = measure(loops, warm_up, steps, layout.device, say)
-    plan, store = first.plans[0], first.stores[0]
+    plan, store = first.first_plan, first.stores[0]
     base = results[loops[0].name]["tokens_per_s"]
     for result in results.values():
         result["ratio_to_" + loops[0].name.replace(" ", "_")] = result["tokens_per_s"] / base
@@ -133,7 +134,7 @@ def compare_padded(program_flags: list[str], *, dtypes: list[str], padded_rows: 
             "preset": first.run.preset, "data": pathlib.Path(first.run.data_path).name,
             "mean_length": float(store.lengths.mean()), "padded": f"{padded_rows} rows of {first.run.max_seq_len}",
             "packed": f"{first.run.batch_size} rows of {first.run.row_len}",
-            "packing_fill": sum(plan.n_tokens) / (plan.n_rows * first.run.row_len),
+            "packing_fill": plan.fill,
             "packed_to_padded_same_dtype": ratios, "loops": results, **machine()}
 
 
@@ -144,7 +145,8 @@ def machine() -> dict:
     name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo", encoding="utf-8")
                  if line.startswith("model name")), platform.processor()) if platform.system() == "Linux" else ""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"machine": {"cpu": name, "threads": torch.get_num_threads(), "gpu": gpu, "python": platform.python_version(),
+    return {"machine": {"cpu": name, "threads": torch.get_num_threads(), "gpu": gpu,
+                        "python": platform.python_version(),
                         "torch": torch.__version__, "deepspeed": deepspeed.__version__,
                         "date": time.strftime("%Y-%m-%d")}}
 

@@ -184,9 +184,9 @@ class Chat:
     open_thinking: bool = False
     turns: list[tuple[str, str]] = field(default_factory=list)
 
-    def messages(self, question: str) -> list[dict]:
-        """The turns that are sent: system prompt, the kept past, the question."""
-        past = self.turns[len(self.turns) - min(self.history, len(self.turns)):]
+    def messages(self, question: str, kept: int) -> list[dict]:
+        """System prompt, the last `kept` pairs, the question."""
+        past = self.turns[len(self.turns) - kept:]
         said = [{"role": role, "content": text} for pair in past for role, text in zip(("user", "assistant"), pair)]
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, *said, {"role": "user", "content": question}]
@@ -198,14 +198,12 @@ class Chat:
             ValueError: the question alone is too long.
         """
         room = self.model.config.max_position_embeddings - self.sampling.max_new_tokens
-        while True:
-            ids = prompt_ids(self.messages(question), self.tok, open_thinking=self.open_thinking)
+        for kept in range(min(self.history, len(self.turns)), -1, -1):
+            ids = prompt_ids(self.messages(question, kept), self.tok, open_thinking=self.open_thinking)
             if len(ids) <= room:
                 return ids
-            if not self.turns or not self.history:
-                raise ValueError(f"the question takes {len(ids)} tokens; with --max_new_tokens "
-                                 f"{self.sampling.max_new_tokens} there is room for {max(room, 0)}")
-            del self.turns[0]
+        raise ValueError(f"the question takes {len(ids)} tokens; with --max_new_tokens "
+                         f"{self.sampling.max_new_tokens} there is room for {max(room, 0)}")
 
     def ask(self, question: str, write: Callable[[str], None]) -> Stream:
         """Stream the answer into `write`; it joins the history, a broken-off one too (KeyboardInterrupt).

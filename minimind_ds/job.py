@@ -41,7 +41,7 @@ class Job:
     model_config: ModelConfig
     stores: list[TokenStore]
     eval_store: TokenStore | None
-    plans: list[loader.EpochPlan]
+    first_plan: loader.EpochPlan
     eval_plan: loader.EpochPlan | None
     ds: dict
     kernels: object
@@ -54,8 +54,13 @@ class Job:
 
     @property
     def total_steps(self) -> int:
-        steps = sum(len(plan) for plan in self.plans)
+        """Optimizer steps of the run, if every epoch has as many as the first; packing may add or save a row."""
+        steps = self.run.epochs * len(self.first_plan)
         return min(self.run.max_steps, steps) if self.run.max_steps else steps
+
+    def plan(self, epoch: int) -> loader.EpochPlan:
+        """An epoch's plan, made when the epoch begins: the start of a run does not wait for all of them."""
+        return self.first_plan if epoch == 0 else plan_epoch(self.stores[epoch], self.run, self.layout.ranks, epoch)
 
     @property
     def folder(self) -> pathlib.Path:
@@ -93,12 +98,12 @@ def prepare(program: str, argv: list[str], layout: Layout) -> Job:
     choice = kernels.resolve(run.kernels, layout.device, DTYPES[run.dtype])
     if run.dtype == "fp16" and not fp16_runs():
         raise ValueError("--dtype fp16: DeepSpeed has no fp16 on this machine's processor; use bf16 or fp32")
-    plans = [plan_epoch(store, run, layout.ranks, epoch) for epoch, store in enumerate(stores)]
+    plan = plan_epoch(stores[0], run, layout.ranks, 0)
     eval_plan = eval_store and plan_epoch(eval_store, run, layout.ranks, 0)
     start_weights = None
     if run.from_weight != "none":
         start_weights = weights.load_weights(run.from_weight, model_config)
-    job = Job(run, layout, tokenizer, model_config, stores, eval_store, plans, eval_plan, ds, choice, start_weights,
+    job = Job(run, layout, tokenizer, model_config, stores, eval_store, plan, eval_plan, ds, choice, start_weights,
               notes)
     if "scheduler" in raw:
         job.ds, _ = ds_config.resolve(raw, run, model_config, ranks=layout.ranks, total_steps=job.total_steps)

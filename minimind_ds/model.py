@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import kernels, loss, weights
 from .config import ModelConfig
-from .kernels import Choice, resolve
+from .kernels import Choice, resolve, with_compiled
 from .kernels import parse as parse_kernels
 
 if TYPE_CHECKING:
@@ -308,11 +308,7 @@ class MiniMindForCausalLM(nn.Module):
         Raises:
             ValueError: another backend was asked for them, or there is no compiler.
         """
-        asked = parse_kernels(self.kernels)
-        if asked["elementwise"] not in ("auto", "compiled", asked["attention"]):
-            raise ValueError(f"compile: kernels {self.kernels!r} already name another backend for elementwise")
-        asked["elementwise"] = "compiled"
-        self.kernels = ",".join(f"{op}={name}" for op, name in asked.items())
+        self.kernels = with_compiled(self.kernels)
         self.kernel_choice(self.model.norm.weight.device, self.model.norm.weight.dtype)
 
     def kernel_choice(self, device: torch.device | str, dtype: torch.dtype) -> Choice:

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -63,6 +64,14 @@ def user_error(error: ValueError, layout: Layout) -> int:
     if layout.rank == 0 or layout.local_rank == 0:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
     return 2
+
+
+class Position(NamedTuple):
+    """A place in the data: optimizer step `step` of the run, counted from 1, is step `epoch_step` of `epoch`."""
+
+    step: int
+    epoch: int
+    epoch_step: int
 
 
 @dataclass(frozen=True)
@@ -181,16 +190,16 @@ def write_run_folder(job: Job, start: Start) -> None:
 
 def summary(job: Job, start: Start) -> list[str]:
     """What the run is, for its first lines of output."""
-    run, layout, plan, store = job.run, job.layout, job.plans[0], job.stores[0]
+    run, layout, plan, store = job.run, job.layout, job.first_plan, job.stores[0]
     parameters = sum(math.prod(shape) for shape in weights.expected_shapes(job.model_config).values())
     stats = store.stats
-    tokens, steps = sum(plan.n_tokens), len(plan)
+    tokens, steps = int(plan.n_tokens.sum()), len(plan)
     lines = [*job.notes,
              f"model: {run.preset}, {parameters / 1e6:.1f} M parameters; tokenizer: {job.tokenizer.name}",
              f"data: {run.data_path}: {len(store.lengths):,} samples, {tokens:,} tokens, "
-             f"{sum(plan.n_labelled) / max(tokens, 1):.0%} labelled; cut {stats['cut']}, dropped {stats['dropped']}, "
+             f"{plan.n_labelled.sum() / max(tokens, 1):.0%} labelled; cut {stats['cut']}, dropped {stats['dropped']}, "
              f"without a label {stats['unlabelled']}, malformed {stats['skipped']}",
-             f"rows: {plan.n_rows:,} of {run.row_len} tokens, {tokens / max(plan.n_rows * run.row_len, 1):.1%} full",
+             f"rows: {plan.n_rows:,} of {run.row_len} tokens, {plan.fill:.2%} full",
              f"kernels: {job.kernels.reason}",
              f"engine: {ds_config.describe(job.ds)}; {layout.ranks} ranks x {run.batch_size} rows x "
              f"{run.accumulation_steps} micro-batches a step; {steps:,} steps an epoch, {job.total_steps:,} in all"]
@@ -222,49 +231,59 @@ def run_plan(job: Job, ds_engine, start: Start, metrics: Metrics) -> int:
     run, step = job.run, start.step
     owns_lr = "scheduler" not in job.ds
     for epoch in range(start.epoch, run.epochs):
-        plan = job.plans[epoch]
-        first = start.epoch_step if epoch == start.epoch else 0
-        last = min(len(plan), first + job.total_steps - step)
-        with loader.Prefetcher(fetch(job, epoch, range(first, last)), pin=job.layout.device.type == "cuda") as batches:
+        plan, first = job.plan(epoch), start.epoch_step if epoch == start.epoch else 0
+        last = min(len(plan), first + run.max_steps - step) if run.max_steps else len(plan)
+        batches = fetch(job, epoch, plan, range(first, last))
+        with loader.Prefetcher(batches, pin=job.layout.device.type == "cuda") as ready:
             for epoch_step in range(first, last):
                 step += 1
                 if owns_lr:
-                    engine.set_lr(ds_engine, learning_rate(step, job.total_steps, run))
-                line = train_step(job, ds_engine, plan, epoch_step, batches)
+                    engine.set_lr(ds_engine, learning_rate(progress(run, step, epoch, epoch_step, len(plan)), run))
+                line = train_step(job, ds_engine, plan, Position(step, epoch, epoch_step), ready)
                 metrics.write({"step": step, "epoch": epoch, **line})
-                at_end = epoch_step + 1 == len(plan) or step == job.total_steps
+                at_end = epoch_step + 1 == last
                 if job.eval_plan and (step % run.eval_interval == 0 if run.eval_interval else at_end):
                     metrics.write({"step": step, "epoch": epoch, **evaluate(job, ds_engine)})
-                if run.save_interval and step % run.save_interval == 0 and step < job.total_steps:
+                if run.save_interval and step % run.save_interval == 0:
                     facts = {"step": step, "epoch": epoch, "epoch_step": epoch_step + 1,
                              "identity": identity(job), "layout": layout_facts(job)}
                     checkpoint.save(ds_engine, job.folder, facts=facts, keep=run.keep)
-        if step == job.total_steps:
+        if step == run.max_steps:
             break
     return step
 
 
-def learning_rate(step: int, total: int, run) -> float:
-    """Linear warm-up, then a cosine down to min_lr_ratio of the peak at the last step.  `step` counts from 1."""
-    warm = run.warmup_ratio * total
-    if step < warm:
-        return run.learning_rate * step / warm
-    progress = (step - warm) / max(total - warm, 1)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+def progress(run, step: int, epoch: int, epoch_step: int, epoch_steps: int) -> float:
+    """How much of the run is done after this step, in (0, 1], by epochs or by max_steps, whichever ends it first."""
+    by_epochs = (epoch + (epoch_step + 1) / epoch_steps) / run.epochs
+    return max(by_epochs, step / run.max_steps) if run.max_steps else by_epochs
+
+
+def learning_rate(done: float, run) -> float:
+    """Linear warm-up, then a cosine down to min_lr_ratio of the peak.  `done`: the share of the run, up to 1."""
+    if done < run.warmup_ratio:
+        return run.learning_rate * done / run.warmup_ratio
+    fallen = (done - run.warmup_ratio) / max(1 - run.warmup_ratio, 1e-9)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(fallen, 1.0)))
     return run.learning_rate * (run.min_lr_ratio + (1 - run.min_lr_ratio) * cosine)
 
 
-def fetch(job: Job, epoch: int, steps: range) -> Iterator[PackedBatch]:
-    """This rank's micro-batches of those steps, in order."""
-    run, layout = job.run, job.layout
+def fetch(job: Job, epoch: int, plan: loader.EpochPlan, steps: range) -> Iterator[PackedBatch]:
+    """This rank's micro-batches of those steps of an epoch, in order."""
+    run = job.run
     for epoch_step in steps:
         for micro in range(run.accumulation_steps):
-            rows = job.plans[epoch].micro_batch_rows(epoch_step, layout.rank, micro, ranks=layout.ranks,
-                                                     accumulation=run.accumulation_steps, batch_size=run.batch_size)
+            rows = my_rows(job, plan, epoch_step, micro)
             yield loader.load_micro_batch(job.stores[epoch], rows, run.row_len, job.tokenizer.pad_id)
 
 
-def train_step(job: Job, ds_engine, plan, epoch_step: int, batches: Iterator[PackedBatch]) -> dict:
+def my_rows(job: Job, plan: loader.EpochPlan, epoch_step: int, micro: int) -> list[list[int]]:
+    """The samples of one of this rank's micro-batches."""
+    return plan.micro_batch_rows(epoch_step, job.layout.rank, micro, ranks=job.layout.ranks,
+                                 accumulation=job.run.accumulation_steps, batch_size=job.run.batch_size)
+
+
+def train_step(job: Job, ds_engine, plan: loader.EpochPlan, at: Position, batches: Iterator[PackedBatch]) -> dict:
     """One optimizer step: forward and backward of each micro-batch, then the update.
 
     Returns:
@@ -275,7 +294,7 @@ def train_step(job: Job, ds_engine, plan, epoch_step: int, batches: Iterator[Pac
     """
     run, layout = job.run, job.layout
     began = time.perf_counter()
-    facts = plan.facts(epoch_step)
+    facts = plan.facts(at.epoch_step)
     sums, suspects = torch.zeros(2, dtype=torch.float64, device=layout.device), []
     scale = engine.norm_scale(ds_engine, job.stage)
     ds_engine.train()
@@ -291,9 +310,9 @@ def train_step(job: Job, ds_engine, plan, epoch_step: int, batches: Iterator[Pac
             if layout.ranks > 1:
                 dist.all_reduce(sums)
             if not torch.isfinite(sums).all():
-                raise NonFinite(blame(job, plan, epoch_step, suspects))
+                raise NonFinite(blame(job, plan, at, suspects))
             norm = engine.grad_norm_before(ds_engine, job.stage)
-        update(job, ds_engine, plan, epoch_step)
+        update(job, ds_engine, plan, at)
     loss, aux = (sums / torch.tensor([max(facts.n_labelled, 1), max(facts.n_tokens, 1)], device=sums.device)).tolist()
     if norm is None:
         norm = engine.grad_norm(ds_engine, scale)
@@ -304,41 +323,38 @@ def train_step(job: Job, ds_engine, plan, epoch_step: int, batches: Iterator[Pac
             "tokens_per_s": facts.n_tokens / seconds, "step_s": seconds, **skipped}
 
 
-def update(job: Job, ds_engine, plan, epoch_step: int) -> None:
+def update(job: Job, ds_engine, plan: loader.EpochPlan, at: Position) -> None:
     """engine.step(): between accumulation boundaries it only counts.  A gradient that is not finite ends the run."""
     try:
         ds_engine.step()
     except NonFinite as error:
-        raise NonFinite(f"{error}; {where(job, plan, epoch_step)}") from None
+        raise NonFinite(f"{error}; {where(job, plan, at)}") from None
     boundary = ds_engine.micro_steps % job.run.accumulation_steps == 0
     # DeepSpeed skips such updates itself in half precision.  With fp16 the loss scale was too high: it is lowered.
     if boundary and not ds_engine.was_step_applied() and job.run.dtype != "fp16":
-        raise NonFinite(f"a gradient is not finite; {where(job, plan, epoch_step)}")
+        raise NonFinite(f"a gradient is not finite; {where(job, plan, at)}")
 
 
-def where(job: Job, plan, epoch_step: int) -> str:
-    epoch = job.plans.index(plan)
-    lines = sorted(int(job.stores[epoch].lines[i]) for row in plan.rows(epoch_step) for i in row)
-    shown = ", ".join(map(str, lines[:20])) + (f" and {len(lines) - 20} more" if len(lines) > 20 else "")
-    step = sum(len(p) for p in job.plans[:epoch]) + epoch_step + 1
-    return f"the update of step {step} was not applied; its samples are lines {shown} of {job.run.data_path}"
+def where(job: Job, plan: loader.EpochPlan, at: Position) -> str:
+    rows = plan.rows(at.epoch_step)
+    return f"the update of step {at.step} was not applied; its samples are {named(job, at, [rows])}"
 
 
-def blame(job: Job, plan, epoch_step: int, suspects: list[torch.Tensor]) -> str:
+def named(job: Job, at: Position, rows: list) -> str:
+    """'lines 3, 17 of data.jsonl' for lists of lists of sample indices."""
+    lines = sorted(int(job.stores[at.epoch].lines[i]) for part in rows for row in part for i in row)
+    more = f" and {len(lines) - 20} more" if len(lines) > 20 else ""
+    return f"lines {', '.join(map(str, lines[:20]))}{more} of {job.run.data_path}"
+
+
+def blame(job: Job, plan: loader.EpochPlan, at: Position, suspects: list[torch.Tensor]) -> str:
     """Names the samples of the micro-batches whose loss is not finite; collective."""
-    mine = []
-    epoch = job.plans.index(plan)
-    for micro, loss_sum in enumerate(suspects):
-        if not torch.isfinite(loss_sum):
-            rows = plan.micro_batch_rows(epoch_step, job.layout.rank, micro, ranks=job.layout.ranks,
-                                         accumulation=job.run.accumulation_steps, batch_size=job.run.batch_size)
-            mine += [int(job.stores[epoch].lines[i]) for row in rows for i in row]
+    mine = [my_rows(job, plan, at.epoch_step, micro) for micro, loss_sum in enumerate(suspects)
+            if not torch.isfinite(loss_sum)]
     everyone = [None] * job.layout.ranks
     dist.all_gather_object(everyone, mine)
-    lines = sorted(line for part in everyone for line in part)
-    step = sum(len(p) for p in job.plans[:epoch]) + epoch_step + 1
-    return (f"the loss of step {step} is not finite; the update was not applied; the loss comes from lines "
-            f"{', '.join(map(str, lines[:20]))}{' ...' if len(lines) > 20 else ''} of {job.run.data_path}")
+    return (f"the loss of step {at.step} is not finite; the update was not applied; the loss comes from "
+            f"{named(job, at, [rows for part in everyone for rows in part])}")
 
 
 @torch.no_grad()
@@ -349,8 +365,7 @@ def evaluate(job: Job, ds_engine) -> dict:
     ds_engine.eval()
     for epoch_step in range(len(plan)):
         for micro in range(run.accumulation_steps):
-            rows = plan.micro_batch_rows(epoch_step, layout.rank, micro, ranks=layout.ranks,
-                                         accumulation=run.accumulation_steps, batch_size=run.batch_size)
+            rows = my_rows(job, plan, epoch_step, micro)
             batch = loader.load_micro_batch(job.eval_store, rows, run.row_len, job.tokenizer.pad_id)
             out = ds_engine(batch.to(layout.device))
             sums += torch.tensor([float(out.loss_sum), out.n_labelled], device=layout.device)

@@ -112,15 +112,16 @@ def test_history_keeps_n_turns_and_zero_keeps_none(tok, loaded):
     for question in ("one", "two", "three"):
         talk.ask(question, lambda text: None)
     assert [q for q, _ in talk.turns] == ["one", "two", "three"]
-    assert talk.messages("four") == [{"role": "user", "content": "four"}]
+    assert talk.prompt("four") == prompt_ids([{"role": "user", "content": "four"}], tok)
     talk.history = 2
-    assert [m["content"] for m in talk.messages("four") if m["role"] == "user"] == ["two", "three", "four"]
+    asked = [m["content"] for m in talk.messages("four", 2) if m["role"] == "user"]
+    assert asked == ["two", "three", "four"] and talk.prompt("four") == prompt_ids(talk.messages("four", 2), tok)
 
 
 def test_the_oldest_turns_make_room_and_a_question_too_long_is_refused(tok, loaded):
     talk = chat.Chat(loaded, tok, chat.Sampling(max_new_tokens=100), history=8)
     talk.turns = [("word " * 40, "yes")] * 6
-    assert len(talk.prompt("hot?")) <= 156 and 0 < len(talk.turns) < 6
+    assert 100 < len(talk.prompt("hot?")) <= 156
     with pytest.raises(ValueError, match="room for 156"):
         talk.prompt("word " * 400)
 
@@ -179,7 +180,7 @@ def test_a_stopped_answer_stays_in_the_history(tok, loaded):
     assert talk.turns[0][0] == "hot?" and talk.turns[0][1].startswith("".join(written[:3]))
 
 
-def test_conversation_commands(tok, loaded, monkeypatch, capsys):
+def test_conversation_commands(tok, loaded, capsys):
     talk = chat.Chat(loaded, tok, chat.Sampling(temperature=0, max_new_tokens=4))
     lines = iter(["hot?", "", "/clear", "cold?", "x " * 400])
 
@@ -268,7 +269,7 @@ def test_programs_answer_converse_and_score(folder):
     assert json.loads(lines[-1])["total"] == 5 and lines[-2].startswith("exact match ")
 
 
-def test_a_users_mistakes_are_one_line_each(folder, tok, dense, tmp_path, monkeypatch, capsys):
+def test_a_users_mistakes_are_one_line_each(folder, tok, dense, tmp_path, capsys):
     import importlib.util
 
     spec = importlib.util.spec_from_file_location("launch_chat", ROOT / "launch" / "chat.py")

@@ -16,10 +16,10 @@ from tests.conftest import ROOT, environment, free_port
 
 MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 96, "dropout": 0.1}
-STEPS, EVERY = 24, 5
+STEPS, EVERY = 18, 4
 # What the run is doing when it is killed: having written so many steps, or writing the checkpoint of such a step.
-MOMENTS = {"before the first checkpoint": 3, "right after a checkpoint": 5,
-           "while writing a checkpoint": "step_00000010", "between checkpoints": 13, "near the end": 23}
+MOMENTS = {"before the first checkpoint": 3, "right after a checkpoint": 4,
+           "while writing a checkpoint": "step_00000008", "between checkpoints": 11, "near the end": 17}
 
 
 class Run:
@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, stage, moments):
 def test_damaged_checkpoints_are_named_and_the_newest_whole_one_is_used(tmp_path):
     whole, hurt = tmp_path / "whole", tmp_path / "hurt"
     Run(whole, tmp_path, 2).finish()
-    Run(hurt, tmp_path, 2).kill_at(17)
+    Run(hurt, tmp_path, 2).kill_at(13)
     home = hurt / "checkpoints"
     newest, older = sorted(home.glob("step_*"), reverse=True)[:2]
     file = next(newest.rglob("*optim_states.pt"))

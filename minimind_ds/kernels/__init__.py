@@ -64,6 +64,18 @@ def parse(spec: str) -> dict[str, str]:
     return asked
 
 
+def with_compiled(spec: str) -> str:
+    """The same specification with the elementwise operations through torch.compile (the --compile flag).
+
+    Raises:
+        ValueError: an unknown name, or another backend asked for by "elementwise=".
+    """
+    asked = parse(spec)
+    if "elementwise" in spec and asked["elementwise"] not in ("auto", "compiled"):
+        raise ValueError(f"kernels {spec!r}: elementwise = {asked['elementwise']} and --compile exclude each other")
+    return ",".join(f"{op}={name}" for op, name in {**asked, "elementwise": "compiled"}.items())
+
+
 @functools.lru_cache
 def resolve(spec: str, device: torch.device | str, dtype: torch.dtype | str) -> Choice:
     """Names what runs each operation for parameters of this device and dtype.

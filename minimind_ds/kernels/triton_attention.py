@@ -296,7 +296,7 @@ def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
         return {
             "forward": Config(64, 64, 4, 2, 168 if D <= 96 else None),
             "query_gradient": Config(64, 32, 4, 3),
-            "key_gradient": Config(64 if D <= 96 else 32, 64, 4, 2),
+            "key_gradient": Config(64 if D <= 64 else 32, 64, 4, 2),
         }[kernel]
     if kernel == "key_gradient" and 64 < D <= 96:
         return Config(16, 64, 4, 2)

@@ -42,6 +42,24 @@ def rows_tile(pointers_M1, columns, WIDTH: tl.constexpr, EVEN: tl.constexpr):
     return tl.load(pointers_M1 + columns[None, :], mask=(columns < WIDTH)[None, :], other=0.0)
 
 
+@triton.jit
+def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The left and the right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def swiglu(gate, up, gate_up_rows, hidden_rows, column, valid, I: tl.constexpr, SAVE: tl.constexpr):
+    """Epilogue of gate_up_kernel for the columns given."""
+    mask = valid[:, None] & (column < I)[None, :]
+    dtype = hidden_rows.dtype.element_ty
+    if SAVE:
+        tl.store(gate_up_rows + column[None, :], gate.to(dtype), mask=mask)
+        tl.store(gate_up_rows + I + column[None, :], up.to(dtype), mask=mask)
+    hidden = gate / (1 + tl.exp(-gate)) * up
+    tl.store(hidden_rows + column[None, :], hidden.to(dtype), mask=mask)
+
+
 @triton.jit(do_not_specialize=["n_blocks", "depth"])
 def gate_up_kernel(x_ptr, weight_ptr, gate_up_ptr, hidden_ptr, order_ptr, blocks_ptr, n_blocks, depth,
                    C: tl.constexpr, I: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -66,15 +84,15 @@ def gate_up_kernel(x_ptr, weight_ptr, gate_up_ptr, hidden_ptr, order_ptr, blocks
         u = tile(up_weight, column, inner, I, C, EVEN)
         gate = tl.dot(x, tl.trans(g), gate, input_precision="ieee", out_dtype=ACC)
         up = tl.dot(x, tl.trans(u), up, input_precision="ieee", out_dtype=ACC)
-    hidden = gate / (1 + tl.exp(-gate)) * up
-    valid = (row < end)[:, None] & (column < I)[None, :]
+    valid = row < end
     within = tl.arange(0, ROWS)[:, None]
-    if SAVE:
-        saved = gate_up_ptr + first.to(tl.int64) * (2 * I) + within * (2 * I) + column[None, :]
-        tl.store(saved, gate.to(gate_up_ptr.dtype.element_ty), mask=valid)
-        tl.store(saved + I, up.to(gate_up_ptr.dtype.element_ty), mask=valid)
+    gate_up_rows = gate_up_ptr + first.to(tl.int64) * (2 * I) + within * (2 * I)
     hidden_rows = hidden_ptr + first.to(tl.int64) * I + within * I
-    tl.store(hidden_rows + column[None, :], hidden.to(hidden_ptr.dtype.element_ty), mask=valid)
+    left_gate, right_gate = halves(gate, ROWS, COLUMNS)
+    left_up, right_up = halves(up, ROWS, COLUMNS)
+    column = block * COLUMNS + tl.arange(0, COLUMNS // 2)
+    swiglu(left_gate, left_up, gate_up_rows, hidden_rows, column, valid, I, SAVE)
+    swiglu(right_gate, right_up, gate_up_rows, hidden_rows, column + COLUMNS // 2, valid, I, SAVE)
 
 
 @triton.jit(do_not_specialize=["n_blocks"])
@@ -110,12 +128,6 @@ def linear_kernel(a_ptr, weight_ptr, scale_ptr, out_ptr, order_ptr, blocks_ptr, 
         out = out * tl.load(scale_ptr + choice).to(ACC)[:, None]
     pointers = out_ptr + (choice.to(tl.int64) * N)[:, None] + column[None, :]
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=(row < end)[:, None] & (column < N)[None, :])
-
-
-@triton.jit
-def halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a tile's columns."""
-    return tl.split(tl.permute(tl.reshape(x, [ROWS, 2, COLUMNS // 2]), [0, 2, 1]))
 
 
 @triton.jit

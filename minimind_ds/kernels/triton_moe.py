@@ -51,7 +51,13 @@ HOPPER = {
     "down_gradient": Sizes(256, 128, 64, 8, 3),
 }
 # Within the 99 KB of shared memory that consumer GPUs have as well.
-AMPERE = {**HOPPER, "gate_up": Sizes(128, 128, 32, 8, 4), "hidden_gradient": Sizes(128, 64, 64, 4, 3)}
+AMPERE = {
+    "gate_up": Sizes(128, 128, 32, 8, 4),
+    "linear": Sizes(128, 256, 32, 8, 4),
+    "hidden_gradient": Sizes(128, 64, 64, 4, 3),
+    "gate_up_gradient": Sizes(128, 256, 32, 8, 4),
+    "down_gradient": Sizes(256, 128, 32, 8, 4),
+}
 # fp32 without tensor cores: exact products, for tests and small models.
 WIDE = dict.fromkeys(HOPPER, Sizes(64, 64, 16, 4, 2))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

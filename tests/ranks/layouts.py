@@ -23,7 +23,7 @@ from minimind_ds.data.sample import Sample  # noqa: E402
 from minimind_ds.job import prepare  # noqa: E402
 from minimind_ds.loss import scaled_loss  # noqa: E402
 from minimind_ds.model import MiniMindForCausalLM  # noqa: E402
-from minimind_ds.train import build_engine, fetch, train_step  # noqa: E402
+from minimind_ds.train import Position, build_engine, fetch, train_step  # noqa: E402
 
 MODELS = {"dense": {}, "moe": {"use_moe": True, "moe_intermediate_size": 48}}
 STEPS = 3
@@ -54,8 +54,8 @@ def full_gradients(ds_engine, stage: int) -> dict:
 
 def first_gradients(job, ds_engine) -> dict:
     """Gradients of the plan's first step, by the same calls as train_step."""
-    facts = job.plans[0].facts(0)
-    for batch in fetch(job, 0, range(1)):
+    facts = job.first_plan.facts(0)
+    for batch in fetch(job, 0, job.first_plan, range(1)):
         out = ds_engine(batch)
         ds_engine.backward(scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
                                        step_real=facts.n_tokens, dp_world=job.layout.ranks), scale_wrt_gas=False)
@@ -117,8 +117,9 @@ def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
             job = make_job(layout, out, model, stage, accumulation, extra)
             grads = first_gradients(job, fresh_engine(job))
             ds_engine = fresh_engine(job)
-            batches = fetch(job, 0, range(STEPS))
-            lines = [train_step(job, ds_engine, job.plans[0], step, batches) for step in range(STEPS)]
+            batches = fetch(job, 0, job.first_plan, range(STEPS))
+            lines = [train_step(job, ds_engine, job.first_plan, Position(step + 1, 0, step), batches)
+                     for step in range(STEPS)]
             case = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
                     "norm": [line["grad_norm"] for line in lines]}
             if model == "moe":

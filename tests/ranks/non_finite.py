@@ -16,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from minimind_ds import engine  # noqa: E402
 from minimind_ds.engine import NonFinite  # noqa: E402
-from minimind_ds.train import build_engine, fetch, train_step  # noqa: E402
+from minimind_ds.train import Position, build_engine, fetch, train_step  # noqa: E402
 from tests.ranks.layouts import make_job  # noqa: E402
 
 
@@ -27,15 +27,16 @@ def poison(module, inputs, output):
 def attempt(job) -> tuple[str, bool, bool]:
     """-> (what was raised, whether the good step moved the weights, whether the bad one did)."""
     ds_engine = build_engine(job)
-    batches = fetch(job, 0, range(2))
+    plan = job.first_plan
+    batches = fetch(job, 0, plan, range(2))
     at_first = engine.full_weights(ds_engine, job.stage)
-    train_step(job, ds_engine, job.plans[0], 0, batches)
+    train_step(job, ds_engine, plan, Position(1, 0, 0), batches)
     before = engine.full_weights(ds_engine, job.stage)
     if job.layout.rank == 1:
         ds_engine.module.model.norm.register_forward_hook(poison)
     said = "nothing"
     try:
-        train_step(job, ds_engine, job.plans[0], 1, batches)
+        train_step(job, ds_engine, plan, Position(2, 0, 1), batches)
     except NonFinite as error:
         said = str(error)
     after = engine.full_weights(ds_engine, job.stage)
