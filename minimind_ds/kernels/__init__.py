@@ -101,6 +101,7 @@ def resolve(spec: str, device: torch.device | str, dtype: torch.dtype | str) -> 
     return Choice(**chosen, activations=activations, reason=", ".join(parts))
 
 
+@functools.lru_cache
 def choose(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
     if name == "auto":
         return next(other for other, module in BACKENDS.items() if module.why_not(op, device, dtype) is None)
@@ -130,7 +131,7 @@ def why_slow(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def backend_module(op: str, backend: str, x: Tensor) -> ModuleType:
-    """A name that has been resolved is only looked up; "auto" and refusals are worked out."""
+    """The module that runs `op` for tensors like x.  Raises ValueError as the operations below do."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"kernels: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
     return BACKENDS[choose(op, backend, x.device, x.dtype)]

@@ -40,21 +40,29 @@ def tiles_on_device(cu_seqlens: Tensor, n_tokens: int, block: int) -> Tensor:
     place = place.clamp(max=len(lengths) - 1)
     start, end = bounds[order[place]], bounds[order[place] + 1]
     first = start + (ends[place] - 1 - item) * block
-    return torch.stack((first, start, end, start), dim=1).where(used[:, None], 0).int()
+    return torch.stack((first, start, end, torch.zeros_like(start)), dim=1).where(used[:, None], 0).int()
 
 
 def schedule(cu_seqlens: Tensor, n_tokens: int, block: int, device: torch.device) -> Tensor:
     """(n, 4) int32 tiles on `device`, made once per `cu_seqlens` and remembered on that tensor.
 
     A micro-batch has one `cu_seqlens`, so its layers share one schedule, forward and backward.  From the CPU it goes
-    over as one asynchronous copy out of pinned memory.
+    over as one asynchronous copy out of pinned memory; on a GPU it is made there.
+
+    Raises:
+        ValueError: bounds on the CPU that do not go from 0 to `n_tokens` without falling.
     """
-    made = cu_seqlens.__dict__.setdefault("_attention_tiles", {})
-    key = (block, device, cu_seqlens._version)
-    if key not in made:
+    version = None if cu_seqlens.is_inference() else cu_seqlens._version
+    made = cu_seqlens.__dict__.get("_attention_tiles")
+    if made is None or made["version"] != version:
+        made = cu_seqlens._attention_tiles = {"version": version}
+    if (block, device) not in made:
         if cu_seqlens.device.type == "cpu":
-            tiles = torch.from_numpy(tiles_on_cpu(cu_seqlens.numpy().astype(np.int64), block))
-            made[key] = tiles if device.type == "cpu" else tiles.pin_memory().to(device, non_blocking=True)
+            bounds = cu_seqlens.numpy().astype(np.int64)
+            if bounds[0] != 0 or bounds[-1] != n_tokens or (np.diff(bounds) < 0).any():
+                raise ValueError(f"cu_seqlens {bounds.tolist()} must go from 0 to {n_tokens} and not fall")
+            tiles = torch.from_numpy(tiles_on_cpu(bounds, block))
+            made[block, device] = tiles if device.type == "cpu" else tiles.pin_memory().to(device, non_blocking=True)
         else:
-            made[key] = tiles_on_device(cu_seqlens, n_tokens, block)
-    return made[key]
+            made[block, device] = tiles_on_device(cu_seqlens, n_tokens, block)
+    return made[block, device]

@@ -1,4 +1,4 @@
-"""Causal attention over packed documents on a GPU: three Triton kernels, a host schedule, no atomics, no (T, T) memory.
+"""Causal attention over packed documents on a GPU: three Triton kernels, no atomics, no (T, T) memory.
 
 The method is FlashAttention-2 (arXiv:2307.08691), laid out for rows of many short documents:
 
@@ -17,7 +17,6 @@ The method is FlashAttention-2 (arXiv:2307.08691), laid out for rows of many sho
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .schedule import schedule
+from .triton_launch import architecture, on, rows
 
 # Softmax runs in base 2: exp2 is one instruction.
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -275,13 +275,6 @@ def layout(H: int, HKV: int, D: int, dtype: torch.dtype) -> Layout:
     return Layout(*columns, heads, "ieee" if wide else "tf32", tl.float64 if dtype == torch.float64 else tl.float32)
 
 
-def architecture() -> int:
-    """90 for Hopper, 80 for Ampere, ...; the interpreter runs Hopper's configurations."""
-    if triton.knobs.runtime.interpret:
-        return 90
-    return triton.runtime.driver.active.get_current_target().arch
-
-
 def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
     """Launch sizes of "forward", "query_gradient" or "key_gradient".
 
@@ -301,16 +294,6 @@ def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
     if kernel == "key_gradient" and 64 < D <= 96:
         return Config(16, 64, 4, 2)
     return Config(64, 32, 4, 2)
-
-
-def on(device: torch.device):
-    """Kernels start on the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def rows(x: Tensor) -> Tensor:
-    """The kernels want a token's heads side by side; tokens may lie apart (views into one projection's output)."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
 
 
 class Launch(NamedTuple):

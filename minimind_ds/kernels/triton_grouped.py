@@ -3,9 +3,10 @@
 A program takes a block of rows from the table that triton_sort.py made (all of one expert, or none) and a block of
 columns.  `order` says which choice t * K + k stands where: x and dy are gathered through it, results are scattered.
 Programs go through SWIZZLE row blocks for each column block, so that weights are read while they are in the cache.
-Offsets that can pass 2^31 are 64-bit; what lies within a block, or within one expert's weights, is 32-bit.
+Offsets that can pass 2^31 are 64-bit; what lies within a block, or within one expert's weights, is 32-bit.  `depth`,
+the length of a sum, is also a run-time argument: loops of known length are unrolled until their registers spill.
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_triton_moe.py
+    TRITON_INTERPRET=1 python -m pytest tests/triton_tools/moe_facts.py
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Row blocks that share their expert's columns while these are in the cache.
+SWIZZLE = tl.constexpr(8)
+
 
 @triton.jit
-def row_block(blocks_ptr, n_blocks, COLUMN_BLOCKS: tl.constexpr, SWIZZLE: tl.constexpr):
+def row_block(blocks_ptr, n_blocks, COLUMN_BLOCKS: tl.constexpr):
     """-> expert, first row, end row, column block of this program; the rows are empty where it has no work."""
     program = tl.program_id(0)
     group = program // (SWIZZLE * COLUMN_BLOCKS)
@@ -63,9 +67,9 @@ def swiglu(gate, up, gate_up_rows, hidden_rows, column, valid, I: tl.constexpr, 
 @triton.jit(do_not_specialize=["n_blocks", "depth"])
 def gate_up_kernel(x_ptr, weight_ptr, gate_up_ptr, hidden_ptr, order_ptr, blocks_ptr, n_blocks, depth,
                    C: tl.constexpr, I: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                   DEPTH: tl.constexpr, SWIZZLE: tl.constexpr, SAVE: tl.constexpr, ACC: tl.constexpr):
+                   DEPTH: tl.constexpr, SAVE: tl.constexpr, ACC: tl.constexpr):
     """gate_up (M, 2 I) if SAVE, and hidden (M, I) = silu(gate) * up, for choices in sorted order."""
-    expert, first, end, block = row_block(blocks_ptr, n_blocks, tl.cdiv(I, COLUMNS), SWIZZLE)
+    expert, first, end, block = row_block(blocks_ptr, n_blocks, tl.cdiv(I, COLUMNS))
     if first >= end:
         return
     EVEN: tl.constexpr = C % DEPTH == 0 and I % COLUMNS == 0
@@ -95,17 +99,16 @@ def gate_up_kernel(x_ptr, weight_ptr, gate_up_ptr, hidden_ptr, order_ptr, blocks
     swiglu(right_gate, right_up, gate_up_rows, hidden_rows, column + COLUMNS // 2, valid, I, SAVE)
 
 
-@triton.jit(do_not_specialize=["n_blocks"])
-def linear_kernel(a_ptr, weight_ptr, scale_ptr, out_ptr, order_ptr, blocks_ptr, n_blocks,
+@triton.jit(do_not_specialize=["n_blocks", "depth"])
+def linear_kernel(a_ptr, weight_ptr, scale_ptr, out_ptr, order_ptr, blocks_ptr, n_blocks, depth,
                   N: tl.constexpr, D: tl.constexpr, TRANSPOSED: tl.constexpr, SCALED: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SWIZZLE: tl.constexpr,
-                  ACC: tl.constexpr):
+                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ACC: tl.constexpr):
     """out (M, N) = a (M, D) @ weight[expert], times scale (M,) if SCALED.
 
     Rows of `a` are in sorted order, those of `scale` and `out` are choices.  A weight is (D, N), or (N, D) if
     TRANSPOSED.
     """
-    expert, first, end, block = row_block(blocks_ptr, n_blocks, tl.cdiv(N, COLUMNS), SWIZZLE)
+    expert, first, end, block = row_block(blocks_ptr, n_blocks, tl.cdiv(N, COLUMNS))
     if first >= end:
         return
     EVEN: tl.constexpr = D % DEPTH == 0 and N % COLUMNS == 0
@@ -115,7 +118,7 @@ def linear_kernel(a_ptr, weight_ptr, scale_ptr, out_ptr, order_ptr, blocks_ptr, 
     weight = weight_ptr + expert.to(tl.int64) * (N * D)
     column = block * COLUMNS + tl.arange(0, COLUMNS)
     out = tl.zeros([ROWS, COLUMNS], ACC)
-    for start in range(0, D, DEPTH):
+    for start in range(0, depth, DEPTH):
         inner = start + tl.arange(0, DEPTH)
         a = rows_tile(a_rows, inner, D, D % DEPTH == 0)
         if TRANSPOSED:
@@ -153,14 +156,13 @@ def swiglu_gradient(dhidden, scale, gate_up_rows, dgate_up_rows, hidden_rows, co
 @triton.jit(do_not_specialize=["n_blocks", "M", "depth"])
 def hidden_gradient_kernel(dy_ptr, down_ptr, scale_ptr, gate_up_ptr, dgate_up_ptr, hidden_ptr, dscale_ptr, order_ptr,
                            blocks_ptr, n_blocks, M, depth, C: tl.constexpr, I: tl.constexpr, K: tl.constexpr,
-                           ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SWIZZLE: tl.constexpr,
-                           ACC: tl.constexpr):
+                           ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ACC: tl.constexpr):
     """From dy (T, C) to dgate_up (M, 2 I), scale * hidden (M, I) and this column block's share of dscale.
 
     dscale is (column blocks, M), by choice; everything else by sorted choice.  The epilogue takes a quarter of the
     columns at a time: four such tiles of inputs and outputs at once would not fit in the registers.
     """
-    expert, first, end, block = row_block(blocks_ptr, n_blocks, tl.cdiv(I, COLUMNS), SWIZZLE)
+    expert, first, end, block = row_block(blocks_ptr, n_blocks, tl.cdiv(I, COLUMNS))
     if first >= end:
         return
     EVEN: tl.constexpr = C % DEPTH == 0 and I % COLUMNS == 0
@@ -199,22 +201,22 @@ def hidden_gradient_kernel(dy_ptr, down_ptr, scale_ptr, gate_up_ptr, dgate_up_pt
 @triton.jit(do_not_specialize=["E"])
 def weight_gradient_kernel(a_ptr, b_ptr, out_ptr, order_ptr, offsets_ptr, E, P: tl.constexpr, Q: tl.constexpr,
                            K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, SPLIT: tl.constexpr,
-                           HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ACC: tl.constexpr):
+                           ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ACC: tl.constexpr):
     """out (SPLIT, E, P, Q): of each expert's rows, a share's sum of a^T b; zero where there are none.
 
     a (M, P) and b (M, Q) are in sorted order, or (T, ...) by token where gathered.
     """
     program = tl.program_id(0)
-    p = program // tl.cdiv(Q, COLUMNS) % tl.cdiv(P, HEIGHT) * HEIGHT + tl.arange(0, HEIGHT)
+    p = program // tl.cdiv(Q, COLUMNS) % tl.cdiv(P, ROWS) * ROWS + tl.arange(0, ROWS)
     q = program % tl.cdiv(Q, COLUMNS) * COLUMNS + tl.arange(0, COLUMNS)
-    expert = program // (tl.cdiv(Q, COLUMNS) * tl.cdiv(P, HEIGHT))
+    expert = program // (tl.cdiv(Q, COLUMNS) * tl.cdiv(P, ROWS))
     first, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)
     share = tl.program_id(1)
     if SPLIT > 1:
         rows = tl.cdiv(tl.cdiv(end - first, SPLIT), DEPTH) * DEPTH
         first, end = tl.minimum(first + share * rows, end), tl.minimum(first + (share + 1) * rows, end)
     inner = tl.arange(0, DEPTH)
-    out = tl.zeros([HEIGHT, COLUMNS], ACC)
+    out = tl.zeros([ROWS, COLUMNS], ACC)
     # Tokens are read one round ahead: their rows' loads then start as early as those of rows in order.
     token = tl.load(order_ptr + first + inner, mask=first + inner < end, other=0) // K
     for start in range(first, end, DEPTH):
@@ -222,7 +224,7 @@ def weight_gradient_kernel(a_ptr, b_ptr, out_ptr, order_ptr, offsets_ptr, E, P: 
         valid = row < end
         a_row = token if GATHER_A else row
         b_row = token if GATHER_B else row
-        a_mask = valid[None, :] if P % HEIGHT == 0 else valid[None, :] & (p < P)[:, None]
+        a_mask = valid[None, :] if P % ROWS == 0 else valid[None, :] & (p < P)[:, None]
         b_mask = valid[:, None] if Q % COLUMNS == 0 else valid[:, None] & (q < Q)[None, :]
         a = tl.load(a_ptr + (a_row.to(tl.int64) * P)[None, :] + p[:, None], mask=a_mask, other=0.0)
         b = tl.load(b_ptr + (b_row.to(tl.int64) * Q)[:, None] + q[None, :], mask=b_mask, other=0.0)

@@ -10,7 +10,7 @@ The method is ScatterMoE's (arXiv:2403.08245), with the activation fused in as w
 - Every number is written once, by one program, in an order that does not depend on the others: deterministic, without
   atomics, and a token's result does not depend on what other tokens are or choose, to the bit.
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_triton_moe.py        (docs/KERNELS.md has the figures)
+    python -m pytest tests/test_triton_moe.py        (docs/KERNELS.md has the figures)
 """
 
 from __future__ import annotations
@@ -25,10 +25,8 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .triton_grouped import gate_up_kernel, hidden_gradient_kernel, linear_kernel, weight_gradient_kernel
+from .triton_launch import architecture, on
 from .triton_sort import Plan, plan
-
-# Row blocks that share their expert's columns while these are in the cache.
-SWIZZLE = 8
 
 
 class Sizes(NamedTuple):
@@ -60,41 +58,40 @@ AMPERE = {
 }
 # fp32 without tensor cores: exact products, for tests and small models.
 WIDE = dict.fromkeys(HOPPER, Sizes(64, 64, 16, 4, 2))
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def sizes_for(dtype: torch.dtype) -> dict[str, Sizes]:
-    """Tiles for the GPU that kernels are started on; the interpreter runs Hopper's."""
+    """Tiles for the GPU that kernels start on."""
     if dtype.itemsize > 2:
         return WIDE
-    if triton.knobs.runtime.interpret:
-        return HOPPER
-    arch = triton.runtime.driver.active.get_current_target().arch
-    return HOPPER if 90 <= arch < 120 else AMPERE
+    return HOPPER if 90 <= architecture() < 120 else AMPERE
 
 
 def splits(tiles: int, rows: int, device: torch.device) -> int:
     """How many programs share the sum of one tile of a weight's gradient: enough to fill the GPU, 512 rows for each.
 
-    Their sums are stored apart and added in order.  With all four experts of MiniMind's size it is one.
+    Their sums are stored apart and added in order.  At MiniMind's own sizes it is one.
     """
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
     return max(1, min(processors // tiles, rows // 512))
 
 
-def accumulator(dtype: torch.dtype) -> tl.dtype:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def constants(sizes: Sizes, dtype: torch.dtype) -> dict:
+    return dict(ROWS=sizes.rows, COLUMNS=sizes.columns, DEPTH=sizes.depth, num_warps=sizes.warps,
+                num_stages=sizes.stages, ACC=tl.float64 if dtype == torch.float64 else tl.float32)
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
 
 
 def apply_gate_up(x: Tensor, weight: Tensor, K: int, made: Plan, sizes: Sizes, save: bool) -> tuple[Tensor, Tensor]:
     """x (T, C), weight (E, 2 I, C) -> gate_up (M, 2 I), empty unless `save`, and silu(gate) * up (M, I), sorted."""
-    M, C, I = len(made.order), x.shape[1], weight.shape[1] // 2
-    gate_up = x.new_empty(M if save else 0, 2 * I)
-    hidden = x.new_empty(M, I)
-    grid = (len(made.blocks) * triton.cdiv(I, sizes.columns),)
-    gate_up_kernel[grid](x, weight, gate_up, hidden, made.order, made.blocks, len(made.blocks), C, C=C, I=I, K=K,
-                         ROWS=sizes.rows, COLUMNS=sizes.columns, DEPTH=sizes.depth, SWIZZLE=SWIZZLE, SAVE=save,
-                         ACC=accumulator(x.dtype), num_warps=sizes.warps, num_stages=sizes.stages)
+    M, C, I, n = len(made.order), x.shape[1], weight.shape[1] // 2, len(made.blocks)
+    gate_up, hidden = empty(x, M if save else 0, 2 * I), empty(x, M, I)
+    gate_up_kernel[(n * triton.cdiv(I, sizes.columns),)](
+        x, weight, gate_up, hidden, made.order, made.blocks, n, C, C=C, I=I, K=K, SAVE=save,
+        **constants(sizes, x.dtype))
     return gate_up, hidden
 
 
@@ -104,27 +101,24 @@ def apply_linear(a: Tensor, weight: Tensor, scale: Tensor | None, K: int, made: 
     weight is (E, N, D) with a scale (T, K), and (E, D, N) without one.  A token's K results are stored apart and then
     added, in order.
     """
-    (M, D), N = a.shape, weight.numel() // weight.shape[0] // a.shape[1]
-    out = a.new_empty(M, N)
-    grid = (len(made.blocks) * triton.cdiv(N, sizes.columns),)
-    scaled = scale is not None
-    linear_kernel[grid](a, weight, scale if scaled else out, out, made.order, made.blocks, len(made.blocks), N=N, D=D,
-                        TRANSPOSED=scaled, SCALED=scaled, ROWS=sizes.rows, COLUMNS=sizes.columns, DEPTH=sizes.depth,
-                        SWIZZLE=SWIZZLE, ACC=accumulator(a.dtype), num_warps=sizes.warps, num_stages=sizes.stages)
+    (M, D), N, n = a.shape, weight.shape[1 if scale is not None else 2], len(made.blocks)
+    out, scaled = empty(a, M, N), scale is not None
+    linear_kernel[(n * triton.cdiv(N, sizes.columns),)](
+        a, weight, scale if scaled else out, out, made.order, made.blocks, n, D, N=N, D=D, TRANSPOSED=scaled,
+        SCALED=scaled, **constants(sizes, a.dtype))
     return out if K == 1 else out.view(-1, K, N).sum(dim=1)
 
 
 def hidden_gradient(dy: Tensor, down: Tensor, scale: Tensor, gate_up: Tensor, made: Plan,
                     sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     """dy (T, C) -> dgate_up (M, 2 I) and scale * hidden (M, I), both sorted, and dscale (T, K)."""
-    M, C, I = len(made.order), dy.shape[1], down.shape[2]
-    dgate_up, hidden = torch.empty_like(gate_up), dy.new_empty(M, I)
+    M, C, I, n = len(made.order), dy.shape[1], down.shape[2], len(made.blocks)
     column_blocks = triton.cdiv(I, sizes.columns)
-    dscale = dy.new_empty(column_blocks, M, dtype=torch.promote_types(dy.dtype, torch.float32))
-    hidden_gradient_kernel[(len(made.blocks) * column_blocks,)](
-        dy, down, scale, gate_up, dgate_up, hidden, dscale, made.order, made.blocks, len(made.blocks), M, C, C=C, I=I,
-        K=scale.shape[1], ROWS=sizes.rows, COLUMNS=sizes.columns, DEPTH=sizes.depth, SWIZZLE=SWIZZLE,
-        ACC=accumulator(dy.dtype), num_warps=sizes.warps, num_stages=sizes.stages)
+    dgate_up, hidden = empty(dy, M, 2 * I), empty(dy, M, I)
+    dscale = empty(dy, column_blocks, M, dtype=torch.promote_types(dy.dtype, torch.float32))
+    hidden_gradient_kernel[(n * column_blocks,)](
+        dy, down, scale, gate_up, dgate_up, hidden, dscale, made.order, made.blocks, n, M, C, C=C, I=I,
+        K=scale.shape[1], **constants(sizes, dy.dtype))
     return dgate_up, hidden, dscale.sum(dim=0).view(scale.shape).to(scale.dtype)
 
 
@@ -133,11 +127,10 @@ def weight_gradient(a: Tensor, b: Tensor, gathered: str, K: int, made: Plan, siz
     E, P, Q = len(made.offsets) - 1, a.shape[1], b.shape[1]
     tiles = E * triton.cdiv(P, sizes.rows) * triton.cdiv(Q, sizes.columns)
     split = splits(tiles, len(made.order) // E, a.device)
-    out = a.new_empty(split, E, P, Q, dtype=a.dtype if split == 1 else torch.promote_types(a.dtype, torch.float32))
+    out = empty(a, split, E, P, Q, dtype=a.dtype if split == 1 else torch.promote_types(a.dtype, torch.float32))
     weight_gradient_kernel[(tiles, split)](
         a, b, out, made.order, made.offsets, E, P=P, Q=Q, K=K, GATHER_A=gathered == "a", GATHER_B=gathered == "b",
-        SPLIT=split, HEIGHT=sizes.rows, COLUMNS=sizes.columns, DEPTH=sizes.depth, ACC=accumulator(a.dtype),
-        num_warps=sizes.warps, num_stages=sizes.stages)
+        SPLIT=split, **constants(sizes, a.dtype))
     return out[0] if split == 1 else out.sum(dim=0).to(a.dtype)
 
 
@@ -147,7 +140,7 @@ class Moe(Function):
     @staticmethod
     def forward(ctx, x, gate_up, down, weights, experts, sizes, save):
         K = experts.shape[1]
-        with torch.cuda.device_of(x):
+        with on(x.device):
             made = plan(experts, gate_up.shape[0], sizes["gate_up"].rows)
             saved, hidden = apply_gate_up(x, gate_up, K, made, sizes["gate_up"], save)
             y = apply_linear(hidden, down, weights, K, made, sizes["linear"])
@@ -161,23 +154,12 @@ class Moe(Function):
         x, gate_up, down, weights, saved, *made = ctx.saved_tensors
         made, K, sizes, dy = Plan(*made), weights.shape[1], ctx.sizes, dy.contiguous()
         wants_x, wants_gate_up, wants_down = ctx.needs_input_grad[:3]
-        with torch.cuda.device_of(x):
+        with on(x.device):
             dgate_up, hidden, dweights = hidden_gradient(dy, down, weights, saved, made, sizes["hidden_gradient"])
             dx = apply_linear(dgate_up, gate_up, None, K, made, sizes["linear"]) if wants_x else None
             dweight = weight_gradient(dgate_up, x, "b", K, made, sizes["gate_up_gradient"]) if wants_gate_up else None
             ddown = weight_gradient(dy, hidden, "a", K, made, sizes["down_gradient"]) if wants_down else None
         return dx, dweight, ddown, dweights, None, None, None
-
-
-def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where these kernels run: NVIDIA GPUs from Ampere on in bf16, fp16 and fp32; the interpreter anywhere."""
-    if triton.knobs.runtime.interpret:
-        return None
-    if device.type != "cuda" or torch.version.hip:
-        return "needs an NVIDIA GPU (or TRITON_INTERPRET=1)"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "needs an NVIDIA GPU of compute capability 8.0 or more"
-    return None if dtype in DTYPES else f"computes in bf16, fp16 or fp32, not {dtype}"
 
 
 def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor,

@@ -3,7 +3,7 @@
 Logits are read once and scores never written; what the balance loss needs of them is summed per group on the way, by
 block and then over blocks, without atomics, so that it is the same in every run.
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_triton_moe.py -k route
+    TRITON_INTERPRET=1 python -m pytest tests/triton_tools/router_facts.py
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+from .triton_launch import on
 
 # Numbers of a (tokens, experts) tile; upstream's guard against a zero sum of weights.
 TILE = 2048
@@ -115,7 +117,7 @@ class Route(Function):
         experts = torch.empty(T, k, dtype=torch.int64, device=device)
         # Blocks write the groups they have tokens of.
         counts, sums = torch.zeros(2, blocks, n_groups, E, dtype=wide, device=device)
-        with torch.cuda.device_of(logits):
+        with on(logits.device):
             route_kernel[(blocks,)](logits, group, weights, experts, counts, sums, T, n_groups, BLOCK=block,
                                     K_PAD=triton.next_power_of_2(k), **shape)
         counts, sums = counts.sum(dim=0), sums.sum(dim=0)
@@ -129,7 +131,7 @@ class Route(Function):
     def backward(ctx, dweights, _dexperts, _dcounts, dsums):
         logits, experts, group = ctx.saved_tensors
         dlogits = torch.empty_like(logits)
-        with torch.cuda.device_of(logits):
+        with on(logits.device):
             route_gradient_kernel[(triton.cdiv(len(logits), ctx.block),)](
                 logits, group, experts, dweights.contiguous(), dsums.contiguous(), dlogits, len(logits), ctx.n_groups,
                 BLOCK=ctx.block, **ctx.shape)

@@ -1,6 +1,6 @@
 """Choices of experts sorted by expert on the device: a stable counting sort in two kernels, and the row blocks' table.
 
-    TRITON_INTERPRET=1 python -m pytest tests/test_triton_moe.py -k sort
+    TRITON_INTERPRET=1 python -m pytest tests/triton_tools/moe_facts.py -k sort
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ What it changes (the stock interpreter computes on the bits of bf16, and reads a
 - bf16: arithmetic in fp32, rounded to nearest even.  fp32 products in tf32 when the kernel leaves the precision open.
 - Bounds: every lane that is not masked off lies in one tensor of the launch.
 - Poison: a masked-off lane without `other` loads NaN (the lowest integer), not 0.
-- Races: two programs of a launch never touch the same byte, unless both only read it or both only add to it.
+- Races: two programs of a launch never touch the same element, unless both only read it or both only add to it.
 - Order: programs run in a random order (OPTIONS.seed), so a kernel that needs one another's results shows it.
 
 What it cannot show: miscompiled code, races inside a program, fast-math error, speed.
@@ -36,7 +36,7 @@ Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 
 @dataclasses.dataclass
 class Options:
-    """What is checked; `seed` fixes the order of programs.  Races need two shadow words per byte of every tensor."""
+    """What is checked; `seed` fixes the order of programs.  Races need three shadow words per element."""
 
     races: bool = True
     seed: int = 0
@@ -44,23 +44,26 @@ class Options:
 
 @dataclasses.dataclass
 class Launch:
-    """The memory of the launch that runs: tensors as byte ranges [start, end), and who touched which byte.
+    """The memory of the launch that runs: tensors as byte ranges [start, end), and who touched which element.
 
-    In `writer` and `reader` 0 is nobody, p + 1 is program p, -1 is several programs (atomics, or more than one
-    reader).  Both start as untouched pages, so huge tensors cost what is used of them.
+    A tensor has a shadow word per element (`units` bytes).  In `writer` and `reader` 0 is nobody, p + 1 is program p,
+    -1 is several programs (atomics, or more than one reader).  They start as untouched pages, so huge tensors cost
+    what is used of them.
     """
 
     starts: np.ndarray
     ends: np.ndarray
+    units: np.ndarray
     shadow: np.ndarray
-    writer: np.ndarray | None
-    reader: np.ndarray | None
+    writer: np.ndarray
+    reader: np.ndarray
+    scratch: np.ndarray
     order: list[int] = dataclasses.field(default_factory=list)
     program: int = 0
 
 
 OPTIONS = Options()
-LAUNCH = Launch(*(np.zeros(0, np.int64) for _ in range(3)), None, None)
+LAUNCH = Launch(*(np.zeros(0, np.int64) for _ in range(7)))
 
 
 # ------------------------------------------------------------------------------------------------ bf16 and tf32
@@ -80,8 +83,9 @@ def bf16_bits(values) -> np.ndarray:
     """fp32 values to the nearest bf16, ties to even."""
     values = np.asarray(values, dtype=np.float32)
     bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded.reshape(values.shape))
+    bits = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+    rounded = (bits >> np.uint32(16)).astype(np.uint16).reshape(values.shape)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
 def narrow(handle):
@@ -153,8 +157,8 @@ def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
 
 # ------------------------------------------------------------------------------------------------ memory
 
-def touched(pointers, mask, what: str) -> tuple[np.ndarray, int]:
-    """Shadow indices of the first byte of every active lane, and the bytes of one element.
+def touched(pointers, mask, what: str) -> np.ndarray:
+    """Shadow words of every active lane.
 
     Raises:
         IndexError: a lane outside every tensor of the launch.
@@ -167,11 +171,10 @@ def touched(pointers, mask, what: str) -> tuple[np.ndarray, int]:
     if outside.any():
         raise IndexError(f"out of bounds: program {LAUNCH.program} would {what} {int(outside.sum())} of "
                          f"{addresses.size} elements outside every tensor")
-    return LAUNCH.shadow[tensor] + addresses - LAUNCH.starts[tensor], size
-
-
-def bytes_of(first: np.ndarray, size: int) -> np.ndarray:
-    return (first[:, None] + np.arange(size)).reshape(-1)
+    index = LAUNCH.shadow[tensor] + (addresses - LAUNCH.starts[tensor]) // LAUNCH.units[tensor]
+    # Wider than the tensor's elements (a pointer that was cast): several words.
+    words = max(1, size // int(LAUNCH.units[tensor].min(initial=size)))
+    return index if words == 1 else (index[:, None] + np.arange(words)).reshape(-1)
 
 
 def note_load(index: np.ndarray):
@@ -185,7 +188,9 @@ def note_load(index: np.ndarray):
 
 def note_store(index: np.ndarray, adds: bool):
     me = LAUNCH.program + 1
-    if not adds and np.unique(index).size != index.size:
+    lane = np.arange(1, index.size + 1)
+    LAUNCH.scratch[index] = lane
+    if not adds and (LAUNCH.scratch[index] != lane).any():
         raise RuntimeError(f"race: program {LAUNCH.program} stores twice to one address in one store")
     writer, reader = LAUNCH.writer[index], LAUNCH.reader[index]
     # Adding to what others add to is allowed; storing over it, or over what anyone else touched, is not.
@@ -207,9 +212,9 @@ def lowest(element) -> np.generic:
 
 
 def create_masked_load(self, ptrs, mask, other, *rest, **named):
-    first, size = touched(ptrs, mask, "load")
+    index = touched(ptrs, mask, "load")
     if OPTIONS.races:
-        note_load(bytes_of(first, size))
+        note_load(index)
     if other is None:
         element = ptrs.get_element_ty()
         other = Handle(np.full(ptrs.data.shape, lowest(element)), element)
@@ -217,18 +222,18 @@ def create_masked_load(self, ptrs, mask, other, *rest, **named):
 
 
 def create_masked_store(self, ptrs, value, mask, *rest, **named):
-    first, size = touched(ptrs, mask, "store")
+    index = touched(ptrs, mask, "store")
     if OPTIONS.races:
-        note_store(bytes_of(first, size), adds=False)
+        note_store(index, adds=False)
     return STOCK["create_masked_store"](self, ptrs, value, mask, *rest, **named)
 
 
 def create_atomic_rmw(self, rmwOp, ptr, val, mask, *rest):
     if val.dtype.scalar == tl.bfloat16:
         raise NotImplementedError("atomics on bf16 are not emulated")
-    first, size = touched(ptr, mask, "add to")
+    index = touched(ptr, mask, "add to")
     if OPTIONS.races:
-        note_store(bytes_of(first, size), adds=True)
+        note_store(index, adds=True)
     return STOCK["create_atomic_rmw"](self, rmwOp, ptr, val, mask, *rest)
 
 
@@ -249,18 +254,19 @@ def init_args_hst(self, args_dev, kwargs):
     """Stock, and then: these tensors are the memory of this launch."""
     args, named = STOCK["_init_args_hst"](self, args_dev, kwargs)
     ranges: list[list[int]] = []
-    for start, end in sorted((x.data_ptr(), x.data_ptr() + x.element_size() * (
-            1 + sum((n - 1) * abs(step) for n, step in zip(x.shape, x.stride()))))
+    for start, end, unit in sorted((x.data_ptr(), x.data_ptr() + x.element_size() * (
+            1 + sum((n - 1) * abs(step) for n, step in zip(x.shape, x.stride()))), x.element_size())
             for x in tensors_of((args, tuple(named.values())))):
         # Views that overlap are one tensor; neighbours are not.
         if ranges and start < ranges[-1][1]:
-            ranges[-1][1] = max(end, ranges[-1][1])
+            ranges[-1][1:] = max(end, ranges[-1][1]), min(unit, ranges[-1][2])
         else:
-            ranges.append([start, end])
-    LAUNCH.starts, LAUNCH.ends = (np.array([r[i] for r in ranges], np.int64) for i in (0, 1))
-    sizes = LAUNCH.ends - LAUNCH.starts
-    LAUNCH.shadow = np.cumsum(sizes) - sizes
-    LAUNCH.writer, LAUNCH.reader = (np.zeros(int(sizes.sum()) if OPTIONS.races else 0, np.int32) for _ in range(2))
+            ranges.append([start, end, unit])
+    LAUNCH.starts, LAUNCH.ends, LAUNCH.units = np.array(ranges, np.int64).reshape(-1, 3).T.copy()
+    words = (LAUNCH.ends - LAUNCH.starts) // LAUNCH.units
+    LAUNCH.shadow = np.cumsum(words) - words
+    LAUNCH.writer, LAUNCH.reader, LAUNCH.scratch = (
+        np.zeros(int(words.sum()) if OPTIONS.races else 0, np.int32) for _ in range(3))
     return args, named
 
 
