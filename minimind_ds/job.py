@@ -95,7 +95,8 @@ def prepare(program: str, argv: list[str], layout: Layout) -> Job:
     stores, eval_store = open_data(KINDS[program], run, tokenizer)
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
     ds, run = ds_config.resolve(raw, run, model_config, ranks=layout.ranks, total_steps=0)
-    choice = kernels.resolve(run.kernels, layout.device, DTYPES[run.dtype])
+    spec = kernels.with_compiled(run.kernels) if run.compile else run.kernels
+    choice = kernels.resolve(spec, layout.device, DTYPES[run.dtype])
     if run.dtype == "fp16" and not fp16_runs():
         raise ValueError("--dtype fp16: DeepSpeed has no fp16 on this machine's processor; use bf16 or fp32")
     plan = plan_epoch(stores[0], run, layout.ranks, 0)
@@ -122,17 +123,12 @@ def choose(run: RunConfig, layout: Layout) -> tuple[RunConfig, list[str]]:
         if cuda:
             dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         else:
-            dtype = "bf16" if cpu_has_bf16() else "fp32"
+            dtype = "fp32" if kernels.why_slow(layout.device, torch.bfloat16) else "bf16"
         run = run.replace(dtype=dtype)
     if run.cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         run = run.replace(cache_dir=os.path.join(home, "minimind_ds"))
     return run, notes
-
-
-def cpu_has_bf16() -> bool:
-    """Without these instructions bf16 is emulated, and slower than fp32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def fp16_runs() -> bool:

@@ -1,6 +1,6 @@
 """Every kernel compiles for A100 and H100/H200 without a GPU, and the compiled code keeps to what was designed.
 
-The host code that starts the kernels in earnest runs on CPU tensors, its launches become compiles (triton_tools/aot.py).
+The host code that starts the kernels in earnest runs on CPU tensors; its launches become compiles (aot.py).
 What is held: nothing spills to memory, half-precision products are matrix instructions of the target (HGMMA on
 sm_90, HMMA on sm_80), and shared memory fits.  The table is printed with -s, or by
 
@@ -19,10 +19,11 @@ pytest.importorskip("triton")
 
 # heads, key heads, head size, dtype: MiniMind-3, and what else is allowed.
 DEFAULT = [(8, 4, 96, "bfloat16")]
-OTHERS = [(8, 2, 64, "bfloat16"), (8, 4, 96, "float32"), (8, 4, 128, "bfloat16"), (8, 2, 96, "bfloat16"), (8, 8, 96, "float16"), (8, 1, 96, "bfloat16"),
-          (4, 2, 64, "bfloat16"), (8, 8, 64, "float16"), (8, 8, 32, "float16"), (8, 1, 32, "bfloat16"),
-          (4, 2, 80, "bfloat16"), (4, 4, 48, "bfloat16"), (4, 2, 112, "bfloat16"), (6, 2, 96, "bfloat16"),
-          (8, 4, 128, "float32"), (8, 8, 64, "float32"), (8, 2, 32, "float32")]
+OTHERS = [(8, 2, 64, "bfloat16"), (8, 4, 96, "float32"), (8, 4, 128, "bfloat16"), (8, 2, 96, "bfloat16"),
+          (8, 8, 96, "float16"), (8, 1, 96, "bfloat16"), (4, 2, 64, "bfloat16"), (8, 8, 64, "float16"),
+          (8, 8, 32, "float16"), (8, 1, 32, "bfloat16"), (4, 2, 80, "bfloat16"), (4, 4, 48, "bfloat16"),
+          (4, 2, 112, "bfloat16"), (6, 2, 96, "bfloat16"), (8, 4, 128, "float32"), (8, 8, 64, "float32"),
+          (8, 2, 32, "float32")]
 
 
 def compile_all(cases):

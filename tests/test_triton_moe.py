@@ -1,17 +1,17 @@
-"""The experts' and the router's Triton kernels: right in the interpreter, well compiled for sm_80 and sm_90, right on a
-GPU where there is one.  Each needs a process of its own: TRITON_INTERPRET is read when a kernel is defined.
+"""The kernels of experts and router: right in the interpreter, well compiled, right on a GPU where there is one.
+
+Each needs a process of its own: TRITON_INTERPRET is read when a kernel is defined.
 """
 
 import functools
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from .conftest import ROOT
+from .triton_tools import ROOT, environment, hold
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -22,16 +22,9 @@ PRODUCTS = {name for name in KERNELS if name.startswith(("gate_up", "linear", "h
 SHARED = {80: 101_376, 90: 232_448}
 
 
-def python(*words: str, timeout: int = 600, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *words], cwd=ROOT, text=True, capture_output=True, timeout=timeout,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-
-
-@pytest.mark.parametrize("facts", ["moe_facts", "router_facts"])
+@pytest.mark.parametrize("facts", ["moe", "router"])
 def test_facts_hold_in_the_honest_interpreter(facts, request):
-    slow = ["--slow"] if request.config.getoption("--slow") else []
-    done = python("-m", "pytest", "-q", f"tests/triton_tools/{facts}.py", *slow, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    hold(facts, slow=request.config.getoption("--slow"))
 
 
 def launches(C: int = 768, I: int = 2432, K: int = 1, dtype: torch.dtype = torch.bfloat16):  # noqa: E741
@@ -61,8 +54,10 @@ def fp32_launches():
 
 @functools.cache
 def compiled(function: str, arch: int) -> list[dict]:
-    done = python("-m", "tests.triton_tools.aot", f"tests.test_triton_moe:{function}", str(arch))
-    assert done.returncode == 0, done.stderr[-6000:]
+    command = [sys.executable, "-m", "tests.triton_tools.aot", f"tests.test_triton_moe:{function}", str(arch)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(interpret=False), capture_output=True, text=True,
+                          timeout=1800)
+    assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 

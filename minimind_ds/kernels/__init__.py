@@ -17,10 +17,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import compiled, reference, sdpa
+from . import compiled, reference, sdpa, triton
 
 # Fastest first: `auto` takes the first that can run.  What stands behind `reference` has to be asked for by name.
 BACKENDS: dict[str, ModuleType] = {
+    "triton": triton,
     "sdpa": sdpa,
     "reference": reference,
     "compiled": compiled,

@@ -284,7 +284,8 @@ def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
     if dtype == torch.float64:
         return Config(16, 16, 4, 1)
     if dtype == torch.float32:
-        return Config(16, 32, 8, 2) if kernel == "forward" else Config(32, 32, 8, 2)
+        return {"forward": Config(16, 32, 8, 2), "query_gradient": Config(32, 32, 8, 2),
+                "key_gradient": Config(16, 32, 4, 2)}[kernel]
     if arch // 10 in (9, 10):
         return {
             "forward": Config(64, 64, 4, 2, 168 if D <= 96 else None),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .triton_launch import on, rows
 
-# Rows (a row is one head of one token) of a forward tile; of a backward tile, and tiles a backward program goes through.
+# Rows (a row is one head of one token) of a tile forward and backward, and tiles that a backward program goes through.
 ROWS, BACK_ROWS, TILES = 32, 16, 16
 
 
