@@ -28,5 +28,5 @@ setup(
         "tqdm>=4.66,<5",
         "wandb>=0.19,<1",
     ],
-    extras_require={"test": ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "ruff>=0.12,<0.18"]},
+    extras_require={"test": ["pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4", "ruff>=0.12,<0.18"]},
 )

@@ -51,11 +51,11 @@ def store_rows(ptr, offsets, valid, values, FIRST: tl.constexpr, WIDTH: tl.const
 
 
 @triton.jit(do_not_specialize=["T"])
-def forward_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, T,
-                   Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
-                   H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-                   HEADS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr,
-                   ACC: tl.constexpr, PRECISION: tl.constexpr):
+def attention_kernel(q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, tiles_ptr, T,
+                     Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+                     H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+                     HEADS: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr, SCALE: tl.constexpr,
+                     ACC: tl.constexpr, PRECISION: tl.constexpr):
     """out (T, H, D) and lse (H, T), the log2 of the softmax's denominator.  One program: BLOCK tokens, HEADS heads."""
     tile = tiles_ptr + tl.program_id(0) // (H // HEADS) * 4
     first, start, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
@@ -330,7 +330,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor
     lse = torch.empty(H, T, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     work = launch("forward", q, k, v, cu_seqlens)
     with on(q.device):
-        forward_kernel[(work.programs,)](q, k, v, out, lse, work.tiles, T, **work.constants)
+        attention_kernel[(work.programs,)](q, k, v, out, lse, work.tiles, T, **work.constants)
     return out, lse
 
 

@@ -91,10 +91,9 @@ def rotate_rows_back(dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, dx_ptr, part
 
 
 @triton.jit(do_not_specialize=["T", "q_programs"])
-def forward_kernel(q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, q_programs,
-                   EPS: tl.constexpr, Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, H: tl.constexpr,
-                   HKV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-                   ACC: tl.constexpr):
+def rope_kernel(q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, q_programs,
+                EPS: tl.constexpr, Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr,
+                D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
     """The first programs take the queries' rows, the others the keys'."""
     block = tl.program_id(0)
     if block < q_programs:
@@ -106,10 +105,11 @@ def forward_kernel(q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q
 
 
 @triton.jit(do_not_specialize=["T", "q_programs"])
-def backward_kernel(dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_ptr, dk_ptr,
-                    q_partial_ptr, k_partial_ptr, T, q_programs, EPS: tl.constexpr, Q_STRIDE: tl.constexpr,
-                    K_STRIDE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
-                    ROWS: tl.constexpr, TILES: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
+def rope_gradient_kernel(dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_ptr,
+                         dk_ptr, q_partial_ptr, k_partial_ptr, T, q_programs, EPS: tl.constexpr,
+                         Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr,
+                         D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+                         NORM: tl.constexpr, ACC: tl.constexpr):
     """Gradients of q and k, and each program's share of the weights' (programs, D)."""
     program = tl.program_id(0)
     if program < q_programs:
@@ -137,7 +137,7 @@ def forward(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | No
     q_programs, k_programs = (triton.cdiv(x.shape[0] * x.shape[1], ROWS) for x in (q, k))
     norm = q_weight is not None
     with on(q.device):
-        forward_kernel[(q_programs + k_programs,)](
+        rope_kernel[(q_programs + k_programs,)](
             q, k, q_weight if norm else q, k_weight if norm else k, cos, sin, q_out, k_out, q.shape[0], q_programs,
             **constants(q, k, norm, eps, ROWS))
     return q_out, k_out
@@ -156,7 +156,7 @@ def backward(dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Ten
     partials = [torch.empty(n if norm else 0, D if norm else 0, dtype=accumulate, device=q.device)
                 for n in (q_programs, k_programs)]
     with on(q.device):
-        backward_kernel[(q_programs + k_programs,)](
+        rope_gradient_kernel[(q_programs + k_programs,)](
             dq_out, dk_out, q, k, q_weight if norm else q, k_weight if norm else k, cos, sin, dq, dk,
             *(partials if norm else (dq, dk)), q.shape[0], q_programs, TILES=TILES,
             **constants(q, k, norm, eps, BACK_ROWS))

@@ -100,7 +100,7 @@ def test_rows_lie_beyond_the_reach_of_32_bits():
     tiles = work.tiles[work.tiles[:, 1] == T - last].contiguous()
     out, lse = torch.empty(T, 2, 32, dtype=torch.bfloat16), torch.empty(2, T)
     with honest.options(races=False):
-        triton_attention.forward_kernel[(len(tiles) * 2,)](wide, wide, wide, out, lse, tiles, T, **work.constants)
+        triton_attention.attention_kernel[(len(tiles) * 2,)](wide, wide, wide, out, lse, tiles, T, **work.constants)
     want = ours(small[0], small[0], small[0], small[3], cu_seqlens([last]))[0]
     assert torch.equal(out[-last:], want)
 
