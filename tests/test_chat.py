@@ -14,8 +14,7 @@ import torch
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, build_sample, chat, collate, load_tokenizer, score
 from minimind_ds import weights as files
 from minimind_ds.data.sample import prompt_ids
-
-from .conftest import ROOT, environment
+from tests.conftest import ROOT, environment
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
             intermediate_size=64, max_position_embeddings=256)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from minimind_ds import kernels
 from minimind_ds.kernels import reference, triton_grouped, triton_moe, triton_sort
 from minimind_ds.kernels.triton_moe import Sizes
 
@@ -247,6 +248,26 @@ def test_what_does_not_fit_is_named(change, word):
                 weights=torch.zeros(3, 1), experts=torch.zeros(3, 1, dtype=int))
     with pytest.raises(ValueError, match=word):
         triton_moe.moe(**{**args, **change})
+
+
+@pytest.mark.skipif("triton" not in kernels.BACKENDS, reason="the door does not name triton yet")
+@pytest.mark.parametrize("K", [1, 2])
+def test_a_model_through_the_door_equals_the_reference(K):
+    from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate
+
+    config = ModelConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, intermediate_size=48, max_position_embeddings=128, use_moe=True,
+                         num_experts_per_tok=K, norm_topk_prob=K > 1)
+    ids = torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(0))
+    batch = collate([[Sample(part, torch.cat((part[1:], torch.tensor([-100])))) for part in ids.split(25)]], 64)
+    results = []
+    for name in ("attention=reference,moe=triton,elementwise=reference", "reference"):
+        torch.manual_seed(0)
+        model = MiniMindForCausalLM(config, name)
+        out = model(batch)
+        (out.loss_sum + 60 * out.aux_loss).backward()
+        results.append([out.loss_sum.detach(), *(p.grad for p in model.parameters())])
+    assert error(*([x.double() for x in result] for result in results)) <= 1e-5
 
 
 # Bugs seeded into the kernels' source, each of which a case must notice: old text, new text.
