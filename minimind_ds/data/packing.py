@@ -166,7 +166,10 @@ class PackedBatch:
     n_labelled: int | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        """The batch on a device.  `cu_seqlens` stays on the CPU, where kernels plan their work without waiting."""
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved.cu_seqlens = self.cu_seqlens
+        return moved
 
     def pin_memory(self) -> PackedBatch:
         return self._map(torch.Tensor.pin_memory)

@@ -243,7 +243,8 @@ def key_gradient_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_pt
 class Config(NamedTuple):
     """One kernel's launch: rows (queries x heads) and keys of its tiles, warps, stages of loads in its loop.
 
-    `registers` is a bound per thread, where the compiler takes more than it needs and a third block would not fit.
+    `registers` bounds a thread's: 168 where the compiler would take more than it needs and a third block on an SM
+    would not fit, 255 where it would rather spill than give up that third block.
     """
 
     rows: int
@@ -293,8 +294,8 @@ def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
             "key_gradient": Config(64 if D <= 64 else 32, 64, 4, 2),
         }[kernel]
     if kernel == "key_gradient" and 64 < D <= 96:
-        return Config(16, 64, 4, 2)
-    return Config(64, 32, 4, 2)
+        return Config(16, 64, 4, 2, 255)
+    return Config(64, 32, 4, 2, 255 if kernel == "forward" and D > 96 else None)
 
 
 class Launch(NamedTuple):
