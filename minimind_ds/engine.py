@@ -104,6 +104,10 @@ def initialize(model: torch.nn.Module, config: dict):
     """
     import deepspeed
 
+    if config.get("zero_optimization", {}).get("stage", 0) == 0 and not (config["fp16"]["enabled"]
+                                                                         or config["bf16"]["enabled"]):
+        # clip_gradients does it instead.
+        config = {**config, "gradient_clipping": 0.0}
     engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config,
                                                    model_parameters=[p for p in model.parameters() if p.requires_grad])
     undo_warm_start(engine)
@@ -146,14 +150,25 @@ def current_device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def grad_norm_before(engine, stage: int) -> float | None:
-    """Global 2-norm of the gradients, asked for before engine.step(), where DeepSpeed does not work it out itself."""
-    if stage > 0 or hasattr(engine.optimizer, "_global_grad_norm"):
+def clip_gradients(engine, most: float) -> float | None:
+    """Clip the gradients to a global 2-norm of `most` (0: leave them) before engine.step(), at stage 0 in fp32.
+
+    DeepSpeed clips at the other stages and in half precision; there this returns None.  At stage 0 in fp32 it takes
+    the norm in fp32, which on a CPU is off by 1e-4 for an embedding's gradient: enough to tell the stages' curves
+    apart.  Here it is taken in fp64, as at the other stages.
+
+    Returns:
+        The norm before clipping.
+    """
+    if engine.zero_optimization_stage() > 0 or hasattr(engine.optimizer, "_global_grad_norm"):
         return None
-    # In fp64, as at the other stages: torch's fp32 norm on a CPU is off by 1e-4 for an embedding's gradient.
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in engine.module.parameters()
-             if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack(norms)).item()
+    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]))
+    if most > 0:
+        factor = torch.clamp(most / (norm + 1e-6), max=1.0)
+        for grad in grads:
+            grad.mul_(factor.to(grad.dtype))
+    return norm.item()
 
 
 def norm_scale(engine, stage: int) -> float:

@@ -311,7 +311,7 @@ def train_step(job: Job, ds_engine, plan: loader.EpochPlan, at: Position, batche
                 dist.all_reduce(sums)
             if not torch.isfinite(sums).all():
                 raise NonFinite(blame(job, plan, at, suspects))
-            norm = engine.grad_norm_before(ds_engine, job.stage)
+            norm = engine.clip_gradients(ds_engine, run.grad_clip)
         update(job, ds_engine, plan, at)
     loss, aux = (sums / torch.tensor([max(facts.n_labelled, 1), max(facts.n_tokens, 1)], device=sums.device)).tolist()
     if norm is None:

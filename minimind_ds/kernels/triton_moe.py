@@ -106,7 +106,7 @@ def apply_linear(a: Tensor, weight: Tensor, scale: Tensor | None, K: int, made: 
     linear_kernel[(n * triton.cdiv(N, sizes.columns),)](
         a, weight, scale if scaled else out, out, made.order, made.blocks, n, D, N=N, D=D, TRANSPOSED=scaled,
         SCALED=scaled, **constants(sizes, a.dtype))
-    return out if K == 1 else out.view(-1, K, N).sum(dim=1)
+    return out if K == 1 else out.view(M // K, K, N).sum(dim=1)
 
 
 def hidden_gradient(dy: Tensor, down: Tensor, scale: Tensor, gate_up: Tensor, made: Plan,

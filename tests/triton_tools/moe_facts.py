@@ -46,7 +46,7 @@ CASES = {
     "one more than a block each": Case(132, 32, 32, 4, 1, FP32, "in turn"),
     "one token": Case(1, 64, 64, 4, 1, BF16),
     "one token, top-2, fp32": Case(1, 64, 64, 4, 2, FP32),
-    "no tokens": Case(0, 64, 64, 4, 1, BF16),
+    "no tokens": Case(0, 64, 64, 4, 2, BF16),
     "one expert": Case(40, 32, 32, 1, 1, FP32),
     "the GPU's tiles, no size a multiple of them": Case(300, 100, 150, 4, 2, BF16, block=None),
     "the GPU's tiles in fp32": Case(130, 64, 80, 4, 1, FP32, block=None),
