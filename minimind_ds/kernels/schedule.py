@@ -1,6 +1,6 @@
 """Which program does what: tiles over the documents of a packed row, made where `cu_seqlens` is, without a wait.
 
-    python -m pytest tests/test_triton_attention.py -k schedule
+    TRITON_INTERPRET=1 python -m pytest tests/triton_tools/attention_facts.py -k schedule
 """
 
 from __future__ import annotations
