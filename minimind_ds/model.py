@@ -293,6 +293,9 @@ class MiniMindForCausalLM(nn.Module):
                             device="meta" if config.tie_word_embeddings else None)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        # For its dtype alone.  Under ZeRO-3 reading another module's parameter inside forward gathers it, at a moment
+        # that differs between ranks; a tuple is no such reading.
+        self.like = (self.model.norm.weight,)
         self.reset_parameters()
 
     @torch.no_grad()
@@ -309,7 +312,7 @@ class MiniMindForCausalLM(nn.Module):
             ValueError: another backend was asked for them, or there is no compiler.
         """
         self.kernels = with_compiled(self.kernels)
-        self.kernel_choice(self.model.norm.weight.device, self.model.norm.weight.dtype)
+        self.kernel_choice(self.like[0].device, self.like[0].dtype)
 
     def kernel_choice(self, device: torch.device | str, dtype: torch.dtype) -> Choice:
         """The backends this model uses there, with the reason: for printing once.  Raises ValueError if it cannot."""
@@ -327,7 +330,7 @@ class MiniMindForCausalLM(nn.Module):
         labels_T = batch.labels.flatten()
         cos_TD, sin_TD = self.rotary(batch.position_ids.flatten())
         packing = Packing(batch.cu_seqlens, batch.max_seqlen, cos_TD, sin_TD, self.balance_groups(batch),
-                          self.kernel_choice(labels_T.device, self.model.norm.weight.dtype))
+                          self.kernel_choice(labels_T.device, self.like[0].dtype))
         remember = not (self.gradient_checkpointing and self.training)
         hidden_TC, balances, counts = self.model(batch.input_ids.flatten(), packing, remember)
         # A batch that brings the labelled positions spares a GPU the question how many there are.
@@ -360,7 +363,7 @@ class MiniMindForCausalLM(nn.Module):
         real_mask = getattr(batch, "real_mask", None)
         if real_mask is not None:
             member_GT &= real_mask.flatten()
-        return member_GT.to(torch.promote_types(self.model.norm.weight.dtype, torch.float32))
+        return member_GT.to(torch.promote_types(self.like[0].dtype, torch.float32))
 
     def load_weights(self, state: dict[str, Tensor]):
         """Loads weights under our own names, all and no others.  Raises ValueError naming what does not fit."""

@@ -34,8 +34,9 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return LACKS[op]
     if importlib.util.find_spec("deepspeed") is None or importlib.util.find_spec("triton") is None:
         return "it needs deepspeed and triton, and one of them is not installed"
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
-        return f"DeepSpeed's Triton ops are for NVIDIA GPUs from Ampere (compute capability 8.0) on, not {device.type}"
+    nvidia = device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip
+    if not nvidia or torch.cuda.get_device_capability(device) < (8, 0):
+        return "DeepSpeed's Triton ops are for NVIDIA GPUs from Ampere (compute capability 8.0) on, and there is none"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"DeepSpeed's grouped GEMM computes in bf16 and fp16 (it rounds fp32 to tf32), not {dtype}"
     from deepspeed.ops.triton_ops import is_triton_available

@@ -293,7 +293,7 @@ def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
             "query_gradient": Config(64, 32, 4, 3),
             "key_gradient": Config(64 if D <= 64 else 32, 64, 4, 2),
         }[kernel]
-    if kernel == "key_gradient" and 64 < D <= 96:
+    if kernel == "key_gradient" and (32 < D <= 48 or 64 < D <= 96):
         return Config(16, 64, 4, 2, 255)
     return Config(64, 32, 4, 2, 255 if kernel == "forward" and D > 96 else None)
 

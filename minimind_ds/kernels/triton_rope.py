@@ -19,6 +19,8 @@ from .triton_launch import on, rows
 
 # Rows (a row is one head of one token) of a tile forward and backward, and tiles that a backward program goes through.
 ROWS, BACK_ROWS, TILES = 32, 16, 16
+# A bound for the backward kernel in fp32, without which the compiler spills to fit a fifth block on an SM.
+REGISTERS = 128
 
 
 @triton.jit
@@ -159,7 +161,7 @@ def backward(dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Ten
         rope_gradient_kernel[(q_programs + k_programs,)](
             dq_out, dk_out, q, k, q_weight if norm else q, k_weight if norm else k, cos, sin, dq, dk,
             *(partials if norm else (dq, dk)), q.shape[0], q_programs, TILES=TILES,
-            **constants(q, k, norm, eps, BACK_ROWS))
+            maxnreg=REGISTERS if q.dtype == torch.float32 else None, **constants(q, k, norm, eps, BACK_ROWS))
     dtypes = (q_weight.dtype, k_weight.dtype) if norm else (accumulate, accumulate)
     return dq, dk, *(partial.sum(0).to(dtype) for partial, dtype in zip(partials, dtypes))
 

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 # One-hot matrices of this many numbers are counted at a time, by as many programs as a GPU runs at once.
-ONE_HOT = 4096
+ONE_HOT = 2048
 PROGRAMS = 128
 
 
