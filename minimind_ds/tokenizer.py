@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -45,7 +46,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
                    "chat_template.jinja")
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What every tokenizer offers; `load_tokenizer` makes one.
 
     Attributes: vocab_size (ids are below it), bos_id, eos_id, pad_id, name (for people), fingerprint (sha256 hex of
@@ -60,29 +61,29 @@ class Tokenizer:
     fingerprint: str
     specials: dict[str, int]
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """The ids of plain text; never a control token, whatever the text looks like.
 
         Raises:
             ValueError: a lone surrogate, which is not valid Unicode.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text, on the library's parallel path."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         """The text of the ids; `skip_special` leaves out the control tokens that are not part of an answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save(self, folder: str | Path) -> None:
         """Write what this tokenizer was loaded from into `folder`; load_tokenizer(folder) gives it back."""
-        raise NotImplementedError
 
+    @abstractmethod
     def save_hf(self, folder: str | Path) -> None:
         """Write a folder that transformers.AutoTokenizer loads (no remote code), with MiniMind's chat template."""
-        raise NotImplementedError
 
     def special_id(self, token: str) -> int:
         """The id of a control token.

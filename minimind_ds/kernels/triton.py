@@ -28,6 +28,8 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return None if dtype in (*DTYPES, torch.float64) else f"the kernels take {_names(DTYPES)}, not {dtype}"
     if device.type != "cuda":
         return f"Triton compiles for GPUs, and this is {device.type}"
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU here"
     if torch.version.hip or torch.cuda.get_device_capability(device) < (8, 0):
         return "the kernels are built for NVIDIA GPUs from Ampere (compute capability 8.0) on"
     return None if dtype in DTYPES else f"the kernels take {_names(DTYPES)}, not {dtype}"
