@@ -205,6 +205,10 @@ def full_weights(engine, stage: int) -> dict[str, torch.Tensor]:
             full = safe_get_full_fp32_param(param) if stage > 0 else param
         if full is None:
             full = param
+        if hasattr(param, "ds_zero_placement_family"):
+            from minimind_ds import expert_parallel
+
+            full = expert_parallel.whole(param, full)
         if dist.get_rank() == 0:
             weights[name] = full.detach().float().cpu().clone()
     return weights

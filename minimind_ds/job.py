@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from minimind_ds import ds_config, kernels, weights
-from minimind_ds.config import ModelConfig
+from minimind_ds import ds_config, kernels, parallel, weights
+from minimind_ds.config import Degrees, ModelConfig
 from minimind_ds.data import loader
 from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.engine import Layout
@@ -38,6 +38,7 @@ class Job:
 
     run: RunConfig
     layout: Layout
+    degrees: Degrees
     tokenizer: Tokenizer
     model_config: ModelConfig
     stores: list[TokenStore]
@@ -54,6 +55,11 @@ class Job:
         return ds_config.stage_of(self.ds)
 
     @property
+    def rows_ranks(self) -> int:
+        """How many ranks, or groups of ranks that share rows, the rows of a step are dealt to."""
+        return self.layout.ranks // self.degrees.sequence
+
+    @property
     def total_steps(self) -> int:
         """Optimizer steps of the run, if every epoch has as many as the first; packing may add or save a row."""
         steps = self.run.epochs * len(self.first_plan)
@@ -61,7 +67,7 @@ class Job:
 
     def plan(self, epoch: int) -> loader.EpochPlan:
         """An epoch's plan, made when the epoch begins: the start of a run does not wait for all of them."""
-        return self.first_plan if epoch == 0 else plan_epoch(self.stores[epoch], self.run, self.layout.ranks, epoch)
+        return self.first_plan if epoch == 0 else plan_epoch(self.stores[epoch], self.run, self.rows_ranks, epoch)
 
     @property
     def folder(self) -> pathlib.Path:
@@ -95,20 +101,24 @@ def prepare(program: str, argv: list[str], layout: Layout) -> Job:
     check_writable(pathlib.Path(run.save_dir))
     stores, eval_store = open_data(KINDS[program], run, tokenizer)
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
-    ds, run = ds_config.resolve(raw, run, model_config, ranks=layout.ranks, total_steps=0)
+    degrees = parallel.read_degrees(run.deepspeed, raw, layout.ranks)
+    ranks = max(1, layout.ranks // degrees.sequence)
+    ds, run = ds_config.resolve(raw, run, model_config, ranks=ranks, total_steps=0)
+    parallel.check(degrees, model_config, ranks=layout.ranks, row_tokens=run.batch_size * run.row_len,
+                   stage=ds_config.stage_of(ds), path=run.deepspeed)
     spec = kernels.with_compiled(run.kernels) if run.compile else run.kernels
     choice = kernels.resolve(spec, layout.device, DTYPES[run.dtype], needs(model_config))
     if run.dtype == "fp16" and not fp16_runs():
         raise ValueError("--dtype fp16: DeepSpeed has no fp16 on this machine's processor; use bf16 or fp32")
-    plan = plan_epoch(stores[0], run, layout.ranks, 0)
-    eval_plan = eval_store and plan_epoch(eval_store, run, layout.ranks, 0)
+    plan = plan_epoch(stores[0], run, ranks, 0)
+    eval_plan = eval_store and plan_epoch(eval_store, run, ranks, 0)
     start_weights = None
     if run.from_weight != "none":
         start_weights = weights.load_weights(run.from_weight, model_config)
-    job = Job(run, layout, tokenizer, model_config, stores, eval_store, plan, eval_plan, ds, choice, start_weights,
-              notes)
+    job = Job(run, layout, degrees, tokenizer, model_config, stores, eval_store, plan, eval_plan, ds, choice,
+              start_weights, notes)
     if "scheduler" in raw:
-        job.ds, _ = ds_config.resolve(raw, run, model_config, ranks=layout.ranks, total_steps=job.total_steps)
+        job.ds, _ = ds_config.resolve(raw, run, model_config, ranks=ranks, total_steps=job.total_steps)
     return job
 
 

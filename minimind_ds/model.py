@@ -13,6 +13,7 @@ I intermediate, E experts, K experts per token, G balance groups, N labelled tok
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -23,13 +24,13 @@ from torch.utils.checkpoint import checkpoint
 
 from . import kernels, loss, weights
 from .config import ModelConfig
-from .kernels import Choice, Needs, resolve, with_compiled
+from .kernels import Choice, Needs, attention, resolve, with_compiled
 from .kernels import parse as parse_kernels
 
 if TYPE_CHECKING:
     from .data.packing import PackedBatch
 
-BALANCE = ("batch", "row", "document")
+BALANCE = ("batch", "row", "document", "global")
 
 
 @dataclass
@@ -60,6 +61,8 @@ class Packing(NamedTuple):
     group_T: Tensor | None
     n_groups: int
     kernels: Choice
+    attend: Callable[..., Tensor]
+    total_counts: Callable[[Tensor], Tensor] | None
 
 
 def needs(config: ModelConfig) -> Needs:
@@ -163,9 +166,8 @@ class Attention(nn.Module):
             q_THD, k_THD = self.q_norm(q_THD, packing), self.k_norm(k_THD, packing)
         else:
             q_THD, k_THD = (rotate(x_THD, None, 0.0, packing) for x_THD in (q_THD, k_THD))
-        out_THD = kernels.attention(q_THD, k_THD, v_THD, packing.cu_seqlens, packing.max_seqlen,
-                                    backend=packing.kernels.attention,
-                                    dropout_p=self.dropout if self.training else 0.0)
+        out_THD = packing.attend(q_THD, k_THD, v_THD, packing.cu_seqlens, packing.max_seqlen,
+                                 backend=packing.kernels.attention, dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.o_proj(out_THD.flatten(1)), self.dropout, self.training)
 
 
@@ -210,22 +212,25 @@ class MoEFeedForward(nn.Module):
         y_TC = self.experts(x_TC, weights_TK, experts_TK, packing.kernels.moe)
         if packing.group_T is None:
             return y_TC, None, None
-        balance = balance_loss(counts_GE, scores_GE, self.config.num_experts_per_tok)
+        total_GE = packing.total_counts(counts_GE) if packing.total_counts else counts_GE
+        balance = balance_loss(counts_GE, scores_GE, self.config.num_experts_per_tok, total_GE=total_GE)
         return y_TC, balance * self.config.router_aux_loss_coef, counts_GE.sum(dim=0)
 
 
-def balance_loss(counts_GE: Tensor, scores_GE: Tensor, k: int) -> Tensor:
+def balance_loss(counts_GE: Tensor, scores_GE: Tensor, k: int, *, total_GE: Tensor) -> Tensor:
     """E * sum_e load_e * mean score_e per group of tokens, averaged over groups by their tokens.
 
-    load_e is the number of choices of expert e per token of the group, so loads sum to k (as MiniMind counts).
+    load_e is the number of choices of expert e per token of the group, so loads sum to k (as MiniMind counts).  Where
+    ranks hold parts of a group, the mean of their losses, weighted by their tokens, is the group's.
 
     Args:
         counts_GE: how often a group's tokens chose an expert.  scores_GE: the sums of their scores (differentiable).
         k: experts per token.
+        total_GE: the counts over all ranks that hold tokens of the group.
     """
-    tokens_G1 = counts_GE.sum(dim=1, keepdim=True) / k
-    total = tokens_G1.sum().clamp(min=1)
-    return counts_GE.shape[1] * (counts_GE / tokens_G1.clamp(min=1) * scores_GE).sum() / total
+    load_GE = total_GE / (total_GE.sum(dim=1, keepdim=True) / k).clamp(min=1)
+    tokens = (counts_GE.sum() / k).clamp(min=1)
+    return counts_GE.shape[1] * (load_GE * scores_GE).sum() / tokens
 
 
 class Block(nn.Module):
@@ -287,7 +292,7 @@ class MiniMindForCausalLM(nn.Module):
         kernels: "auto", a backend's name, or "attention=NAME,moe=NAME" (see minimind_ds.kernels).
         balance: the groups over which the experts' balance is asked for: "batch" (all real tokens of the
             micro-batch, as MiniMind), "row" (each row of the batch: the same whichever ranks and micro-batches rows
-            are dealt to) or "document" (each packed sample).
+            are dealt to), "document" (each packed sample) or "global" (as "batch", over all ranks' micro-batches).
 
     Raises:
         ValueError: a backend or a balance that does not exist.
@@ -300,6 +305,8 @@ class MiniMindForCausalLM(nn.Module):
         parse_kernels(kernels)
         self.config, self.balance, self.kernels = config, balance, kernels
         self.gradient_checkpointing = False
+        # What parallel.install changes where ranks share rows: attention over all their tokens, counts over all ranks.
+        self.attend, self.total_counts = attention, None
         self.model = Decoder(config)
         self.rotary = Rotary(config)
         # A tied head owns no memory of its own: both modules hold one Parameter, which ZeRO-3 gathers for either.
@@ -344,7 +351,8 @@ class MiniMindForCausalLM(nn.Module):
         labels_T = batch.labels.flatten()
         cos_TD, sin_TD = self.rotary(batch.position_ids.flatten())
         choice = self.kernel_choice(labels_T.device, self.like[0].dtype)
-        packing = Packing(batch.cu_seqlens, batch.max_seqlen, cos_TD, sin_TD, *self.balance_groups(batch), choice)
+        packing = Packing(batch.cu_seqlens, batch.max_seqlen, cos_TD, sin_TD, *self.balance_groups(batch), choice,
+                          self.attend, self.total_counts)
         remember = not (self.gradient_checkpointing and self.training)
         hidden_TC, balances, counts = self.model(batch.input_ids.flatten(), packing, remember)
         # A batch that brings the labelled positions spares a GPU the question how many there are.
@@ -365,12 +373,13 @@ class MiniMindForCausalLM(nn.Module):
         """(T,) the group of each real token, -1 for padding, and how many groups; (None, 0) without a balance loss."""
         if not (self.training and self.config.use_moe and self.config.router_aux_loss_coef > 0):
             return None, 0
-        rows, length = batch.labels.shape
-        token_T = torch.arange(rows * length, device=batch.labels.device)
-        if self.balance == "batch":
+        token_T = batch.first_token + torch.arange(batch.labels.numel(), device=batch.labels.device)
+        n_rows = batch.n_rows or len(batch.labels)
+        if self.balance in ("batch", "global"):
             n_groups, group_T = 1, torch.zeros_like(token_T)
         elif self.balance == "row":
-            n_groups, group_T = rows, token_T // length
+            # cu_seqlens end where the whole batch does, padding included.
+            n_groups, group_T = n_rows, token_T // (int(batch.cu_seqlens[-1]) // n_rows)
         else:
             n_groups = len(batch.cu_seqlens) - 1
             group_T = torch.searchsorted(batch.cu_seqlens[1:].to(token_T), token_T, right=True)

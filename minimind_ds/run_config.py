@@ -69,7 +69,7 @@ class RunConfig:
     kernels: str = flag("auto", "auto, a backend's name, or one per operation: attention=sdpa,moe=reference")
     dropout: float | None = flag(None, "dropout probability; default: the preset's (0)")
     moe_balance: str = flag("row", "tokens over which the experts' load is balanced",
-                            choices=("row", "batch", "document"))
+                            choices=("row", "batch", "document", "global"))
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = flag(False, "torch.compile the model's layers")
     on_bad_record: str = flag("stop", "what a malformed line does", choices=("stop", "skip"))

@@ -10,13 +10,16 @@ LAYERS = [
     {"run_config", "tokenizer", "kernels", "data"},
     {"weights", "loss", "ds_config"},
     {"model", "metrics"},
+    {"expert_parallel"},
+    {"parallel"},
     {"engine", "checkpoint"},
     {"job", "export", "planner"},
     {"train", "chat", "score", "padded"},
     {"benchmark"},
 ]
 # deepspeed is imported by these only.
-DEEPSPEED = {"engine", "checkpoint", "train", "job", "benchmark", "ds_config", "kernels/deepspeed_ops"}
+DEEPSPEED = {"engine", "checkpoint", "train", "job", "benchmark", "ds_config", "kernels/deepspeed_ops",
+             "parallel", "expert_parallel"}
 
 
 def modules():

@@ -159,7 +159,7 @@ def test_balance_loss_is_minimind_s_on_real_tokens_weighted_over_groups():
 
     _, experts, counts, sums = kernels.route(scores.log(), 2, False, group, 3, backend="reference")
     assert torch.equal(experts, chosen)
-    torch.testing.assert_close(balance_loss(counts, sums, 2),
+    torch.testing.assert_close(balance_loss(counts, sums, 2, total_GE=counts),
                                (3 * upstream(slice(0, 3)) + 5 * upstream(slice(3, 8))) / 8)
     assert counts.sum(0).tolist() == F.one_hot(chosen[:8], 4).sum((0, 1)).tolist()
 
