@@ -209,7 +209,8 @@ def summary(job: Job, start: Start) -> list[str]:
              f"{run.accumulation_steps} micro-batches a step; {steps:,} steps an epoch, {job.total_steps:,} in all"]
     if job.lora:
         trained = sum(math.prod(shape) for shape in lora.shapes(job.model_config, job.lora).values())
-        lines.append(f"LoRA: {job.lora.describe()}; trains {trained:,} of {parameters + trained:,} parameters")
+        frozen = "; the experts stay as they are" if job.model_config.use_moe else ""
+        lines.append(f"LoRA: {job.lora.describe()}; trains {trained:,} of {parameters + trained:,} parameters{frozen}")
     if start.path is not None:
         lines.append(f"resuming from {start.path} after step {start.step}")
     return lines

@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -285,7 +286,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pth(path: Path) -> dict[str, Tensor]:
     """A state dict, or the "model" of one of MiniMind's resume files."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch remarks on a pickle's protocol; whether the file is read is what counts.
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: refused: it is not a plain file of tensors (torch.load with weights_only=True "
                          f"does not read it)") from None
