@@ -20,6 +20,7 @@ from minimind_ds.data import loader
 from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.engine import Layout
 from minimind_ds.lora import Lora, find_targets, fingerprint
+from minimind_ds.model import needs
 from minimind_ds.run_config import RunConfig, parse_run_config
 from minimind_ds.tokenizer import Tokenizer, load_tokenizer
 
@@ -99,7 +100,7 @@ def prepare(program: str, argv: list[str], layout: Layout) -> Job:
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
     ds, run = ds_config.resolve(raw, run, model_config, ranks=layout.ranks, total_steps=0)
     spec = kernels.with_compiled(run.kernels) if run.compile else run.kernels
-    choice = kernels.resolve(spec, layout.device, DTYPES[run.dtype])
+    choice = kernels.resolve(spec, layout.device, DTYPES[run.dtype], needs(model_config))
     if run.dtype == "fp16" and not fp16_runs():
         raise ValueError("--dtype fp16: DeepSpeed has no fp16 on this machine's processor; use bf16 or fp32")
     plan = plan_epoch(stores[0], run, layout.ranks, 0)

@@ -8,10 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
-from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, chat, collate, export, load_tokenizer, lora, weights
+from minimind_ds import (
+    MiniMindForCausalLM,
+    ModelConfig,
+    Sample,
+    chat,
+    collate,
+    export,
+    load_tokenizer,
+    lora,
+    loss,
+    weights,
+)
 from minimind_ds.engine import Layout
 from minimind_ds.job import prepare
 from minimind_ds.lora import Lora
@@ -113,6 +125,19 @@ def test_gradients_of_a_and_b_are_those_of_the_merged_weights(name):
     assert found.keys() == leaves.keys()
     for n, leaf in leaves.items():
         assert leaf.grad.norm() > 0 and (found[n] - leaf.grad).norm() <= 1e-10 * leaf.grad.norm(), n
+
+
+def test_a_frozen_head_gives_the_same_loss_and_gradient_of_what_it_reads():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (loss.CHUNK + 3, 11))
+    labels = torch.randint(0, 11, (len(hidden),), generator=generator)
+    ours, theirs = (hidden.clone().requires_grad_() for _ in range(2))
+    value = loss.cross_entropy_sum(ours, weight, labels, backend="reference")
+    expected = F.cross_entropy(theirs @ weight.T, labels, reduction="sum")
+    (0.3 * value).backward()
+    (0.3 * expected).backward()
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
 def test_dropout_acts_on_the_adapters_alone_and_in_training_alone():
