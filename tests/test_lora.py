@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -395,7 +396,7 @@ def test_a_checkpoint_is_not_resumed_with_other_adapters_or_none(runs):
     assert "this run's is None" in said[0] and "its LoRA is None" in said[1] and "'rank 2, alpha 2" in said[2]
 
 
-def test_a_run_writes_its_adapters_alone_and_the_programs_take_them(runs, tmp_path):
+def test_a_run_writes_its_adapters_alone_and_the_programs_take_them(runs, capsys):
     out = runs[2]
     files = [path.name for path in (out / "run").glob("*.safetensors")]
     assert files == ["sft_lora_48_moe.safetensors"]
@@ -404,10 +405,13 @@ def test_a_run_writes_its_adapters_alone_and_the_programs_take_them(runs, tmp_pa
                for name, tensor in adapters.items()) and len(adapters) == 8
     base = str(out / "base_moe.safetensors")
     together = ["--weight", base, "--lora", str(out / "run"), "--tokenizer", str(out / "run" / "tokenizer")]
-    done = program("chat.py", *together, "--prompt", "Hi", "--temperature", "0", "--max_new_tokens", "3")
-    assert done.returncode == 0, done.stderr
-    done = program("score.py", *together, "--data_path", ROOT / "examples" / "sft_heldout.jsonl", "--limit", "2",
-                   "--json")
-    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1]), done.stderr
+    chats, scores = (runpy.run_path(str(ROOT / "launch" / name))["main"] for name in ("chat.py", "score.py"))
+    assert chats([*together, "--prompt", "Hi", "--temperature", "0", "--max_new_tokens", "3"]) == 0
+    capsys.readouterr()
+    assert scores([*together, "--data_path", str(ROOT / "examples" / "sft_heldout.jsonl"), "--limit", "2",
+                   "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert chats([*together[:3], str(out / "absent"), *together[4:], "--prompt", "Hi"]) == 2
+    assert "absent: no such file" in capsys.readouterr().err
     with pytest.raises(ValueError, match="use_moe is True there and False here"):
         chat.load_model(str(out / "base_dense.safetensors"), lora=str(out / "run"))
