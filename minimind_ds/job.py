@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from minimind_ds.config import Degrees, ModelConfig
 from minimind_ds.data import loader
 from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.engine import Layout
+from minimind_ds.lora import Lora, find_targets, fingerprint
 from minimind_ds.model import needs
 from minimind_ds.run_config import RunConfig, parse_run_config
 from minimind_ds.tokenizer import Tokenizer, load_tokenizer
@@ -49,6 +50,7 @@ class Job:
     kernels: object
     start_weights: dict | None
     notes: list[str]
+    lora: Lora | None = None
 
     @property
     def stage(self) -> int:
@@ -80,8 +82,8 @@ class Job:
 
     @property
     def weights_path(self) -> pathlib.Path:
-        config = self.model_config
-        return self.folder / weights.file_name(self.run.save_weight, config)
+        name = f"{self.run.save_weight}_lora" if self.lora else self.run.save_weight
+        return self.folder / weights.file_name(name, self.model_config)
 
 
 def prepare(program: str, argv: list[str], layout: Layout) -> Job:
@@ -98,6 +100,7 @@ def prepare(program: str, argv: list[str], layout: Layout) -> Job:
     run, notes = choose(run, layout)
     tokenizer = load_tokenizer(run.tokenizer)
     model_config = run.model_config(tokenizer.vocab_size)
+    run, lora = choose_lora(run, model_config)
     check_writable(pathlib.Path(run.save_dir))
     stores, eval_store = open_data(KINDS[program], run, tokenizer)
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
@@ -106,6 +109,9 @@ def prepare(program: str, argv: list[str], layout: Layout) -> Job:
     ds, run = ds_config.resolve(raw, run, model_config, ranks=ranks, total_steps=0)
     parallel.check(degrees, model_config, ranks=layout.ranks, row_tokens=run.batch_size * run.row_len,
                    stage=ds_config.stage_of(ds), path=run.deepspeed)
+    if lora is not None and degrees.experts > 1:
+        raise ValueError(f"{run.deepspeed}: expert_parallel shares out experts to train, and LoRA leaves them as they "
+                         "are; leave it out, or --lora_rank 0")
     spec = kernels.with_compiled(run.kernels) if run.compile else run.kernels
     choice = kernels.resolve(spec, layout.device, DTYPES[run.dtype], needs(model_config))
     if run.dtype == "fp16" and not fp16_runs():
@@ -115,8 +121,10 @@ def prepare(program: str, argv: list[str], layout: Layout) -> Job:
     start_weights = None
     if run.from_weight != "none":
         start_weights = weights.load_weights(run.from_weight, model_config)
+    if lora is not None:
+        lora = replace(lora, base=fingerprint(start_weights))
     job = Job(run, layout, degrees, tokenizer, model_config, stores, eval_store, plan, eval_plan, ds, choice,
-              start_weights, notes)
+              start_weights, notes, lora)
     if "scheduler" in raw:
         job.ds, _ = ds_config.resolve(raw, run, model_config, ranks=ranks, total_steps=job.total_steps)
     return job
@@ -140,6 +148,16 @@ def choose(run: RunConfig, layout: Layout) -> tuple[RunConfig, list[str]]:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         run = run.replace(cache_dir=os.path.join(home, "minimind_ds"))
     return run, notes
+
+
+def choose_lora(run: RunConfig, config: ModelConfig) -> tuple[RunConfig, Lora | None]:
+    """The run's adapters, but for their base's fingerprint; the run with what was left to the program filled in."""
+    if run.lora_rank == 0:
+        return run, None
+    targets = find_targets(config, run.lora_targets)
+    alpha = float(run.lora_rank if run.lora_alpha is None else run.lora_alpha)
+    lora = Lora(rank=run.lora_rank, alpha=alpha, targets=targets, dropout=run.lora_dropout)
+    return run.replace(lora_alpha=alpha, lora_targets=",".join(targets)), lora
 
 
 def fp16_runs() -> bool:

@@ -25,9 +25,10 @@ class LinearCrossEntropy(Function):
     def forward(ctx, hidden_NC, weight_VC, labels_N, backend):
         wide = torch.promote_types(hidden_NC.dtype, torch.float32)
         total = hidden_NC.new_zeros((), dtype=wide)
-        train = any(ctx.needs_input_grad)
+        train, train_weight = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         dhidden_NC = torch.empty_like(hidden_NC)
-        dweight_VC = torch.zeros_like(weight_VC, dtype=wide)
+        # A frozen head (LoRA) is spared a third of the work.
+        dweight_VC = torch.zeros_like(weight_VC, dtype=wide) if train_weight else None
         for start in range(0, len(labels_N), CHUNK):
             rows = slice(start, start + CHUNK)
             logits_nV = F.linear(hidden_NC[rows], weight_VC)
@@ -35,16 +36,18 @@ class LinearCrossEntropy(Function):
             total += losses_n.sum()
             if train:
                 torch.mm(dlogits_nV, weight_VC, out=dhidden_NC[rows])
-                dweight_VC += dlogits_nV.T @ hidden_NC[rows]
+                if train_weight:
+                    dweight_VC += dlogits_nV.T @ hidden_NC[rows]
         if train:
-            ctx.save_for_backward(dhidden_NC, dweight_VC.to(weight_VC.dtype))
+            ctx.save_for_backward(dhidden_NC, dweight_VC.to(weight_VC.dtype) if train_weight else None)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dtotal):
         dhidden_NC, dweight_VC = ctx.saved_tensors
-        return dhidden_NC * dtotal.to(dhidden_NC.dtype), dweight_VC * dtotal.to(dweight_VC.dtype), None, None
+        dweight_VC = None if dweight_VC is None else dweight_VC * dtotal.to(dweight_VC.dtype)
+        return dhidden_NC * dtotal.to(dhidden_NC.dtype), dweight_VC, None, None
 
 
 def cross_entropy_sum(hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, *, backend: str) -> Tensor:

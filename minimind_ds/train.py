@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from minimind_ds import checkpoint, ds_config, engine, parallel, weights
+from minimind_ds import checkpoint, ds_config, engine, lora, parallel, weights
 from minimind_ds.data import loader
 from minimind_ds.data.packing import PackedBatch
 from minimind_ds.engine import Layout, NonFinite
@@ -129,6 +129,7 @@ def identity(job: Job) -> dict:
     facts["rows per step"] = run.batch_size * run.accumulation_steps * job.rows_ranks
     facts["tokenizer"] = job.tokenizer.fingerprint
     facts["data"] = job.stores[0].content
+    facts["LoRA"] = job.lora.identity() if job.lora else None
     return {**facts, **{f"model.{k}": v for k, v in job.model_config.to_dict().items()}}
 
 
@@ -170,7 +171,10 @@ def train(job: Job, start: Start) -> None:
         step = run_plan(job, ds_engine, start, metrics)
         final = engine.full_weights(ds_engine, job.stage)
         if layout.rank == 0:
-            weights.save_safetensors(job.weights_path, final, job.model_config)
+            if job.lora:
+                lora.save_adapters(job.weights_path, final, job.lora, job.model_config)
+            else:
+                weights.save_safetensors(job.weights_path, final, job.model_config)
             checkpoint.write_durably(job.done_path, json.dumps({"step": step, "identity": identity(job)}))
             metrics.say(f"wrote {job.weights_path}")
         dist.barrier()
@@ -204,6 +208,10 @@ def summary(job: Job, start: Start) -> list[str]:
              f"kernels: {job.kernels.reason}",
              f"engine: {ds_config.describe(job.ds, job.degrees)}; {layout.ranks} ranks x {run.batch_size} rows x "
              f"{run.accumulation_steps} micro-batches a step; {steps:,} steps an epoch, {job.total_steps:,} in all"]
+    if job.lora:
+        trained = sum(math.prod(shape) for shape in lora.shapes(job.model_config, job.lora).values())
+        frozen = "; the experts stay as they are" if job.model_config.use_moe else ""
+        lines.append(f"LoRA: {job.lora.describe()}; trains {trained:,} of {parameters + trained:,} parameters{frozen}")
     if start.path is not None:
         lines.append(f"resuming from {start.path} after step {start.step}")
     return lines
@@ -217,6 +225,8 @@ def build_engine(job: Job):
     if job.start_weights is not None:
         model.load_weights(job.start_weights)
         job.start_weights = None
+    if job.lora:
+        lora.attach(model, job.lora, lora.fresh(job.model_config, job.lora, seed=run.seed))
     model.gradient_checkpointing = run.gradient_checkpointing
     if run.compile:
         model.compile_layers()

@@ -9,7 +9,7 @@ LAYERS = [
     {"config"},
     {"run_config", "tokenizer", "kernels", "data"},
     {"weights", "loss", "ds_config"},
-    {"model", "metrics"},
+    {"model", "metrics", "lora"},
     {"expert_parallel"},
     {"parallel"},
     {"engine", "checkpoint"},
