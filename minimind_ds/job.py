@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+import shutil
 from dataclasses import dataclass, replace
 
 import torch
@@ -114,8 +115,7 @@ def prepare(program: str, argv: list[str], layout: Layout) -> Job:
                          "are; leave it out, or --lora_rank 0")
     spec = kernels.with_compiled(run.kernels) if run.compile else run.kernels
     choice = kernels.resolve(spec, layout.device, DTYPES[run.dtype], needs(model_config))
-    if run.dtype == "fp16" and not fp16_runs():
-        raise ValueError("--dtype fp16: DeepSpeed has no fp16 on this machine's processor; use bf16 or fp32")
+    check_machine(run, ds, layout)
     plan = plan_epoch(stores[0], run, ranks, 0)
     eval_plan = eval_store and plan_epoch(eval_store, run, ranks, 0)
     start_weights = None
@@ -164,6 +164,41 @@ def fp16_runs() -> bool:
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator().is_fp16_supported()
+
+
+def check_machine(run: RunConfig, ds: dict, layout: Layout) -> None:
+    """Raises ValueError for what the DeepSpeed file asks for and this machine has not."""
+    path, zero = run.deepspeed, ds.get("zero_optimization", {})
+    if run.dtype == "fp16" and not fp16_runs():
+        raise ValueError(f"fp16 ({run.place('dtype')}): DeepSpeed has no fp16 on this machine's processor; use bf16 "
+                         "or fp32")
+    for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if zero.get(key) and layout.device.type == "cpu":
+            raise ValueError(f"{path}: zero_optimization.{key} needs a GPU: DeepSpeed has the kernels of ZeRO++ for "
+                             "GPUs only")
+    shards = zero.get("zero_hpz_partition_size", 1)
+    if layout.ranks % shards:
+        raise ValueError(f"{path}: zero_optimization.zero_hpz_partition_size {shards} does not divide the "
+                         f"{layout.ranks} ranks of this run; it is meant to be the ranks of one machine")
+    if ds_config.offloads_optimizer(ds) and not all(map(shutil.which, ("g++", "ninja"))):
+        raise ValueError(f"{path}: an offloaded optimizer is DeepSpeed's CPU Adam, which it builds at first use; that "
+                         "needs g++ and ninja on the PATH")
+    for block in ("offload_optimizer", "offload_param"):
+        if (zero.get(block) or {}).get("device") == "nvme":
+            check_nvme(f"{path}: zero_optimization.{block}", zero[block])
+
+
+def check_nvme(where: str, block: dict) -> None:
+    """Raises ValueError unless states can be kept on disk: a folder to write to, and libaio."""
+    folder = block.get("nvme_path")
+    if not folder or not os.access(folder, os.W_OK):
+        raise ValueError(f"{where}.nvme_path is {folder!r}, which is no folder this machine can write to; name one on "
+                         "its NVMe disk")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(f"{where}.device is nvme, which needs libaio to build against (Debian: libaio-dev); install "
+                         "it, or offload to \"cpu\"")
 
 
 def check_writable(folder: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ LAYERS = [
     {"model", "metrics", "lora"},
     {"expert_parallel"},
     {"parallel"},
-    {"engine", "checkpoint"},
+    {"engine", "checkpoint", "memory"},
     {"job", "export", "planner"},
     {"train", "chat", "score", "padded"},
     {"benchmark"},

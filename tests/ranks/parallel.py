@@ -2,8 +2,8 @@
 
     deepspeed --num_gpus 2 tests/ranks/parallel.py OUT_DIR CASES
 
-CASES is a JSON list of {name, model, stage, accumulation, sequence, experts, flags, fields, steps}; DEFAULTS fills
-in what is left out.  Rank 0 writes the first step's gradients to OUT_DIR/<name>_grad.safetensors, the last weights to
+CASES is a JSON list of {name, model, stage, accumulation, sequence, experts, flags, fields, keys, steps}; DEFAULTS
+fills in what is left out.  Rank 0 writes the first step's gradients to OUT_DIR/<name>_grad.safetensors, the last weights to
 OUT_DIR/<name>_weights.safetensors and the curves to OUT_DIR/cases.json.
 """
 
@@ -24,7 +24,7 @@ from minimind_ds.train import Position, evaluate, fetch, train_step  # noqa: E40
 from tests.ranks.layouts import fresh_engine, full_gradients, make_job  # noqa: E402
 
 DEFAULTS = {"accumulation": 1, "sequence": 1, "experts": 1, "flags": ["--eval_fraction", "0.02"], "fields": {},
-            "steps": 3}
+            "keys": {}, "steps": 3}
 
 
 def keys_of(case: dict) -> dict:
@@ -33,7 +33,7 @@ def keys_of(case: dict) -> dict:
         keys["sequence_parallel_size"] = case["sequence"]
     if case["experts"] > 1:
         keys["expert_parallel"] = {"enabled": True, "autoep_size": case["experts"], "preset_model": "qwen3_moe"}
-    return keys
+    return {**keys, **case["keys"]}
 
 
 def whole_gradients(ds_engine, case: dict) -> dict:
