@@ -13,7 +13,7 @@ LAYERS = [
     {"engine", "checkpoint"},
     {"job", "export", "planner"},
     {"train", "chat", "score", "padded"},
-    {"benchmark"},
+    {"benchmark", "kernel_check"},
 ]
 # deepspeed is imported by these only.
 DEEPSPEED = {"engine", "checkpoint", "train", "job", "benchmark", "ds_config", "kernels/deepspeed_ops"}

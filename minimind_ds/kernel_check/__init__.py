@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from . import measure
@@ -26,9 +27,11 @@ from .runner import run_group
 
 PARTS = ("correctness", "curve", "timings")
 # Seconds of wall time: correctness and curve run side by side (nothing there is timed), timings by themselves.
-BUDGETS = {"correctness": 220, "curve": 220, "timings": 200}
+BUDGETS = {"correctness": 190, "curve": 190, "timings": 170}
 TESTS = ("tests/test_triton_attention.py", "tests/test_triton_rope.py", "tests/test_triton_moe.py",
          "tests/test_deepspeed_ops.py")
+# Statuses of a result that has to be right and is not.
+BAD = ("wrong", "failed", "stopped")
 WHAT = {
     "correctness": "outputs and gradients against the reference in fp64, and leak probes: changing one document moves "
                    "no bit of another",
@@ -60,7 +63,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
                         help="instead: this project's operations against MiniMind's own way on the CPU")
     parser.add_argument("--lengths", default="2048,8192", help="tokens, for --cpu_ratios (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=5, help="timed pairs, for --cpu_ratios (default: %(default)s)")
-    parser.add_argument("--summary", action="store_true", help="only read OUT_DIR and print the summary again")
+    parser.add_argument("--summary", metavar="NAMES", help="only sum up these JSON files of OUT_DIR, comma-separated, "
+                        "the .json left out")
     # How this program starts itself.
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -86,7 +90,9 @@ def main(argv: list[str]) -> int:
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.summary:
-        return summarise(args.out, args.out.glob("*.json"))
+        return summarise(args.out, words(args.summary))
+    # A timeout's signal: no child may outlive this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     return check(args)
 
 
@@ -111,7 +117,7 @@ def check(args: argparse.Namespace) -> int:
     supervise([group for group in groups if group.part == "timings"], 1, BUDGETS["timings"], cuda)
     for part in parts:
         write(args.out / f"{part}.json", collect(part, [g for g in groups if g.part == part], args.small))
-    return summarise(args.out, [args.out / f"{part}.json" for part in parts])
+    return summarise(args.out, parts)
 
 
 def plan(args: argparse.Namespace, parts: list[str], cuda: bool) -> list[Group]:
@@ -252,7 +258,7 @@ def collect(part: str, groups: list[Group], small: bool) -> dict:
 
 def all_right(records: list[dict]) -> bool:
     """No result of ours is wrong or missing, and there is one at all.  Others' faults are theirs."""
-    return bool(records) and not any(r["ours"] and r["status"] in ("wrong", "failed", "stopped") for r in records)
+    return bool(records) and not any(r["ours"] and r["status"] in BAD for r in records)
 
 
 def counts(records: list[dict]) -> dict:
@@ -260,32 +266,32 @@ def counts(records: list[dict]) -> dict:
     return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
 
 
-def summarise(out: pathlib.Path, files) -> int:
+def summarise(out: pathlib.Path, names: Sequence[str]) -> int:
     """Prints what went wrong and, last, one JSON document; writes it to summary.json.  -> exit status."""
-    parts = {}
-    for path in sorted(files):
-        if path.name == "summary.json":
-            continue
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if "results" not in found:
-            # launch/benchmark.py's: it has no judgement of its own, but carries the machine like the others.
-            found.setdefault("machine", {})
-            found["machine"] = {**measure.machine(), **found["machine"]}
-            write(path, found)
-            parts[path.stem] = {"ok": True, "tokens_per_s": {k: v["tokens_per_s"] for k, v in found["loops"].items()},
-                                "packed_to_padded": found["packed_to_padded_same_dtype"]}
-            continue
-        bad = [r for r in found["results"] if r["status"] in ("wrong", "failed", "stopped")]
-        for r in bad:
-            name = r.get("item") or " ".join(str(r.get(k, "")) for k in ("op", "dtype", "contender"))
-            print(f"{path.stem}: {r['status']}{'' if r['ours'] else ' (not ours)'}: {name}: "
-                  f"{r.get('reason') or r.get('errors') or r.get('moved') or r.get('failed') or ''}", flush=True)
-        parts[path.stem] = {"ok": found["ok"], **found["counts"], "mode": found["mode"]}
-    document = {"what": "kernel checks", "ok": bool(parts) and all(part["ok"] for part in parts.values()),
-                "parts": parts, "machine": measure.machine()}
+    parts = {name: sum_up(out / f"{name}.json") for name in names}
+    document = {"what": "kernel checks", "ok": all(part["ok"] for part in parts.values()), "parts": parts,
+                "machine": measure.machine()}
     write(out / "summary.json", document)
     print(json.dumps(document, indent=1, ensure_ascii=False), flush=True)
     return 0 if document["ok"] else 1
+
+
+def sum_up(path: pathlib.Path) -> dict:
+    """A file's line of the summary."""
+    if not path.exists():
+        return {"ok": False, "reason": "not measured: no such file"}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "results" not in found:
+        # launch/benchmark.py's: it has no judgement of its own; the machine is told as in the others.
+        found["machine"] = {**measure.machine(), **found.get("machine", {})}
+        write(path, found)
+        return {"ok": True, **{key: value for key, value in found.items() if key not in ("what", "machine")}}
+    for r in found["results"]:
+        if r["status"] in BAD:
+            name = r.get("item") or " ".join(str(r.get(key, "")) for key in ("op", "dtype", "contender"))
+            why = next((r[key] for key in ("reason", "errors", "moved", "failed") if r.get(key)), "")
+            print(f"{path.stem}: {r['status']}{'' if r['ours'] else ' (not ours)'}: {name}: {why}", flush=True)
+    return {"ok": found["ok"], **found["counts"], "mode": found["mode"]}
 
 
 def write(path: pathlib.Path, document: dict) -> None:
