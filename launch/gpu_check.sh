@@ -31,9 +31,17 @@ PY
 [ -z "$missing" ] || { printf 'error: %s lacks %s: pip install %s\n' "$(command -v python)" "$missing" "$missing" >&2
                        exit 2; }
 
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    sizes="--pack_len 4096 --batch_size 8 --padded_rows 64 --warm_up 3 --steps 10"
+    presets="minimind-3 minimind-3-moe" stretch=1
+else
+    sizes="--pack_len 768 --batch_size 1 --padded_rows 1 --warm_up 0 --steps 1"
+    presets="debug debug-moe" stretch=5
+fi
+
 status=0
 step() { printf '\n== %s (%s s since the start)\n' "$*" "$SECONDS"; }
-run() { timeout --kill-after=5 "$@" || { printf '== failed (%s): %s\n' "$?" "${*:2}"; status=1; }; }
+run() { timeout --kill-after=5 $((stretch * $1)) "${@:2}" || { printf '== failed (%s): %s\n' "$?" "${*:2}"; status=1; }; }
 rm -f "$out"/{correctness,curve,timings,throughput,throughput_moe,summary}.json
 
 step "kernels: right, how fast, the same training curve"
@@ -43,13 +51,6 @@ run 400 python launch/check_kernels.py "$out" ${GPU_CHECK_FLAGS:-}
 step "training throughput"
 data=${GPU_CHECK_DATA:-$out/conversations.jsonl}
 [ -n "${GPU_CHECK_DATA:-}" ] || run 20 python -m minimind_ds.kernel_check.long_data "$data"
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    sizes="--pack_len 4096 --batch_size 8 --padded_rows 64 --warm_up 3 --steps 10"
-    presets="minimind-3 minimind-3-moe"
-else
-    sizes="--pack_len 768 --batch_size 1 --padded_rows 1 --warm_up 0 --steps 1"
-    presets="debug debug-moe"
-fi
 for preset in $presets; do
     name=throughput
     case $preset in *-moe) name=throughput_moe ;; esac

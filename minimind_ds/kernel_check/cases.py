@@ -40,7 +40,7 @@ class Size:
 
 MINIMIND3 = Size()
 # What the interpreter finishes in a second or two.
-SMALL = Size(T=150, mean=40, longest=64, H=2, HKV=1, D=48, C=48, I=72, E=4, N=40, V=130)
+SMALL = Size(T=100, mean=30, longest=48, H=2, HKV=1, D=48, C=48, I=72, E=4, N=40, V=130)
 
 
 @dataclass
