@@ -49,7 +49,9 @@ step "kernels: right, how fast, the same training curve"
 run 400 python launch/check_kernels.py "$out" ${GPU_CHECK_FLAGS:-}
 
 step "training throughput"
-data=${GPU_CHECK_DATA:-$out/conversations.jsonl}
+work=$(mktemp -d) || exit 2
+trap 'rm -rf "$work"' EXIT
+data=${GPU_CHECK_DATA:-$work/conversations.jsonl}
 [ -n "${GPU_CHECK_DATA:-}" ] || run 20 python -m minimind_ds.kernel_check.long_data "$data"
 for preset in $presets; do
     name=throughput
@@ -57,7 +59,7 @@ for preset in $presets; do
     # The one place where throughput is measured.
     # shellcheck disable=SC2086
     run 70 python launch/benchmark.py --compare padded --preset "$preset" --dtypes bf16 --data_path "$data" \
-        --save_dir "$out/run" --cache_dir "$out/cache" --out "$out/$name.json" $sizes
+        --save_dir "$work/run" --cache_dir "$work/cache" --out "$out/$name.json" $sizes
 done
 
 step "summary"

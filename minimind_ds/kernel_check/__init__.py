@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from . import measure
-from .runner import run_group
+from .runner import DEVICE_BROKE, run_group
 
 PARTS = ("correctness", "curve", "timings")
 # Seconds of wall time: correctness and curve run side by side (nothing there is timed), timings by themselves.
@@ -36,7 +36,7 @@ TESTS = ("tests/test_triton_attention.py", "tests/test_triton_rope.py", "tests/t
 BAD = ("wrong", "failed", "stopped")
 WHAT = {
     "correctness": "outputs and gradients against the reference in fp64, and leak probes: changing one document moves "
-                   "no bit of another",
+                   "no bit of another; the groups named others are what ours is timed against",
     "curve": "training losses with our kernels and with PyTorch's own operations, same data, same start",
     "timings": "ms (median, quartiles) of forward and of forward + backward, checked against the reference first; the "
                "floor is max(bytes / bandwidth, FLOP / rate) at rates measured in the same process",
@@ -214,8 +214,8 @@ def settle(group: Group, returncode: int, late: bool) -> bool:
     if late:
         note(group, "stopped", "the time of its part was over")
         return False
-    if returncode == 0:
-        return False
+    if returncode in (0, DEVICE_BROKE):
+        return returncode == DEVICE_BROKE
     how = (f"killed by signal {-returncode}" + (" (the clock of a single check)" if returncode == -signal.SIGALRM
                                                 else "")) if returncode < 0 else f"ended with {returncode}"
     return note(group, "failed", f"its process {how}; what it printed says more")
@@ -226,7 +226,8 @@ def note(group: Group, status: str, reason: str) -> bool:
     found = json.loads(group.file.read_text(encoding="utf-8")) if group.file.exists() else {"records": []}
     name = found.pop("running", None)
     print(f"   {status}: {group.part} {group.name} {name or ''}: {reason}", flush=True)
-    found["records"].append({"item": name, "op": group.name, "ours": True, "status": status, "reason": reason})
+    ours = not group.name.startswith("others")
+    found["records"].append({"item": name, "op": group.name, "ours": ours, "status": status, "reason": reason})
     write(group.file, found)
     return name is not None
 

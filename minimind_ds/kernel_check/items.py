@@ -24,7 +24,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 OURS, OTHERS = {BF16: 1e-2, FP32: 1e-5}, {BF16: 3e-2, FP32: 1e-3}
 ELEMENTWISE = ("rms_norm", "swiglu", "rotate", "qk_norm_rope", "head_loss")
 GROUPS = {
-    "correctness": ("attention", "moe", "router", "elementwise", "leaks"),
+    "correctness": ("others_attention", "attention", "moe", "elementwise", "others", "router", "leaks"),
     "curve": ("dense", "mixture"),
     "timings": ("attention", "moe", "elementwise"),
 }
@@ -101,27 +101,41 @@ def clock_it(name: str, contender: Contender, case: Case, rate: dict) -> dict:
     return record
 
 
-def sizes(op: str, setting: Setting, part: str) -> Iterator[tuple[Size, dict]]:
-    """The sizes of an operation, with what else its case takes."""
+def sizes(op: str, setting: Setting, as_timed: bool) -> Iterator[tuple[Size, dict]]:
+    """The sizes of an operation, those that are timed or those for correctness, with what else its case takes."""
     if setting.small:
         size = SMALL
     else:
-        size = MINIMIND3 if part == "timings" else replace(MINIMIND3, T=8192, N=4096)
+        size = MINIMIND3 if as_timed else replace(MINIMIND3, T=8192, N=4096)
     if op in ("moe", "router"):
-        yield from ((size, dict(K=K)) for K in ((1, 2) if part == "correctness" or op == "moe" else (1,)))
+        yield from ((size, dict(K=K)) for K in ((1, 2) if op == "moe" or not as_timed else (1,)))
     else:
         yield size, {}
-    if op == "attention" or (op == "qk_norm_rope" and part == "correctness"):
+    if op == "attention" or (op == "qk_norm_rope" and not as_timed):
         yield replace(size, D=16 if setting.small else 64), {}
-    if op == "attention" and part == "correctness":
+    if op == "attention" and not as_timed:
         # MiniMind2: groups of four heads.
         yield replace(size, H=4 if setting.small else 8, HKV=1 if setting.small else 2), {}
 
 
 def operations(group: str, part: str) -> tuple[str, ...]:
+    if group == "others":
+        return ("moe", *ELEMENTWISE, "router")
     if group == "elementwise":
         return (*ELEMENTWISE, "router") if part == "timings" else ELEMENTWISE
-    return (group,)
+    return (group.removeprefix("others_"),)
+
+
+def takes_part(name: str, contender: Contender, part: str, group: str, setting: Setting) -> bool:
+    """The groups named others run what is not ours, and all that is compiled, at the sizes that will be timed.
+
+    So the time of the timings is not spent on compilers: what is compiled here is found on disk there.
+    """
+    if any(word in name for word in setting.without):
+        return False
+    if group.startswith("others"):
+        return not contender.ours or contender.optional or "compiled" in name
+    return contender.ours or part == "timings"
 
 
 def items(part: str, group: str, setting: Setting) -> Iterator[Item]:
@@ -133,13 +147,12 @@ def items(part: str, group: str, setting: Setting) -> Iterator[Item]:
         yield from (Item(name, work) for name, work in curve.comparisons(
             setting.device, setting.small, group == "mixture", lambda text: print(text, flush=True)))
         return
+    as_timed = part == "timings" or group.startswith("others")
     for op in operations(group, part):
-        for size, named in sizes(op, setting, part):
-            for dtype in (BF16,) if part == "timings" else (BF16, FP32):
+        for size, named in sizes(op, setting, as_timed):
+            for dtype in (BF16,) if as_timed else (BF16, FP32):
                 for name, contender in OPS[op].items():
-                    if part == "correctness" and not contender.ours:
-                        continue
-                    if any(word in name for word in setting.without):
+                    if not takes_part(name, contender, part, group, setting):
                         continue
                     key = (op, size, dtype, setting.device, tuple(named.items()))
                     label = f"{op} {measure.short(dtype)} D={size.D} H={size.H}/{size.HKV} {named or ''} {name}"

@@ -65,12 +65,14 @@ def probe(case: Case, name: str, kinds: tuple[str, ...]) -> dict:
     build, moved = OPS[case.op][name].build, []
     # FlashAttention adds up dq by atomics, in any order, unless told otherwise; ours need no telling.
     torch.use_deterministic_algorithms(name != "triton", warn_only=True)
-    before = dict(zip(case.names, build(case).results()))
-    for kind in kinds:
-        after = dict(zip(case.names, build(changed_case(case, ~mine_T, kind)).results()))
-        moved += [f"{what} ({kind})" for what in OWN[case.op]
-                  if not torch.equal(before[what][mine_T], after[what][mine_T])]
-    torch.use_deterministic_algorithms(False)
+    try:
+        before = dict(zip(case.names, build(case).results()))
+        for kind in kinds:
+            after = dict(zip(case.names, build(changed_case(case, ~mine_T, kind)).results()))
+            moved += [f"{what} ({kind})" for what in OWN[case.op]
+                      if not torch.equal(before[what][mine_T], after[what][mine_T])]
+    finally:
+        torch.use_deterministic_algorithms(False)
     return {"op": case.op, "case": case.name, "dtype": measure.short(case.dtype), "contender": name, "ours": True,
             "probe": f"tokens {start} to {end} stay, the others become {', '.join(kinds)}",
             "status": "wrong" if moved else "right", "moved": moved}

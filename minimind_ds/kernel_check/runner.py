@@ -14,11 +14,13 @@ import traceback
 # Seconds that one check may take, compiling its kernels included; the interpreter's are none of the device's.
 LIMIT, LIMIT_SMALL = 100, 300
 # A fault after which nothing more runs in this process.
+# The exit status that says so: a new process has to go on.
+DEVICE_BROKE = 3
 BROKEN = ("CUDA error", "illegal memory access", "device-side assert", "unspecified launch failure", "cudaError")
 
 
 def run_group(part: str, name: str, file: pathlib.Path, *, small: bool, without: tuple[str, ...]) -> int:
-    """Runs what the file has no record of yet.  -> 0, or 3 when the device broke and a new process must go on."""
+    """Runs what the file has no record of yet.  -> 0, or DEVICE_BROKE."""
     import torch
     import triton
 
@@ -56,7 +58,7 @@ def run_group(part: str, name: str, file: pathlib.Path, *, small: bool, without:
         write(file, state)
         print(f"   {record['status']:8} {took:6.1f} s  {part}: {item.name}  {figures(record)}", flush=True)
         if any(word in record.get("reason", "") for word in BROKEN):
-            return 3
+            return DEVICE_BROKE
     return 0
 
 
