@@ -113,7 +113,7 @@ def flex(case: Case) -> Trial:
         raise Absent("compiled FlexAttention has no backward pass on a CPU")
     bounds = case.constants["cu_seqlens"].to(case.device)
     T = case.leaves[0].shape[0]
-    document_T = torch.searchsorted(bounds[1:].contiguous(), torch.arange(T, device=case.device), right=True)
+    document_T = torch.searchsorted(bounds[1:].long(), torch.arange(T, device=case.device), right=True)
 
     def same_document_and_not_later(b, h, q, k):
         return (document_T[q] == document_T[k]) & (q >= k)
