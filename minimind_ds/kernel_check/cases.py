@@ -97,15 +97,18 @@ def n_bytes(*tensors: Tensor) -> float:
 
 
 def document_lengths(size: Size, seed: int) -> list[int]:
-    """Lengths that fill T tokens, spread as instruction data is (log-normal, sigma 0.6); the last is what is left."""
-    drawn = np.random.default_rng(seed).lognormal(np.log(size.mean) - 0.18, 0.6, size=4 * size.T // size.mean + 8)
-    lengths, left = [], size.T
-    for length in np.clip(drawn.astype(int), 8, size.longest).tolist():
-        lengths.append(min(length, left))
-        left -= lengths[-1]
-        if not left:
-            return lengths
-    raise AssertionError("too few documents were drawn")
+    """T / mean lengths that fill T tokens, spread as instruction data is (log-normal, sigma 0.6)."""
+    n = round(size.T / size.mean)
+    drawn = np.random.default_rng(seed).lognormal(0, 0.6, size=n)
+    lengths = np.clip(drawn / drawn.sum() * size.T, 8, size.longest).astype(int)
+    # Clipping and rounding left some over: a token a document, in turn, where there is room.
+    at = 0
+    while (missing := size.T - lengths.sum()) != 0:
+        step = 1 if missing > 0 else -1
+        if 8 <= lengths[at % n] + step <= size.longest:
+            lengths[at % n] += step
+        at += 1
+    return lengths.tolist()
 
 
 def bounds_of(lengths: list[int]) -> Tensor:
