@@ -140,6 +140,26 @@ def test_a_process_that_dies_costs_the_check_it_died_of_and_no_other(tmp_path):
     assert "clock" in records[1]["reason"] and not kernel_check.all_right(records)
 
 
+BREAKS_ONCE = """
+import json, pathlib, sys
+file = pathlib.Path(sys.argv[1])
+if not file.exists():
+    file.write_text(json.dumps({"records": [{"item": "a", "ours": True, "status": "failed"}]}))
+    sys.exit(3)
+found = json.loads(file.read_text())
+found["records"].append({"item": "b", "ours": True, "status": "right"})
+file.write_text(json.dumps(found))
+"""
+
+
+def test_after_a_fault_of_the_device_a_new_process_goes_on(tmp_path):
+    file = tmp_path / "group.json"
+    group = kernel_check.Group("timings", "moe", file, (sys.executable, "-c", BREAKS_ONCE, str(file)))
+    kernel_check.supervise([group], 1, 60, cuda=False)
+    assert [(r["item"], r["status"]) for r in json.loads(file.read_text())["records"]] == [
+        ("a", "failed"), ("b", "right")]
+
+
 def test_a_part_whose_time_is_over_is_stopped(tmp_path):
     group = kernel_check.Group("timings", "moe", tmp_path / "group.json",
                                (sys.executable, "-c", "import time; time.sleep(60)"))
