@@ -15,7 +15,7 @@ LAYERS = [
     {"engine", "checkpoint", "memory"},
     {"job", "export", "planner"},
     {"train", "chat", "score", "padded"},
-    {"benchmark"},
+    {"benchmark", "kernel_check"},
 ]
 # deepspeed is imported by these only.
 DEEPSPEED = {"engine", "checkpoint", "train", "job", "benchmark", "ds_config", "kernels/deepspeed_ops",
