@@ -20,7 +20,9 @@ def held(ds_engine) -> dict[str, int]:
     """
     optimizer, basic = ds_engine.optimizer, ds_engine.basic_optimizer
     params = list(ds_engine.module.parameters())
-    masters = [p for group in basic.param_groups for p in group["params"]]
+    # Stage 3 hands its masters to the optimizer only while it steps.
+    masters = [*(p for group in basic.param_groups for p in group["params"]),
+               *getattr(optimizer, "fp32_partitioned_groups_flat", [])]
     tensors = {
         "parameters": [*(p.data for p in params), *(p.ds_tensor for p in params if hasattr(p, "ds_tensor"))],
         "optimizer": [*masters, *(t for state in basic.state.values() for t in state.values())],

@@ -3,8 +3,8 @@
     deepspeed --num_gpus 2 tests/ranks/parallel.py OUT_DIR CASES
 
 CASES is a JSON list of {name, model, stage, accumulation, sequence, experts, flags, fields, keys, steps}; DEFAULTS
-fills in what is left out.  Rank 0 writes the first step's gradients to OUT_DIR/<name>_grad.safetensors, the last weights to
-OUT_DIR/<name>_weights.safetensors and the curves to OUT_DIR/cases.json.
+fills in what is left out.  Rank 0 writes the first step's gradients to OUT_DIR/<name>_grad.safetensors, the last
+weights to OUT_DIR/<name>_weights.safetensors and the curves to OUT_DIR/cases.json.
 """
 
 import json
