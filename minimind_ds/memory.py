@@ -59,11 +59,12 @@ def expected(n_parameters: int, *, stage: int, ranks: int, half: bool) -> dict[s
     """Bytes a rank needs for n_parameters under ZeRO (arXiv:1910.02054, section 5), AdamW and fp32 masters.
 
     Masters and moments are cut over the ranks from stage 1 on, gradients from stage 2, parameters at stage 3.  In fp32
-    stages 0 and 3 update the parameters themselves; 1 and 2 keep masters apart, which is 4 bytes more.  What DeepSpeed
-    adds: at stage 2 the whole gradient of a parameter that lies across two ranks' shares, and alignment.
+    stage 0 updates the parameters themselves; the others keep masters apart, which is 4 bytes more (at stage 3 on a GPU
+    DeepSpeed spares them).  What DeepSpeed adds: at stage 2 the whole gradient of a parameter that lies across two
+    ranks' shares, and alignment.
     """
     width = 2 if half else 4
-    masters = 4 if half or stage in (1, 2) else 0
+    masters = 0 if stage == 0 and not half else 4
     return {"parameters": width * n_parameters / (ranks if stage == 3 else 1),
             "optimizer": (masters + 8) * n_parameters / (ranks if stage >= 1 else 1),
             "gradients": width * n_parameters / (ranks if stage >= 2 else 1)}
