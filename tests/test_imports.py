@@ -10,7 +10,7 @@ LAYERS = [
     {"run_config", "tokenizer", "kernels", "data"},
     {"weights", "loss", "ds_config"},
     {"model", "metrics"},
-    {"engine", "checkpoint"},
+    {"engine", "checkpoint", "reshape"},
     {"job", "export", "planner"},
     {"train", "chat", "score", "padded"},
     {"benchmark"},
