@@ -40,6 +40,8 @@ SPLITS = {"write": {1: (2, 4), 2: (2, 2), 4: (2, 1)}, "resume": {1: (4, 2), 2: (
 DTYPES = {"dense": "fp32", "frozen": "fp32", "moe": "bf16"}
 # Adam and AdamW of DeepSpeed's own: in C++ for states on the CPU, and fused.
 COMPILED = {"offload 2": ("dense", 2), "offload 3": ("dense", 3), "fused 0": ("moe", 0), "fused 1": ("dense", 1)}
+# The whole program runs once in the quick tests: (what, ranks) -> stage.
+PROGRAMS = {("write", 2): 2, ("resume", 1): 3}
 
 
 def job_of(layout, out: pathlib.Path, half: str, model: str, stage: int, *, adam: str = "torch",
@@ -228,10 +230,9 @@ def program(what: str, out: pathlib.Path, *lists: str) -> None:
     if layout.rank == 0:
         (out / f"{what}_{layout.ranks}.json").write_text(json.dumps(found))
     dist.barrier()
-    if what == "write" and layout.ranks == 2:
-        whole_program(layout, out, what, 2)
-    elif what == "resume" and layout.ranks == 1:
-        whole_program(layout, out, what, 3)
+    if "frozen,moe" in lists and (what, layout.ranks) in PROGRAMS:
+        # It closes the process group itself.
+        whole_program(layout, out, what, PROGRAMS[what, layout.ranks])
     else:
         engine.stop()
 
