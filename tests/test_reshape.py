@@ -5,6 +5,7 @@ import pathlib
 from collections import Counter
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from minimind_ds import reshape
@@ -13,6 +14,7 @@ from minimind_ds.train import look_for_start, my_rows
 from tests.ranks.reshape import BEFORE, COMPILED, SPLITS, job_of
 
 PROGRAM = "tests/ranks/reshape.py"
+CPU = torch.device("cpu")
 # Of the losses after the resume against the run without a break, relative.  bf16: another stage rounds gradients to
 # bf16 at other places; measured 2e-5.
 BOUNDS = {"dense": 1e-5, "frozen": 1e-5, "moe": 2e-4}
@@ -24,10 +26,10 @@ def read(path: pathlib.Path) -> dict:
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory, deepspeed):
-    """Checkpoints of 2 ranks at every stage, on 1 rank one stage further and on 2 ranks two stages further."""
+    """Checkpoints of 2 ranks at every stage, on 1 rank offloaded one stage further, on 2 ranks two stages further."""
     out = tmp_path_factory.mktemp("reshape")
     deepspeed(2, PROGRAM, "write", str(out), "frozen,moe")
-    said = deepspeed(1, PROGRAM, "resume", str(out), "frozen,moe", "2", "1").stdout
+    said = deepspeed(1, PROGRAM, "resume", str(out), "frozen,moe", "2", "1", "offload").stdout
     deepspeed(2, PROGRAM, "resume", str(out), "frozen,moe", "2", "2")
     return out, read(out / "resume_1.json") | read(out / "resume_2.json"), said
 
@@ -95,7 +97,7 @@ def test_each_sample_of_the_epoch_is_seen_once_over_the_two_halves(tmp_path, the
     seen, cut = Counter(), None
     for ranks, half in (then, now):
         for rank in range(ranks):
-            layout = Layout(rank, ranks, rank, ranks, "cpu")
+            layout = Layout(rank, ranks, rank, ranks, CPU)
             job = job_of(layout, tmp_path, half, "dense", 2)
             cut = cut or len(job.first_plan) // 3
             steps = range(cut) if half == "write" else range(cut, len(job.first_plan))
@@ -133,7 +135,7 @@ def test_what_cannot_be_reshaped_is_refused_in_one_line_that_says_what_to_do(now
                                                 (3, "fp32", "its rows per step is 8, this run's is 12")])
 def test_another_precision_and_other_rows_per_step_are_refused(resumed, tmp_path, monkeypatch, ranks, dtype, said):
     monkeypatch.setitem(SPLITS["resume"], 3, (2, 2))
-    job = job_of(Layout(0, ranks, 0, ranks, "cpu"), tmp_path, "resume", "frozen", 3, dtype=dtype,
+    job = job_of(Layout(0, ranks, 0, ranks, CPU), tmp_path, "resume", "frozen", 3, dtype=dtype,
                  resume=str(resumed[0] / "frozen_2_2"))
     with pytest.raises(ValueError, match=said):
         look_for_start(job)
@@ -163,3 +165,6 @@ def test_deepspeeds_own_adam_resumes_bit_for_bit_and_goes_to_other_layouts(tmp_p
         assert found["adam"] == ("DeepSpeedCPUAdam" if "offload" in name else "FusedAdam")
         assert not any(found[key] for key in found if key.startswith("wrong")), name
         assert found["again"] == found["whole"], name
+        pairs = {f"{COMPILED[name][0]}_{name} -> {other}": {"wrong": [], "curve": found[f"curve {other}"]}
+                 for other in ("there", "torch")}
+        assert_whole(pairs, {pair.split()[0]: found["whole"] for pair in pairs})

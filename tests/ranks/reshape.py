@@ -1,12 +1,13 @@
 """Checkpoints written on one layout and resumed on others, for tests/test_reshape.py.
 
     deepspeed --num_gpus 2 tests/ranks/reshape.py write    OUT_DIR MODELS
-    deepspeed --num_gpus 1 tests/ranks/reshape.py resume   OUT_DIR MODELS RANKS_THAT_WROTE STAGES_FURTHER
+    deepspeed --num_gpus 1 tests/ranks/reshape.py resume   OUT_DIR MODELS RANKS_THAT_WROTE STAGES_FURTHER [offload]
     deepspeed --num_gpus 2 tests/ranks/reshape.py compiled OUT_DIR
 
 `write`: at every stage BEFORE steps, a checkpoint, and AFTER more without a break.  `resume`: each of those at stages
-(stage + s) % 4 for s of STAGES_FURTHER, and the AFTER steps.  `compiled`: DeepSpeed's own Adams.  Lists are
-comma-separated.  Rank 0 writes losses and what it found to OUT_DIR/<what>_<ranks>.json.
+(stage + s) % 4 for s of STAGES_FURTHER, and the AFTER steps; with `offload` the optimizer is on the CPU where the
+stage can.  `compiled`: DeepSpeed's own Adams.  Lists are comma-separated.  Rank 0 writes losses and what it found to
+OUT_DIR/<what>_<ranks>.json.
 """
 
 import json
@@ -51,8 +52,9 @@ def job_of(layout, out: pathlib.Path, half: str, model: str, stage: int, *, adam
     if model == "moe":
         config["scheduler"] = {"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": "auto",
                                                               "warmup_num_steps": 8}}
-    if adam == "offload":
+    if "offload" in adam and stage > 0:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if adam == "offload":
         del config["optimizer"]
     elif adam == "fused":
         del config["optimizer"]["params"]["torch_adam"], config["optimizer"]["params"]["fused"]
@@ -165,13 +167,13 @@ def load(job, ds_engine):
     return start
 
 
-def resume(layout, out: pathlib.Path, models: str, wrote: str, further: str) -> dict:
+def resume(layout, out: pathlib.Path, models: str, wrote: str, further: str, where: str = "") -> dict:
     found = {}
     for model in models.split(","):
         for source in [f"{model}_{stage}_{ranks}" for ranks in wrote.split(",") for stage in range(4)]:
             state = load_file(out / f"{source}.safetensors")
             for target in [(int(source.split("_")[1]) + int(s)) % 4 for s in further.split(",")]:
-                job = job_of(layout, out, "resume", model, target, resume=str(out / source))
+                job = job_of(layout, out, "resume", model, target, adam=f"torch {where}", resume=str(out / source))
                 ds_engine = build(job, model, "resume")
                 start = load(job, ds_engine)
                 seeds = [None] * layout.ranks
