@@ -28,9 +28,8 @@ def read(path: pathlib.Path) -> dict:
 def resumed(tmp_path_factory, deepspeed):
     """Checkpoints of 2 ranks at every stage, on 1 rank offloaded one stage further, on 2 ranks two stages further."""
     out = tmp_path_factory.mktemp("reshape")
-    deepspeed(2, PROGRAM, "write", str(out), "frozen,moe")
-    said = deepspeed(1, PROGRAM, "resume", str(out), "frozen,moe", "2", "1", "offload").stdout
-    deepspeed(2, PROGRAM, "resume", str(out), "frozen,moe", "2", "2")
+    deepspeed(2, PROGRAM, str(out), "write frozen,moe", "resume frozen 2 2", "program write 2")
+    said = deepspeed(1, PROGRAM, str(out), "resume frozen,moe 2 1 offload", "program resume 3").stdout
     return out, read(out / "resume_1.json") | read(out / "resume_2.json"), said
 
 
@@ -47,7 +46,7 @@ def assert_whole(pairs: dict, curves: dict) -> None:
 
 def test_states_are_equal_to_the_last_bit_and_losses_go_on_at_another_stage_on_other_ranks(resumed):
     out, pairs, _ = resumed
-    assert len(pairs) == 16
+    assert len(pairs) == 12
     curves = read(out / "write_2.json")
     assert_whole(pairs, curves)
     assert all(curve[-1]["loss"] < curve[0]["loss"] for curve in curves.values())
@@ -146,10 +145,10 @@ def test_another_precision_and_other_rows_per_step_are_refused(resumed, tmp_path
 def test_every_pair_of_stages_and_of_1_2_and_4_ranks(tmp_path, deepspeed, model):
     pairs, curves = {}, {}
     for ranks in (1, 2, 4):
-        deepspeed(ranks, PROGRAM, "write", str(tmp_path), model)
+        deepspeed(ranks, PROGRAM, str(tmp_path), f"write {model}")
         curves |= read(tmp_path / f"write_{ranks}.json")
     for ranks in (1, 2, 4):
-        deepspeed(ranks, PROGRAM, "resume", str(tmp_path), model, "1,2,4", "0,1,2,3", timeout=1200)
+        deepspeed(ranks, PROGRAM, str(tmp_path), f"resume {model} 1,2,4 0,1,2,3", timeout=1200)
         pairs |= read(tmp_path / f"resume_{ranks}.json")
     assert len(pairs) == 12 * 12
     assert_whole(pairs, curves)
@@ -158,7 +157,7 @@ def test_every_pair_of_stages_and_of_1_2_and_4_ranks(tmp_path, deepspeed, model)
 @pytest.mark.slow
 def test_deepspeeds_own_adam_resumes_bit_for_bit_and_goes_to_other_layouts(tmp_path, deepspeed):
     # Compiling them takes minutes at first; PyTorch's extension cache keeps them.
-    deepspeed(2, PROGRAM, "compiled", str(tmp_path), timeout=1200)
+    deepspeed(2, PROGRAM, str(tmp_path), "compiled", timeout=1200)
     cases = read(tmp_path / "compiled_2.json")
     assert cases.keys() == COMPILED.keys()
     for name, found in cases.items():

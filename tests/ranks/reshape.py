@@ -1,13 +1,13 @@
 """Checkpoints written on one layout and resumed on others, for tests/test_reshape.py.
 
-    deepspeed --num_gpus 2 tests/ranks/reshape.py write    OUT_DIR MODELS
-    deepspeed --num_gpus 1 tests/ranks/reshape.py resume   OUT_DIR MODELS RANKS_THAT_WROTE STAGES_FURTHER [offload]
-    deepspeed --num_gpus 2 tests/ranks/reshape.py compiled OUT_DIR
+    deepspeed --num_gpus 2 tests/ranks/reshape.py OUT_DIR "write MODELS" "program write STAGE"
+    deepspeed --num_gpus 1 tests/ranks/reshape.py OUT_DIR "resume MODELS RANKS_THAT_WROTE STAGES_FURTHER [offload]"
+    deepspeed --num_gpus 2 tests/ranks/reshape.py OUT_DIR compiled
 
 `write`: at every stage BEFORE steps, a checkpoint, and AFTER more without a break.  `resume`: each of those at stages
 (stage + s) % 4 for s of STAGES_FURTHER, and the AFTER steps; with `offload` the optimizer is on the CPU where the
-stage can.  `compiled`: DeepSpeed's own Adams.  Lists are comma-separated.  Rank 0 writes losses and what it found to
-OUT_DIR/<what>_<ranks>.json.
+stage can.  `compiled`: DeepSpeed's own Adams.  `program`, last: the trainer's own main writes or resumes.  Lists are
+comma-separated.  Rank 0 writes losses and what it found to OUT_DIR/<what>_<ranks>.json.
 """
 
 import json
@@ -41,8 +41,6 @@ SPLITS = {"write": {1: (2, 4), 2: (2, 2), 4: (2, 1)}, "resume": {1: (4, 2), 2: (
 DTYPES = {"dense": "fp32", "frozen": "fp32", "moe": "bf16"}
 # Adam and AdamW of DeepSpeed's own: in C++ for states on the CPU, and fused.
 COMPILED = {"offload 2": ("dense", 2), "offload 3": ("dense", 3), "fused 0": ("moe", 0), "fused 1": ("dense", 1)}
-# The whole program runs once in the quick tests: (what, ranks) -> stage.
-PROGRAMS = {("write", 2): 2, ("resume", 1): 3}
 
 
 def job_of(layout, out: pathlib.Path, half: str, model: str, stage: int, *, adam: str = "torch",
@@ -214,32 +212,30 @@ def compiled(layout, out: pathlib.Path) -> dict:
     return found
 
 
-def whole_program(layout, out: pathlib.Path, half: str, stage: int) -> None:
+def program(layout, out: pathlib.Path, half: str, stage: str) -> None:
     """The main of launch/sft.py: five steps on one layout; on the other from step 2 on, into another folder."""
     rows, accumulation = SPLITS[half][layout.ranks]
+    yaml = out / f"program_{layout.rank}.yaml"
+    yaml.write_text("preset: debug\nmodel: {hidden_size: 48, num_hidden_layers: 2}")
     begin = "none" if half == "write" else str(out / "program_write" / "checkpoints" / "step_00000002")
-    assert main("sft", ["--config", str(out / "dense_0.yaml"), "--deepspeed", f"ds_configs/zero{stage}.json",
+    assert main("sft", ["--config", str(yaml), "--deepspeed", f"ds_configs/zero{stage}.json",
                         "--save_dir", str(out / f"program_{half}"), "--cache_dir", str(out / "cache"),
                         "--dtype", "fp32", "--max_seq_len", "128", "--pack_len", "128", "--batch_size", str(rows),
                         "--accumulation_steps", str(accumulation), "--max_steps", "5", "--save_interval", "2",
                         "--from_resume", begin]) == 0
 
 
-def program(what: str, out: pathlib.Path, *lists: str) -> None:
-    layout = engine.read_layout()
-    engine.start(layout)
-    found = {"write": write, "resume": resume, "compiled": compiled}[what](layout, out, *lists)
-    if layout.rank == 0:
-        (out / f"{what}_{layout.ranks}.json").write_text(json.dumps(found))
-    dist.barrier()
-    if "frozen,moe" in lists and (what, layout.ranks) in PROGRAMS:
-        # It closes the process group itself.
-        whole_program(layout, out, what, PROGRAMS[what, layout.ranks])
-    else:
-        engine.stop()
-
-
 if __name__ == "__main__":
     # The launcher puts --local_rank somewhere among the arguments.
-    args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    program(args[0], pathlib.Path(args[1]), *args[2:])
+    folder, *commands = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    out, layout = pathlib.Path(folder), engine.read_layout()
+    engine.start(layout)
+    for what, *words in map(str.split, commands):
+        if what == "program":
+            program(layout, out, *words)
+            break
+        found = {"write": write, "resume": resume, "compiled": compiled}[what](layout, out, *words)
+        if layout.rank == 0:
+            (out / f"{what}_{layout.ranks}.json").write_text(json.dumps(found))
+        dist.barrier()
+    engine.stop()
