@@ -130,6 +130,26 @@ def test_what_cannot_be_reshaped_is_refused_in_one_line_that_says_what_to_do(now
     assert "2 ranks at ZeRO stage 2" in str(caught.value) and "--from_resume none" in str(caught.value)
 
 
+def test_the_loss_scale_of_fp16_goes_from_one_stages_form_to_anothers():
+    # DeepSpeed has no fp16 on a CPU; these are its own classes: an object at stages 1 to 3, plain fields at stage 0.
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaleConfig, LossScaler
+
+    options = {"init_scale": 2.0**16, "scale_window": 1000, "min_scale": 1, "delayed_shift": 2,
+               "consecutive_hysteresis": False}
+    old, new, back = (DynamicLossScaler(**options) for _ in range(3))
+    old.cur_scale, old.cur_iter, old.last_overflow_iter, old.cur_hysteresis = 512.0, 40, 33, 1
+    taken = reshape.read_scaler({"loss_scaler": old})
+    reshape.write_scaler({"loss_scaler": new}, taken)
+    assert vars(new) == vars(old)
+    stage_zero = vars(LossScaleConfig(torch.float16, True, 0, options))
+    reshape.write_scaler(stage_zero, taken)
+    assert [stage_zero[key] for key in ("cur_scale", "cur_iter", "last_overflow_iter")] == [512.0, 40, 33]
+    reshape.write_scaler({"loss_scaler": back}, reshape.read_scaler(stage_zero))
+    # Stage 0 knows no hysteresis; it begins anew.
+    assert vars(back) == vars(old) | {"cur_hysteresis": 2}
+    assert reshape.read_scaler({"loss_scaler": LossScaler(128)}) == {}
+
+
 @pytest.mark.parametrize("ranks, dtype, said", [(1, "bf16", "its dtype is 'fp32', this run's is 'bf16'"),
                                                 (3, "fp32", "its rows per step is 8, this run's is 12")])
 def test_another_precision_and_other_rows_per_step_are_refused(resumed, tmp_path, monkeypatch, ranks, dtype, said):
