@@ -25,6 +25,7 @@ from minimind_ds.run_config import OneLineParser  # noqa: E402
 def parser() -> OneLineParser:
     p = OneLineParser(prog="python launch/chat.py", description=__doc__.split("\n")[0])
     p.add_argument("--weight", required=True, help="run folder, its .safetensors file, or exported folder")
+    p.add_argument("--lora", help="LoRA adapters of these weights: run folder, .safetensors file or MiniMind .pth")
     p.add_argument("--tokenizer", help="another tokenizer than the one beside the weights")
     p.add_argument("--prompt", help="ask this and leave; without it: a conversation")
     p.add_argument("--system", default="", help="system prompt (default: none)")
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
         sampling = chat.Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
                                  repetition_penalty=args.repetition_penalty, max_new_tokens=args.max_new_tokens)
         dtype = DTYPES[args.dtype] if args.dtype else None
-        model, tok = chat.load_model(args.weight, args.tokenizer, dtype=dtype, device=args.device)
+        model, tok = chat.load_model(args.weight, args.tokenizer, dtype=dtype, device=args.device,
+                                    lora=args.lora)
         if args.seed is not None:
             torch.manual_seed(args.seed)
         talk = chat.Chat(model, tok, sampling, args.system, args.history, args.open_thinking)

@@ -2,6 +2,8 @@
 
     python launch/export.py --weight out/sft --to hf --out out/sft-hf
     python launch/export.py --weight out/sft --to minimind --out full_sft_768.pth
+    python launch/export.py --weight out/sft --lora out/lora --to hf --out out/merged-hf
+    python launch/export.py --lora out/lora --to minimind_lora --out lora_768.pth
 """
 
 import argparse
@@ -17,19 +19,22 @@ from minimind_ds.config import PRESETS  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weight", required=True,
+    parser.add_argument("--weight",
                         help="a run folder, its .safetensors file, a MiniMind .pth or a Hugging Face folder")
-    parser.add_argument("--to", choices=["hf", "minimind"], required=True, help="the format to write")
-    parser.add_argument("--out", required=True, help="the folder (hf) or file (minimind) to write")
+    parser.add_argument("--lora", help="LoRA adapters to merge into the weights: a run folder, its .safetensors file "
+                                       "or a MiniMind LoRA .pth")
+    parser.add_argument("--to", choices=["hf", "minimind", "minimind_lora"], required=True,
+                        help="the format to write; minimind_lora: the adapters alone, for MiniMind's load_lora")
+    parser.add_argument("--out", required=True, help="the folder (hf) or file (minimind, minimind_lora) to write")
     parser.add_argument("--dtype", choices=list(export.DTYPES),
-                        help="precision of the weights (default: the run's own for hf, fp16 for minimind)")
+                        help="precision of the weights (default: the run's own for hf, else fp16)")
     parser.add_argument("--preset", choices=list(PRESETS), help="the model's shape, needed for a .pth only")
     parser.add_argument("--tokenizer", help="a tokenizer folder or .model (default: the run's own)")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     args = parser.parse_args()
     try:
         export.run(args.weight, args.to, args.out, dtype=args.dtype, preset=args.preset, tokenizer=args.tokenizer,
-                   overwrite=args.overwrite)
+                   overwrite=args.overwrite, lora=args.lora)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -27,6 +27,7 @@ def parser() -> OneLineParser:
     p = OneLineParser(prog="python launch/score.py", description=__doc__.split("\n")[0])
     p.add_argument("--weight", required=True, help="run folder, its .safetensors file, or exported folder")
     p.add_argument("--data_path", required=True, help="conversations, JSONL; the last assistant turn is expected")
+    p.add_argument("--lora", help="LoRA adapters of these weights: run folder, .safetensors file or MiniMind .pth")
     p.add_argument("--tokenizer", help="another tokenizer than the one beside the weights")
     p.add_argument("--limit", type=int, default=0, help="use the first so many records; 0: all (default: 0)")
     p.add_argument("--batch_size", type=int, default=64, help="prompts answered together (default: 64)")
@@ -46,7 +47,8 @@ def main(argv: list[str]) -> int:
                 raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
         questions = score.read_questions(args.data_path, args.limit)
         dtype = DTYPES[args.dtype] if args.dtype else None
-        model, tok = chat.load_model(args.weight, args.tokenizer, dtype=dtype, device=args.device)
+        model, tok = chat.load_model(args.weight, args.tokenizer, dtype=dtype, device=args.device,
+                                    lora=args.lora)
         result = score.score(model, tok, questions, batch_size=args.batch_size)
     except ValueError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)

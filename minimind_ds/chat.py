@@ -57,18 +57,19 @@ class Sampling:
 
 
 def load_model(weight: str, tokenizer: str | None = None, *, dtype: torch.dtype | None = None,
-               device: str = "cpu") -> tuple[PreTrainedModel, Tokenizer]:
+               device: str = "cpu", lora: str | None = None) -> tuple[PreTrainedModel, Tokenizer]:
     """A run folder, its weights file or an exported folder -> a transformers model in eval mode, and its tokenizer.
 
     Args:
         tokenizer: another than the one beside the weights.
         dtype: None keeps the precision of the file.
+        lora: adapters to merge into the weights.
 
     Raises:
-        ValueError: nothing there, several weights, weights or a configuration that do not fit, no tokenizer, one of
-            another vocabulary, or no such device.
+        ValueError: nothing there, several weights, weights, adapters or a configuration that do not fit, no
+            tokenizer, one of another vocabulary, or no such device.
     """
-    state, config = export.load(weight)
+    state, config = export.load(weight, lora=lora)
     where = tokenizer or export.find_tokenizer(weight)
     if where is None:
         raise ValueError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer")

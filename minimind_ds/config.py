@@ -13,6 +13,14 @@ import math
 from dataclasses import dataclass
 
 
+@dataclass(frozen=True)
+class Degrees:
+    """How many neighbouring ranks share a row, and how many share out the experts."""
+
+    sequence: int = 1
+    experts: int = 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The shape of a MiniMind decoder.

@@ -13,7 +13,7 @@ import difflib
 import json
 import pathlib
 
-from minimind_ds.config import ModelConfig
+from minimind_ds.config import Degrees, ModelConfig
 from minimind_ds.run_config import RunConfig
 
 # DeepSpeed 0.19's top-level keys (runtime/config.py, runtime/constants.py).
@@ -24,7 +24,7 @@ KNOWN = frozenset("""
     zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio activation_checkpointing expert_parallel
     steps_per_print wall_clock_breakdown memory_breakdown dump_state disable_python_gc log_level timers
     flops_profiler comms_logger tensorboard wandb csv_monitor comet checkpoint compile
-    use_data_before_expert_parallelism dataloader_drop_last
+    use_data_before_expert_parallelism dataloader_drop_last sequence_parallel_size data_parallel_size
 """.split())
 
 # Known to DeepSpeed, but this trainer would not do what they ask for.
@@ -35,7 +35,6 @@ REFUSED = {
     "autotuning": "launch/benchmark.py sweeps instead",
     "data_efficiency": "the plan of an epoch is fixed by data, seed and rows per step",
     "curriculum_learning": "the plan of an epoch is fixed by data, seed and rows per step",
-    "sequence_parallel_size": "sequence parallelism is not built in yet",
     "tensor_parallel": "tensor parallelism does not pay at these sizes and is not built in",
     "weight_quantization": "weights are trained in full precision",
     "compression_training": "weights are trained in full precision",
@@ -55,6 +54,9 @@ OWNERS = {
     ("scheduler", "params", "warmup_max_lr"): "learning_rate",
     ("compile", "enabled"): "compile",
 }
+
+# DeepSpeed's own keys for sequence and expert parallelism, which this toolkit carries out itself (parallel.py).
+PARALLEL_KEYS = ("sequence_parallel_size", "data_parallel_size", "expert_parallel")
 
 ACTIVATION_KEYS = frozenset(("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization",
                              "number_checkpoints", "synchronize_checkpoint_boundary", "profile"))
@@ -97,7 +99,7 @@ def resolve(raw: dict, run: RunConfig, model: ModelConfig, *, ranks: int, total_
         raw: as read from the file; not changed.
         run: the flags; `run.deepspeed` names the file in messages, `run.dtype` is already chosen.
         model: gives the sizes for Hugging Face's "auto" buckets.
-        ranks: data-parallel ranks.
+        ranks: data-parallel ranks: those that share a row count as one.
         total_steps: optimizer steps of the whole run, for a scheduler's "auto"; 0 where not known yet.
 
     Returns:
@@ -108,7 +110,7 @@ def resolve(raw: dict, run: RunConfig, model: ModelConfig, *, ranks: int, total_
     """
     path = run.deepspeed
     check_keys(path, raw)
-    config = copy.deepcopy(raw)
+    config = {key: value for key, value in copy.deepcopy(raw).items() if key not in PARALLEL_KEYS}
     if "bfloat16" in config:
         if "bf16" in config:
             raise ValueError(f"{path}: bf16 and bfloat16 are one block; keep one")
@@ -367,12 +369,14 @@ def stage_of(config: dict) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def describe(config: dict) -> str:
-    """One line for the log: stage, offload, precision, optimizer."""
+def describe(config: dict, degrees: Degrees) -> str:
+    """One line for the log: stage, offload, parallelism, precision, optimizer."""
     zero = config.get("zero_optimization", {})
     parts = [f"ZeRO stage {stage_of(config)}"]
     parts += [f"{what} on {zero[f'offload_{what}']['device']}" for what in ("optimizer", "param")
               if (zero.get(f"offload_{what}") or {}).get("device", "none") not in (None, "none")]
+    parts += [f"rows over {degrees.sequence} ranks"] if degrees.sequence > 1 else []
+    parts += [f"experts over {degrees.experts} ranks"] if degrees.experts > 1 else []
     parts += [next((name for name in ("bf16", "fp16") if config[name]["enabled"]), "fp32")]
     parts += [config["optimizer"]["type"]]
     return ", ".join(parts)

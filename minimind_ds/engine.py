@@ -212,21 +212,27 @@ def set_lr(engine, lr: float) -> None:
 
 
 def full_weights(engine, stage: int) -> dict[str, torch.Tensor]:
-    """Every parameter in fp32 (the optimizer's master copy where there is one), on rank 0; {} elsewhere.
+    """Every trained parameter in fp32 (the optimizer's master copy where there is one), on rank 0; {} elsewhere.
 
-    Collective.  A tied head is listed once.
+    Collective.  A tied head is listed once.  Frozen parameters (the base beside LoRA adapters) are not gathered.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights = {}
     masters = stage_zero_masters(engine)
     for name, param in engine.module.named_parameters():
+        if not param.requires_grad:
+            continue
         if masters is not None:
             full = masters.get(param, param)
         else:
             full = safe_get_full_fp32_param(param) if stage > 0 else param
         if full is None:
             full = param
+        if hasattr(param, "ds_zero_placement_family"):
+            from minimind_ds import expert_parallel
+
+            full = expert_parallel.whole(param, full)
         if dist.get_rank() == 0:
             weights[name] = full.detach().float().cpu().clone()
     return weights

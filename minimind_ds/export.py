@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import lora as adapters
 from . import weights
 from .config import PRESETS, ModelConfig
 from .tokenizer import Tokenizer, load_tokenizer
@@ -23,22 +24,32 @@ from .tokenizer import Tokenizer, load_tokenizer
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load(weight: str | Path, preset: str | None = None) -> tuple[dict[str, Tensor], ModelConfig]:
+def load(weight: str | Path, preset: str | None = None,
+         lora: str | Path | None = None) -> tuple[dict[str, Tensor], ModelConfig]:
     """Weights under our names and their configuration.
 
     Args:
         weight: as weights.load_weights takes it.
         preset: the model's shape, for files that do not carry their own (.pth); its vocabulary may differ.
+        lora: adapters to merge into the weights, as lora.load_adapters takes them.
 
     Raises:
-        ValueError: what weights.load_weights refuses; an unknown preset, or none where one is needed.
+        ValueError: what weights.load_weights or lora.load_adapters refuses; adapters of another base; an unknown
+            preset, or none where one is needed.
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
     config = weights.read_config(weight) or (PRESETS[preset] if preset else None)
     if config is None:
         raise ValueError(f"{weight} does not carry its model's configuration: name a preset")
-    return weights.load_weights(weight, config), config
+    state = weights.load_weights(weight, config)
+    if lora is None:
+        return state, config
+    matrices, facts, _ = adapters.load_adapters(lora, config)
+    try:
+        return adapters.merge(state, facts, matrices), config
+    except ValueError as error:
+        raise ValueError(f"{lora} beside {weight}: {error}") from None
 
 
 def find_tokenizer(weight: str | Path) -> str | None:
@@ -97,11 +108,24 @@ def export_minimind(state: dict[str, Tensor], config: ModelConfig, out: str | Pa
     Raises:
         ValueError: a file that is there already.
     """
-    out = Path(out)
     named = {name: tensor.to(dtype).contiguous().clone()
              for name, tensor in weights.to_minimind(state, config).items()}
     if config.tie_word_embeddings:
         named["lm_head.weight"] = named["model.embed_tokens.weight"]
+    write_pth(Path(out), named, overwrite)
+
+
+def export_minimind_lora(lora: str | Path, out: str | Path, *, dtype: torch.dtype, overwrite: bool = False):
+    """A .pth that the original's load_lora takes after its apply_lora(model): see lora.to_minimind.
+
+    Raises:
+        ValueError: what lora.load_adapters or lora.to_minimind refuses, or a file that is there already.
+    """
+    named = adapters.to_minimind(*adapters.load_adapters(lora))
+    write_pth(Path(out), {name: tensor.to(dtype) for name, tensor in named.items()}, overwrite)
+
+
+def write_pth(out: Path, named: dict[str, Tensor], overwrite: bool):
     check_free(out, overwrite)
     content = io.BytesIO()
     torch.save(named, content)
@@ -123,10 +147,17 @@ def write_json(path: Path, value: dict):
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def run(weight: str, to: str, out: str, *, dtype: str | None, preset: str | None, tokenizer: str | None,
-        overwrite: bool):
+def run(weight: str | None, to: str, out: str, *, dtype: str | None, preset: str | None, tokenizer: str | None,
+        overwrite: bool, lora: str | None = None):
     """What launch/export.py does.  Raises ValueError: a user's mistake."""
-    state, config = load(weight, preset)
+    if to == "minimind_lora":
+        if lora is None:
+            raise ValueError("--to minimind_lora writes adapters: name them with --lora")
+        export_minimind_lora(lora, out, dtype=DTYPES[dtype or "fp16"], overwrite=overwrite)
+        return
+    if weight is None:
+        raise ValueError(f"--to {to} writes a whole model: name its weights with --weight")
+    state, config = load(weight, preset, lora)
     if to == "minimind":
         export_minimind(state, config, out, dtype=DTYPES[dtype or "fp16"], overwrite=overwrite)
         return

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import os
 import pathlib
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 
 import torch
 
-from minimind_ds import ds_config, kernels, weights
-from minimind_ds.config import ModelConfig
+from minimind_ds import ds_config, kernels, parallel, weights
+from minimind_ds.config import Degrees, ModelConfig
 from minimind_ds.data import loader
 from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.engine import Layout
+from minimind_ds.lora import Lora, find_targets, fingerprint
+from minimind_ds.model import needs
 from minimind_ds.run_config import RunConfig, parse_run_config
 from minimind_ds.tokenizer import Tokenizer, load_tokenizer
 
@@ -37,6 +40,7 @@ class Job:
 
     run: RunConfig
     layout: Layout
+    degrees: Degrees
     tokenizer: Tokenizer
     model_config: ModelConfig
     stores: list[TokenStore]
@@ -47,10 +51,16 @@ class Job:
     kernels: object
     start_weights: dict | None
     notes: list[str]
+    lora: Lora | None = None
 
     @property
     def stage(self) -> int:
         return ds_config.stage_of(self.ds)
+
+    @property
+    def rows_ranks(self) -> int:
+        """How many ranks, or groups of ranks that share rows, the rows of a step are dealt to."""
+        return self.layout.ranks // self.degrees.sequence
 
     @property
     def total_steps(self) -> int:
@@ -60,7 +70,7 @@ class Job:
 
     def plan(self, epoch: int) -> loader.EpochPlan:
         """An epoch's plan, made when the epoch begins: the start of a run does not wait for all of them."""
-        return self.first_plan if epoch == 0 else plan_epoch(self.stores[epoch], self.run, self.layout.ranks, epoch)
+        return self.first_plan if epoch == 0 else plan_epoch(self.stores[epoch], self.run, self.rows_ranks, epoch)
 
     @property
     def folder(self) -> pathlib.Path:
@@ -73,8 +83,8 @@ class Job:
 
     @property
     def weights_path(self) -> pathlib.Path:
-        config = self.model_config
-        return self.folder / weights.file_name(self.run.save_weight, config)
+        name = f"{self.run.save_weight}_lora" if self.lora else self.run.save_weight
+        return self.folder / weights.file_name(name, self.model_config)
 
 
 def prepare(program: str, argv: list[str], layout: Layout) -> Job:
@@ -91,23 +101,32 @@ def prepare(program: str, argv: list[str], layout: Layout) -> Job:
     run, notes = choose(run, layout)
     tokenizer = load_tokenizer(run.tokenizer)
     model_config = run.model_config(tokenizer.vocab_size)
+    run, lora = choose_lora(run, model_config)
     check_writable(pathlib.Path(run.save_dir))
     stores, eval_store = open_data(KINDS[program], run, tokenizer)
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
-    ds, run = ds_config.resolve(raw, run, model_config, ranks=layout.ranks, total_steps=0)
+    degrees = parallel.read_degrees(run.deepspeed, raw, layout.ranks)
+    ranks = max(1, layout.ranks // degrees.sequence)
+    ds, run = ds_config.resolve(raw, run, model_config, ranks=ranks, total_steps=0)
+    parallel.check(degrees, model_config, ranks=layout.ranks, row_tokens=run.batch_size * run.row_len,
+                   stage=ds_config.stage_of(ds), path=run.deepspeed)
+    if lora is not None and degrees.experts > 1:
+        raise ValueError(f"{run.deepspeed}: expert_parallel shares out experts to train, and LoRA leaves them as they "
+                         "are; leave it out, or --lora_rank 0")
     spec = kernels.with_compiled(run.kernels) if run.compile else run.kernels
-    choice = kernels.resolve(spec, layout.device, DTYPES[run.dtype])
-    if run.dtype == "fp16" and not fp16_runs():
-        raise ValueError("--dtype fp16: DeepSpeed has no fp16 on this machine's processor; use bf16 or fp32")
-    plan = plan_epoch(stores[0], run, layout.ranks, 0)
-    eval_plan = eval_store and plan_epoch(eval_store, run, layout.ranks, 0)
+    choice = kernels.resolve(spec, layout.device, DTYPES[run.dtype], needs(model_config))
+    check_machine(run, ds, layout)
+    plan = plan_epoch(stores[0], run, ranks, 0)
+    eval_plan = eval_store and plan_epoch(eval_store, run, ranks, 0)
     start_weights = None
     if run.from_weight != "none":
         start_weights = weights.load_weights(run.from_weight, model_config)
-    job = Job(run, layout, tokenizer, model_config, stores, eval_store, plan, eval_plan, ds, choice, start_weights,
-              notes)
+    if lora is not None:
+        lora = replace(lora, base=fingerprint(start_weights))
+    job = Job(run, layout, degrees, tokenizer, model_config, stores, eval_store, plan, eval_plan, ds, choice,
+              start_weights, notes, lora)
     if "scheduler" in raw:
-        job.ds, _ = ds_config.resolve(raw, run, model_config, ranks=layout.ranks, total_steps=job.total_steps)
+        job.ds, _ = ds_config.resolve(raw, run, model_config, ranks=ranks, total_steps=job.total_steps)
     return job
 
 
@@ -131,10 +150,55 @@ def choose(run: RunConfig, layout: Layout) -> tuple[RunConfig, list[str]]:
     return run, notes
 
 
+def choose_lora(run: RunConfig, config: ModelConfig) -> tuple[RunConfig, Lora | None]:
+    """The run's adapters, but for their base's fingerprint; the run with what was left to the program filled in."""
+    if run.lora_rank == 0:
+        return run, None
+    targets = find_targets(config, run.lora_targets)
+    alpha = float(run.lora_rank if run.lora_alpha is None else run.lora_alpha)
+    lora = Lora(rank=run.lora_rank, alpha=alpha, targets=targets, dropout=run.lora_dropout)
+    return run.replace(lora_alpha=alpha, lora_targets=",".join(targets)), lora
+
+
 def fp16_runs() -> bool:
     from deepspeed.accelerator import get_accelerator
 
     return get_accelerator().is_fp16_supported()
+
+
+def check_machine(run: RunConfig, ds: dict, layout: Layout) -> None:
+    """Raises ValueError for what the DeepSpeed file asks for and this machine has not."""
+    path, zero = run.deepspeed, ds.get("zero_optimization", {})
+    if run.dtype == "fp16" and not fp16_runs():
+        raise ValueError(f"fp16 ({run.place('dtype')}): DeepSpeed has no fp16 on this machine's processor; use bf16 "
+                         "or fp32")
+    for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if zero.get(key) and layout.device.type == "cpu":
+            raise ValueError(f"{path}: zero_optimization.{key} needs a GPU: DeepSpeed has the kernels of ZeRO++ for "
+                             "GPUs only")
+    shards = zero.get("zero_hpz_partition_size", 1)
+    if layout.ranks % shards:
+        raise ValueError(f"{path}: zero_optimization.zero_hpz_partition_size {shards} does not divide the "
+                         f"{layout.ranks} ranks of this run; it is meant to be the ranks of one machine")
+    if ds_config.offloads_optimizer(ds) and not all(map(shutil.which, ("g++", "ninja"))):
+        raise ValueError(f"{path}: an offloaded optimizer is DeepSpeed's CPU Adam, which it builds at first use; that "
+                         "needs g++ and ninja on the PATH")
+    for block in ("offload_optimizer", "offload_param"):
+        if (zero.get(block) or {}).get("device") == "nvme":
+            check_nvme(f"{path}: zero_optimization.{block}", zero[block])
+
+
+def check_nvme(where: str, block: dict) -> None:
+    """Raises ValueError unless states can be kept on disk: a folder to write to, and libaio."""
+    folder = block.get("nvme_path")
+    if not folder or not os.access(folder, os.W_OK):
+        raise ValueError(f"{where}.nvme_path is {folder!r}, which is no folder this machine can write to; name one on "
+                         "its NVMe disk")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(f"{where}.device is nvme, which needs libaio to build against (Debian: libaio-dev); install "
+                         "it, or offload to \"cpu\"")
 
 
 def check_writable(folder: pathlib.Path) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from minimind_ds import kernels
+
 IGNORE = -100
 # Rows whose logits are alive at once: 4096 x 6400 in fp32 are 105 MB.
 CHUNK = 4096
@@ -20,38 +22,40 @@ class LinearCrossEntropy(Function):
     """Logits and their gradient chunk by chunk, in place: neither outlives its chunk (as Liger-Kernel does)."""
 
     @staticmethod
-    def forward(ctx, hidden_NC, weight_VC, labels_N):
+    def forward(ctx, hidden_NC, weight_VC, labels_N, backend):
         wide = torch.promote_types(hidden_NC.dtype, torch.float32)
         total = hidden_NC.new_zeros((), dtype=wide)
-        train = any(ctx.needs_input_grad)
+        train, train_weight = any(ctx.needs_input_grad), ctx.needs_input_grad[1]
         dhidden_NC = torch.empty_like(hidden_NC)
-        dweight_VC = torch.zeros_like(weight_VC, dtype=wide)
+        # A frozen head (LoRA) is spared a third of the work.
+        dweight_VC = torch.zeros_like(weight_VC, dtype=wide) if train_weight else None
         for start in range(0, len(labels_N), CHUNK):
             rows = slice(start, start + CHUNK)
-            logits_nV = F.linear(hidden_NC[rows], weight_VC).to(wide)
-            scale_n1 = logits_nV.logsumexp(dim=1, keepdim=True)
-            label_n1 = labels_N[rows, None]
-            total += (scale_n1 - logits_nV.gather(1, label_n1)).sum()
+            logits_nV = F.linear(hidden_NC[rows], weight_VC)
+            losses_n, dlogits_nV = kernels.token_losses(logits_nV, labels_N[rows], backend=backend)
+            total += losses_n.sum()
             if train:
-                dlogits_nV = logits_nV.sub_(scale_n1).exp_()
-                dlogits_nV.scatter_add_(1, label_n1, dlogits_nV.new_full((1, 1), -1).expand_as(label_n1))
-                dlogits_nV = dlogits_nV.to(hidden_NC.dtype)
                 torch.mm(dlogits_nV, weight_VC, out=dhidden_NC[rows])
-                dweight_VC += dlogits_nV.T @ hidden_NC[rows]
+                if train_weight:
+                    dweight_VC += dlogits_nV.T @ hidden_NC[rows]
         if train:
-            ctx.save_for_backward(dhidden_NC, dweight_VC.to(weight_VC.dtype))
+            ctx.save_for_backward(dhidden_NC, dweight_VC.to(weight_VC.dtype) if train_weight else None)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dtotal):
         dhidden_NC, dweight_VC = ctx.saved_tensors
-        return dhidden_NC * dtotal.to(dhidden_NC.dtype), dweight_VC * dtotal.to(dweight_VC.dtype), None
+        dweight_VC = None if dweight_VC is None else dweight_VC * dtotal.to(dweight_VC.dtype)
+        return dhidden_NC * dtotal.to(dhidden_NC.dtype), dweight_VC, None, None
 
 
-def cross_entropy_sum(hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor) -> Tensor:
-    """Summed cross-entropy, nats, at least fp32, of the rows of hidden_NC @ weight_VC.T; 0 for no rows."""
-    return LinearCrossEntropy.apply(hidden_NC, weight_VC, labels_N)
+def cross_entropy_sum(hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, *, backend: str) -> Tensor:
+    """Summed cross-entropy, nats, at least fp32, of the rows of hidden_NC @ weight_VC.T; 0 for no rows.
+
+    backend: what runs kernels.token_losses.
+    """
+    return LinearCrossEntropy.apply(hidden_NC, weight_VC, labels_N, backend)
 
 
 def scaled_loss(ce_sum: Tensor, aux: Tensor, n_real: int, *, step_labelled: int, step_real: int,

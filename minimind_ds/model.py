@@ -13,6 +13,7 @@ I intermediate, E experts, K experts per token, G balance groups, N labelled tok
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,13 +23,13 @@ from torch.utils.checkpoint import checkpoint
 
 from . import kernels, loss, weights
 from .config import ModelConfig
-from .kernels import Choice, resolve, with_compiled
+from .kernels import Choice, Needs, attention, resolve, with_compiled
 from .kernels import parse as parse_kernels
 
 if TYPE_CHECKING:
     from .data.packing import PackedBatch
 
-BALANCE = ("batch", "row", "document")
+BALANCE = ("batch", "row", "document", "global")
 
 
 class ModelOutput(NamedTuple):
@@ -58,8 +59,16 @@ class Packing(NamedTuple):
     max_seqlen: int
     cos_TD: Tensor
     sin_TD: Tensor
-    groups_GT: Tensor | None
+    group_T: Tensor | None
+    n_groups: int
     kernels: Choice
+    attend: Callable[..., Tensor]
+    total_counts: Callable[[Tensor], Tensor] | None
+
+
+def needs(config: ModelConfig) -> Needs:
+    """What this model asks of its kernels."""
+    return Needs(config.head_dim, config.dropout)
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -112,6 +121,22 @@ class RMSNorm(nn.Module):
         return kernels.rms_norm(x, self.weight, self.eps, backend=packing.kernels.elementwise)
 
 
+class ResidualNorm(RMSNorm):
+    def forward(self, x: Tensor, residual: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """-> x + residual, and its norm."""
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps, backend=packing.kernels.elementwise)
+
+
+class HeadNorm(RMSNorm):
+    def forward(self, x_THD: Tensor, packing: Packing) -> Tensor:
+        """-> each head normalised and rotated to its position."""
+        return rotate(x_THD, self.weight, self.eps, packing)
+
+
+def rotate(x_THD: Tensor, weight_D: Tensor | None, eps: float, packing: Packing) -> Tensor:
+    return kernels.norm_rope(x_THD, weight_D, packing.cos_TD, packing.sin_TD, eps, backend=packing.kernels.rope)
+
+
 class Linear(nn.Linear):
     """No bias; the product is made in the input's dtype, which is wider than the weight's where that is faster."""
 
@@ -132,19 +157,18 @@ class Attention(nn.Module):
         self.v_proj = Linear(C, Hkv * D)
         self.o_proj = Linear(H * D, C)
         if config.qk_norm:
-            self.q_norm = RMSNorm(D, config.rms_norm_eps)
-            self.k_norm = RMSNorm(D, config.rms_norm_eps)
+            self.q_norm = HeadNorm(D, config.rms_norm_eps)
+            self.k_norm = HeadNorm(D, config.rms_norm_eps)
 
     def forward(self, x_TC: Tensor, packing: Packing) -> Tensor:
         q_THD, k_THD, v_THD = (proj(x_TC).unflatten(-1, (-1, self.head_dim))
                                for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q_THD, k_THD = self.q_norm(q_THD, packing), self.k_norm(k_THD, packing)
-        q_THD, k_THD = (kernels.rotate(x_THD, packing.cos_TD, packing.sin_TD, backend=packing.kernels.elementwise)
-                        for x_THD in (q_THD, k_THD))
-        out_THD = kernels.attention(q_THD, k_THD, v_THD, packing.cu_seqlens, packing.max_seqlen,
-                                    backend=packing.kernels.attention,
-                                    dropout_p=self.dropout if self.training else 0.0)
+        else:
+            q_THD, k_THD = (rotate(x_THD, None, 0.0, packing) for x_THD in (q_THD, k_THD))
+        out_THD = packing.attend(q_THD, k_THD, v_THD, packing.cu_seqlens, packing.max_seqlen,
+                                 backend=packing.kernels.attention, dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.o_proj(out_THD.flatten(1)), self.dropout, self.training)
 
 
@@ -183,36 +207,31 @@ class MoEFeedForward(nn.Module):
 
     def forward(self, x_TC: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """-> output (T, C), balance loss, choices per expert (E,); the last two None when not asked for."""
-        logits_TE = self.gate(x_TC)
-        scores_TE = logits_TE.softmax(dim=-1, dtype=torch.promote_types(logits_TE.dtype, torch.float32))
-        weights_TK, experts_TK = scores_TE.topk(self.config.num_experts_per_tok, dim=-1, sorted=False)
-        if self.config.norm_topk_prob:
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        weights_TK, experts_TK, counts_GE, scores_GE = kernels.route(
+            self.gate(x_TC), self.config.num_experts_per_tok, self.config.norm_topk_prob, packing.group_T,
+            packing.n_groups, backend=packing.kernels.router)
         y_TC = self.experts(x_TC, weights_TK, experts_TK, packing.kernels.moe)
-        if packing.groups_GT is None:
+        if packing.group_T is None:
             return y_TC, None, None
-        balance, counts_E = balance_loss(scores_TE, experts_TK, packing.groups_GT)
-        return y_TC, balance * self.config.router_aux_loss_coef, counts_E
+        total_GE = packing.total_counts(counts_GE) if packing.total_counts else counts_GE
+        balance = balance_loss(counts_GE, scores_GE, self.config.num_experts_per_tok, total_GE=total_GE)
+        return y_TC, balance * self.config.router_aux_loss_coef, counts_GE.sum(dim=0)
 
 
-def balance_loss(scores_TE: Tensor, experts_TK: Tensor, groups_GT: Tensor) -> tuple[Tensor, Tensor]:
-    """E * sum_e load_e * mean score_e per group of tokens, averaged over groups by their real tokens.
+def balance_loss(counts_GE: Tensor, scores_GE: Tensor, k: int, *, total_GE: Tensor) -> Tensor:
+    """E * sum_e load_e * mean score_e per group of tokens, averaged over groups by their tokens.
 
-    load_e is the number of choices of expert e per token of the group, so loads sum to K (as MiniMind counts).
+    load_e is the number of choices of expert e per token of the group, so loads sum to k (as MiniMind counts).  Where
+    ranks hold parts of a group, the mean of their losses, weighted by their tokens, is the group's.
 
     Args:
-        scores_TE: the router's probabilities.  experts_TK: its choices.
-        groups_GT: 1 where token t is real and of group g, else 0, in the scores' dtype.
-
-    Returns:
-        the loss, and (E,) how often real tokens chose each expert.
+        counts_GE: how often a group's tokens chose an expert.  scores_GE: the sums of their scores (differentiable).
+        k: experts per token.
+        total_GE: the counts over all ranks that hold tokens of the group.
     """
-    E = scores_TE.shape[1]
-    choices_TE = F.one_hot(experts_TK, E).sum(dim=1).to(scores_TE.dtype)
-    counts_GE, scores_GE = groups_GT @ choices_TE, groups_GT @ scores_TE
-    tokens_G1 = groups_GT.sum(dim=1, keepdim=True).clamp(min=1)
-    total = groups_GT.sum().clamp(min=1)
-    return E * (counts_GE / tokens_G1 * scores_GE).sum() / total, counts_GE.sum(dim=0).detach()
+    load_GE = total_GE / (total_GE.sum(dim=1, keepdim=True) / k).clamp(min=1)
+    tokens = (counts_GE.sum() / k).clamp(min=1)
+    return counts_GE.shape[1] * (load_GE * scores_GE).sum() / tokens
 
 
 class Block(nn.Module):
@@ -220,13 +239,13 @@ class Block(nn.Module):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
         self.use_moe = config.use_moe
 
     def forward(self, x_TC: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        x_TC = x_TC + self.self_attn(self.input_layernorm(x_TC, packing), packing)
-        normed_TC = self.post_attention_layernorm(x_TC, packing)
+        attended_TC = self.self_attn(self.input_layernorm(x_TC, packing), packing)
+        x_TC, normed_TC = self.post_attention_layernorm(attended_TC, x_TC, packing)
         if not self.use_moe:
             return x_TC + self.mlp(normed_TC, packing), None, None
         y_TC, balance, counts_E = self.mlp(normed_TC, packing)
@@ -260,10 +279,10 @@ class Decoder(nn.Module):
 class Head(Linear):
     """The output projection.  With labels it gives the loss: under ZeRO-3 its weight is whole only inside forward."""
 
-    def forward(self, hidden_NC: Tensor, labels_N: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_NC: Tensor, labels_N: Tensor | None = None, backend: str = "auto") -> Tensor:
         if labels_N is None:
             return super().forward(hidden_NC)
-        return loss.cross_entropy_sum(hidden_NC, self.weight.to(hidden_NC.dtype), labels_N)
+        return loss.cross_entropy_sum(hidden_NC, self.weight.to(hidden_NC.dtype), labels_N, backend=backend)
 
 
 class MiniMindForCausalLM(nn.Module):
@@ -274,7 +293,7 @@ class MiniMindForCausalLM(nn.Module):
         kernels: "auto", a backend's name, or "attention=NAME,moe=NAME" (see minimind_ds.kernels).
         balance: the groups over which the experts' balance is asked for: "batch" (all real tokens of the
             micro-batch, as MiniMind), "row" (each row of the batch: the same whichever ranks and micro-batches rows
-            are dealt to) or "document" (each packed sample).
+            are dealt to), "document" (each packed sample) or "global" (as "batch", over all ranks' micro-batches).
 
     Raises:
         ValueError: a backend or a balance that does not exist.
@@ -287,6 +306,8 @@ class MiniMindForCausalLM(nn.Module):
         parse_kernels(kernels)
         self.config, self.balance, self.kernels = config, balance, kernels
         self.gradient_checkpointing = False
+        # What parallel.install changes where ranks share rows: attention over all their tokens, counts over all ranks.
+        self.attend, self.total_counts = attention, None
         self.model = Decoder(config)
         self.rotary = Rotary(config)
         # A tied head owns no memory of its own: both modules hold one Parameter, which ZeRO-3 gathers for either.
@@ -317,7 +338,7 @@ class MiniMindForCausalLM(nn.Module):
 
     def kernel_choice(self, device: torch.device | str, dtype: torch.dtype) -> Choice:
         """The backends this model uses there, with the reason: for printing once.  Raises ValueError if it cannot."""
-        return resolve(self.kernels, device, dtype)
+        return resolve(self.kernels, device, dtype, needs(self.config))
 
     def forward(self, batch: PackedBatch, return_logits: bool = False) -> ModelOutput:
         """Runs packed rows.  The balance loss and expert counts are worked out in training mode only.
@@ -330,15 +351,17 @@ class MiniMindForCausalLM(nn.Module):
                              f"{self.config.max_position_embeddings}")
         labels_T = batch.labels.flatten()
         cos_TD, sin_TD = self.rotary(batch.position_ids.flatten())
-        packing = Packing(batch.cu_seqlens, batch.max_seqlen, cos_TD, sin_TD, self.balance_groups(batch),
-                          self.kernel_choice(labels_T.device, self.like[0].dtype))
+        choice = self.kernel_choice(labels_T.device, self.like[0].dtype)
+        packing = Packing(batch.cu_seqlens, batch.max_seqlen, cos_TD, sin_TD, *self.balance_groups(batch), choice,
+                          self.attend, self.total_counts)
         remember = not (self.gradient_checkpointing and self.training)
         hidden_TC, balances, counts = self.model(batch.input_ids.flatten(), packing, remember)
         # A batch that brings the labelled positions spares a GPU the question how many there are.
         labelled_N = getattr(batch, "labelled_index", None)
         if labelled_N is None:
             labelled_N = (labels_T != loss.IGNORE).nonzero().flatten()
-        loss_sum = self.lm_head(hidden_TC.index_select(0, labelled_N), labels_T.index_select(0, labelled_N))
+        loss_sum = self.lm_head(hidden_TC.index_select(0, labelled_N), labels_T.index_select(0, labelled_N),
+                                choice.elementwise)
         return ModelOutput(
             loss_sum=loss_sum,
             n_labelled=len(labelled_N),
@@ -347,24 +370,24 @@ class MiniMindForCausalLM(nn.Module):
             expert_counts=torch.stack(counts) if counts else None,
         )
 
-    def balance_groups(self, batch: PackedBatch) -> Tensor | None:
-        """(G, T), 1 where a real token belongs to the group, in fp32 (or the model's dtype if wider)."""
+    def balance_groups(self, batch: PackedBatch) -> tuple[Tensor | None, int]:
+        """(T,) the group of each real token, -1 for padding, and how many groups; (None, 0) without a balance loss."""
         if not (self.training and self.config.use_moe and self.config.router_aux_loss_coef > 0):
-            return None
-        rows, length = batch.labels.shape
-        token_T = torch.arange(rows * length, device=batch.labels.device)
-        if self.balance == "batch":
+            return None, 0
+        token_T = batch.first_token + torch.arange(batch.labels.numel(), device=batch.labels.device)
+        n_rows = batch.n_rows or len(batch.labels)
+        if self.balance in ("batch", "global"):
             n_groups, group_T = 1, torch.zeros_like(token_T)
         elif self.balance == "row":
-            n_groups, group_T = rows, token_T // length
+            # cu_seqlens end where the whole batch does, padding included.
+            n_groups, group_T = n_rows, token_T // (int(batch.cu_seqlens[-1]) // n_rows)
         else:
             n_groups = len(batch.cu_seqlens) - 1
             group_T = torch.searchsorted(batch.cu_seqlens[1:].to(token_T), token_T, right=True)
-        member_GT = group_T == torch.arange(n_groups, device=token_T.device)[:, None]
         real_mask = getattr(batch, "real_mask", None)
         if real_mask is not None:
-            member_GT &= real_mask.flatten()
-        return member_GT.to(torch.promote_types(self.like[0].dtype, torch.float32))
+            group_T = torch.where(real_mask.flatten(), group_T, -1)
+        return group_T, n_groups
 
     def load_weights(self, state: dict[str, Tensor]):
         """Loads weights under our own names, all and no others.  Raises ValueError naming what does not fit."""

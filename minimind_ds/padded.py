@@ -33,10 +33,32 @@ def turn(x_BTHD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
     return (x_BTHD * cos_TD.unsqueeze(1) + turned * sin_TD.unsqueeze(1)).to(x_BTHD.dtype)
 
 
+def causal_attention(q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor) -> Tensor:
+    """Over whole rows, padding and all: k and v, of fewer heads, are repeated.  -> (B, T, H, D)."""
+    groups = q_BTHD.shape[2] // k_BTHD.shape[2]
+    k_BTHD, v_BTHD = (t.repeat_interleave(groups, dim=2) for t in (k_BTHD, v_BTHD))
+    out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q_BTHD, k_BTHD, v_BTHD)), is_causal=True)
+    return out.transpose(1, 2)
+
+
+def expert_loop(x_TC: Tensor, experts, chosen_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """Each expert on the tokens that chose it, found by a mask, added into place.  Idle experts stay in the graph."""
+    y_TC = torch.zeros_like(x_TC)
+    for e, expert in enumerate(experts):
+        mask_TK = chosen_TK == e
+        if mask_TK.any():
+            tokens = mask_TK.any(-1).nonzero().flatten()
+            part = expert(x_TC[tokens]) * weights_TK[mask_TK].view(-1, 1)
+            y_TC.index_add_(0, tokens, part.to(y_TC.dtype))
+        else:
+            y_TC[0, 0] += 0 * sum(p.sum() for p in expert.parameters())
+    return y_TC
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.D, self.groups = config.head_dim, config.num_attention_heads // config.num_key_value_heads
+        self.D = config.head_dim
         C, wide = config.hidden_size, config.num_attention_heads * config.head_dim
         narrow = config.num_key_value_heads * config.head_dim
         self.q_proj, self.k_proj = nn.Linear(C, wide, bias=False), nn.Linear(C, narrow, bias=False)
@@ -47,9 +69,7 @@ class SelfAttention(nn.Module):
     def forward(self, x_BTC: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
         q, k, v = (proj(x_BTC).unflatten(-1, (-1, self.D)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = turn(self.q_norm(q), cos_TD, sin_TD), turn(self.k_norm(k), cos_TD, sin_TD)
-        k, v = (t.repeat_interleave(self.groups, dim=2) for t in (k, v))
-        out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
-        return self.o_proj(out.transpose(1, 2).flatten(2))
+        return self.o_proj(causal_attention(q, k, v).flatten(2))
 
 
 class Dense(nn.Module):
@@ -76,15 +96,7 @@ class ExpertLoop(nn.Module):
         weights_TK, chosen_TK = scores_TE.topk(config.num_experts_per_tok, dim=-1, sorted=False)
         if config.norm_topk_prob:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        y_TC = torch.zeros_like(x_TC)
-        for e, expert in enumerate(self.experts):
-            mask_TK = chosen_TK == e
-            if mask_TK.any():
-                tokens = mask_TK.any(-1).nonzero().flatten()
-                part = expert(x_TC[tokens]) * weights_TK[mask_TK].view(-1, 1)
-                y_TC.index_add_(0, tokens, part.to(y_TC.dtype))
-            else:
-                y_TC[0, 0] += 0 * sum(p.sum() for p in expert.parameters())
+        y_TC = expert_loop(x_TC, self.experts, chosen_TK, weights_TK)
         load = F.one_hot(chosen_TK, config.num_experts).float().mean(0)
         aux = (load * scores_TE.mean(0)).sum() * config.num_experts * config.router_aux_loss_coef
         return y_TC.view_as(x_BTC), aux

@@ -64,6 +64,10 @@ def check(then: dict, now: dict, path: pathlib.Path) -> None:
     if now["optimizer"].lower() not in ("adam", "adamw"):
         raise ValueError(f"cannot resume from {path} on another layout with the optimizer {now['optimizer']}: only "
                          f"Adam and AdamW are reshaped; {back}")
+    for name in ("sequence_parallel_size", "expert_parallel.autoep_size"):
+        if now[name] > 1:
+            raise ValueError(f"cannot resume from {path} on another layout with {name} {now[name]}: parts of a model "
+                             f"or of a sequence are not reshaped; {back}")
     if "nvme" in (then["offload"], now["offload"]):
         raise ValueError(f"cannot resume from {path} on another layout with optimizer states on NVMe; {back}")
 

@@ -58,6 +58,12 @@ class RunConfig:
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping")
     from_weight: str = flag("none", "weights to start from: none, a run folder, .safetensors, .pth or HF folder")
+    lora_rank: int = flag(0, "train adapters of this rank beside frozen --from_weight; 0: train all weights")
+    lora_alpha: float | None = flag(None, "the adapters' output is scaled by lora_alpha / lora_rank; default: "
+                                          "lora_rank, a factor of 1 as MiniMind's")
+    lora_targets: str | None = flag(None, "comma list of projections to adapt, for example q_proj,k_proj,v_proj; "
+                                          "default: the square ones as MiniMind, q_proj,o_proj in MiniMind-3")
+    lora_dropout: float = flag(0.0, "dropout probability on the adapters' input")
     from_resume: str = flag("auto", "auto: the newest whole checkpoint of save_dir, if any; none: start over; PATH")
     save_dir: str = flag("out", "run folder")
     save_weight: str | None = flag(None, "name of the weights file; default: the program's (sft or pretrain)")
@@ -69,7 +75,7 @@ class RunConfig:
     kernels: str = flag("auto", "auto, a backend's name, or one per operation: attention=sdpa,moe=reference")
     dropout: float | None = flag(None, "dropout probability; default: the preset's (0)")
     moe_balance: str = flag("row", "tokens over which the experts' load is balanced",
-                            choices=("row", "batch", "document"))
+                            choices=("row", "batch", "document", "global"))
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = flag(False, "torch.compile the model's layers")
     on_bad_record: str = flag("stop", "what a malformed line does", choices=("stop", "skip"))
@@ -87,18 +93,35 @@ class RunConfig:
     def __post_init__(self):
         at_least = dict(max_seq_len=2, pack_len=2, batch_size=1, accumulation_steps=1, epochs=1, max_steps=0, keep=1,
                         log_interval=1, save_interval=0, eval_interval=0, num_workers=0, grad_clip=0, weight_decay=0,
-                        learning_rate=0, seed=0)
+                        learning_rate=0, seed=0, lora_rank=0)
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
                 raise ValueError(f"{self.place(name)} is {getattr(self, name)}; it must be at least {least}")
         for name in ("min_lr_ratio", "warmup_ratio", "eval_fraction", "random_system_ratio", "drop_empty_think_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{self.place(name)} is {getattr(self, name)}; it must be between 0 and 1")
+        self.check_lora()
         if self.eval_fraction > 0.5:
             raise ValueError(f"{self.place('eval_fraction')} is {self.eval_fraction}; more than half is not training")
         if self.packing and self.pack_len < self.max_seq_len:
             raise ValueError(f"a sample may be {self.max_seq_len} tokens long (max_seq_len) and the row holds "
                              f"{self.pack_len} (pack_len): raise pack_len or lower max_seq_len")
+
+    def check_lora(self) -> None:
+        """Raises ValueError on a LoRA flag without its rank, adapters without a base, a number out of range."""
+        if self.lora_rank == 0:
+            for name, off in (("lora_alpha", None), ("lora_targets", None), ("lora_dropout", 0)):
+                if getattr(self, name) != off:
+                    raise ValueError(f"{self.place(name)} is {getattr(self, name)} without --lora_rank: name a rank, "
+                                     "for example 16")
+            return
+        if self.from_weight == "none":
+            raise ValueError(f"{self.place('lora_rank')} is {self.lora_rank}: adapters stand beside a trained model; "
+                             "name its weights with --from_weight")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"{self.place('lora_alpha')} is {self.lora_alpha}; it must be above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"{self.place('lora_dropout')} is {self.lora_dropout}; it must be at least 0 and below 1")
 
     def place(self, name: str) -> str:
         """Where a value comes from, for messages: '--epochs', 'epochs in run.yaml' or '--epochs (default)'."""

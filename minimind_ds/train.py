@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from minimind_ds import checkpoint, ds_config, engine, reshape, weights
+from minimind_ds import checkpoint, ds_config, engine, lora, parallel, reshape, weights
 from minimind_ds.data import loader
 from minimind_ds.data.packing import PackedBatch
 from minimind_ds.engine import Layout, NonFinite
@@ -134,9 +134,10 @@ def identity(job: Job) -> dict:
              "adam_epsilon", "grad_clip", "eval_fraction", "random_system_ratio", "drop_empty_think_ratio",
              "moe_balance")
     facts = {name: getattr(run, name) for name in names}
-    facts["rows per step"] = run.batch_size * run.accumulation_steps * job.layout.ranks
+    facts["rows per step"] = run.batch_size * run.accumulation_steps * job.rows_ranks
     facts["tokenizer"] = job.tokenizer.fingerprint
     facts["data"] = job.stores[0].content
+    facts["LoRA"] = job.lora.identity() if job.lora else None
     return {**facts, **{f"model.{k}": v for k, v in job.model_config.to_dict().items()}}
 
 
@@ -144,7 +145,8 @@ def layout_facts(job: Job) -> dict:
     return {"ranks": job.layout.ranks, "ZeRO stage": job.stage, "dtype": job.run.dtype,
             "batch_size": job.run.batch_size, "accumulation_steps": job.run.accumulation_steps,
             "optimizer": job.ds["optimizer"]["type"], "offload": ds_config.optimizer_device(job.ds),
-            "scheduler": job.ds.get("scheduler", {}).get("type")}
+            "scheduler": job.ds.get("scheduler", {}).get("type"), "sequence_parallel_size": job.degrees.sequence,
+            "expert_parallel.autoep_size": job.degrees.experts}
 
 
 def compare(then: dict, now: dict, path) -> None:
@@ -180,7 +182,10 @@ def train(job: Job, start: Start) -> None:
         step = run_plan(job, ds_engine, start, metrics)
         final = engine.full_weights(ds_engine, job.stage)
         if layout.rank == 0:
-            weights.save_safetensors(job.weights_path, final, job.model_config)
+            if job.lora:
+                lora.save_adapters(job.weights_path, final, job.lora, job.model_config)
+            else:
+                weights.save_safetensors(job.weights_path, final, job.model_config)
             checkpoint.write_durably(job.done_path, json.dumps({"step": step, "identity": identity(job)}))
             metrics.say(f"wrote {job.weights_path}")
         dist.barrier()
@@ -212,8 +217,12 @@ def summary(job: Job, start: Start) -> list[str]:
              f"without a label {stats['unlabelled']}, malformed {stats['skipped']}",
              f"rows: {plan.n_rows:,} of {run.row_len} tokens, {plan.fill:.2%} full",
              f"kernels: {job.kernels.reason}",
-             f"engine: {ds_config.describe(job.ds)}; {layout.ranks} ranks x {run.batch_size} rows x "
+             f"engine: {ds_config.describe(job.ds, job.degrees)}; {layout.ranks} ranks x {run.batch_size} rows x "
              f"{run.accumulation_steps} micro-batches a step; {steps:,} steps an epoch, {job.total_steps:,} in all"]
+    if job.lora:
+        trained = sum(math.prod(shape) for shape in lora.shapes(job.model_config, job.lora).values())
+        frozen = "; the experts stay as they are" if job.model_config.use_moe else ""
+        lines.append(f"LoRA: {job.lora.describe()}; trains {trained:,} of {parameters + trained:,} parameters{frozen}")
     if start.path is not None:
         reshaped = f", {reshape.note(start.layout, layout_facts(job))}" if start.layout else ""
         lines.append(f"resuming from {start.path} after step {start.step}{reshaped}")
@@ -230,10 +239,13 @@ def build_engine(job: Job):
     if job.start_weights is not None:
         model.load_weights(job.start_weights)
         job.start_weights = None
+    if job.lora:
+        lora.attach(model, job.lora, lora.fresh(job.model_config, job.lora, seed=run.seed))
     model.gradient_checkpointing = run.gradient_checkpointing
     if run.compile:
         model.compile_layers()
     model.to(job.layout.device)
+    parallel.install(model, job.degrees)
     ds_engine = engine.initialize(model, job.ds)
     # Dropout differs between ranks; everything else that is random was drawn above, alike on all.
     torch.manual_seed(run.seed + 1 + job.layout.rank)
@@ -288,12 +300,18 @@ def fetch(job: Job, epoch: int, plan: loader.EpochPlan, steps: range) -> Iterato
     for epoch_step in steps:
         for micro in range(run.accumulation_steps):
             rows = my_rows(job, plan, epoch_step, micro)
-            yield loader.load_micro_batch(job.stores[epoch], rows, run.row_len, job.tokenizer.pad_id)
+            yield my_share(job, loader.load_micro_batch(job.stores[epoch], rows, run.row_len, job.tokenizer.pad_id))
+
+
+def my_share(job: Job, batch: PackedBatch) -> PackedBatch:
+    """What this rank holds of a micro-batch that it may share with its neighbours."""
+    n = job.degrees.sequence
+    return batch if n == 1 else batch.share(job.layout.rank % n, n)
 
 
 def my_rows(job: Job, plan: loader.EpochPlan, epoch_step: int, micro: int) -> list[list[int]]:
-    """The samples of one of this rank's micro-batches."""
-    return plan.micro_batch_rows(epoch_step, job.layout.rank, micro, ranks=job.layout.ranks,
+    """The samples of one of this rank's micro-batches; ranks that share rows have the same."""
+    return plan.micro_batch_rows(epoch_step, job.layout.rank // job.degrees.sequence, micro, ranks=job.rows_ranks,
                                  accumulation=job.run.accumulation_steps, batch_size=job.run.batch_size)
 
 
@@ -356,7 +374,7 @@ def where(job: Job, plan: loader.EpochPlan, at: Position) -> str:
 
 def named(job: Job, at: Position, rows: list) -> str:
     """'lines 3, 17 of data.jsonl' for lists of lists of sample indices."""
-    lines = sorted(int(job.stores[at.epoch].lines[i]) for part in rows for row in part for i in row)
+    lines = sorted({int(job.stores[at.epoch].lines[i]) for part in rows for row in part for i in row})
     more = f" and {len(lines) - 20} more" if len(lines) > 20 else ""
     return f"lines {', '.join(map(str, lines[:20]))}{more} of {job.run.data_path}"
 
@@ -380,7 +398,7 @@ def evaluate(job: Job, ds_engine) -> dict:
     for epoch_step in range(len(plan)):
         for micro in range(run.accumulation_steps):
             rows = my_rows(job, plan, epoch_step, micro)
-            batch = loader.load_micro_batch(job.eval_store, rows, run.row_len, job.tokenizer.pad_id)
+            batch = my_share(job, loader.load_micro_batch(job.eval_store, rows, run.row_len, job.tokenizer.pad_id))
             out = ds_engine(batch.to(layout.device))
             sums += torch.tensor([float(out.loss_sum), out.n_labelled], device=layout.device)
     dist.all_reduce(sums)

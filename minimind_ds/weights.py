@@ -13,6 +13,7 @@ import json
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,6 +109,15 @@ def check(state: dict[str, Tensor], config: ModelConfig, source: str) -> dict[st
         if embedding is not None and not (head is embedding or torch.equal(head, embedding)):
             raise ValueError(f"{source}: lm_head.weight differs from model.embed_tokens.weight, but the configuration "
                              f"ties them (tie_word_embeddings)")
+    return fit(state, shapes, source)
+
+
+def fit(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: str) -> dict[str, Tensor]:
+    """The same tensors in the order of `shapes`: all of those names and no others, each of its shape.
+
+    Raises:
+        ValueError: one line that names `source` and what is missing, unexpected or of another shape.
+    """
     wrong = {
         "missing": [name for name in shapes if name not in state],
         "unexpected": [name for name in state if name not in shapes],
@@ -216,7 +226,11 @@ def read_config(path: str | Path) -> ModelConfig | None:
     folder_config = first.parent / "config.json"
     if first.suffix != ".safetensors":
         return None
-    stored = read_metadata(first).get("config")
+    metadata = read_metadata(first)
+    if "lora" in metadata:
+        raise ValueError(f"{path}: holds LoRA adapters, not a whole model: name the weights they were trained on, and "
+                         f"these with --lora (chat, score, export)")
+    stored = metadata.get("config")
     try:
         if stored is not None:
             return ModelConfig.from_dict(json.loads(stored))
@@ -246,14 +260,19 @@ def load_weights(path: str | Path, config: ModelConfig) -> dict[str, Tensor]:
     """
     theirs = read_config(path)
     if theirs is not None:
-        fields = [name for name in config.to_dict() if name not in FREE_FIELDS]
-        for name in fields if config.use_moe else [name for name in fields if name not in MOE_FIELDS]:
-            if getattr(theirs, name) != getattr(config, name):
-                raise ValueError(f"{path}: {name} is {getattr(theirs, name)} there and {getattr(config, name)} here")
+        check_same_model(path, theirs, config)
     state = {}
     for file in find(path):
         state |= read_safetensors(file) if file.suffix == ".safetensors" else read_pth(file)
     return from_minimind(state, config, str(path))
+
+
+def check_same_model(path: str | Path, theirs: ModelConfig, ours: ModelConfig):
+    """Raises ValueError naming the first field of the file's configuration that makes it another model's."""
+    fields = [name for name in ours.to_dict() if name not in FREE_FIELDS]
+    for name in fields if ours.use_moe else [name for name in fields if name not in MOE_FIELDS]:
+        if getattr(theirs, name) != getattr(ours, name):
+            raise ValueError(f"{path}: {name} is {getattr(theirs, name)} there and {getattr(ours, name)} here")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -267,7 +286,10 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 def read_pth(path: Path) -> dict[str, Tensor]:
     """A state dict, or the "model" of one of MiniMind's resume files."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # torch remarks on a pickle's protocol; whether the file is read is what counts.
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{path}: refused: it is not a plain file of tensors (torch.load with weights_only=True "
                          f"does not read it)") from None

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from minimind_ds.kernels import deepspeed_ops
+from minimind_ds.kernels.needs import NOTHING
 
 from .triton_tools import ROOT, environment, hold
 
@@ -25,9 +26,9 @@ def test_facts_hold_in_the_honest_interpreter(request):
 
 
 def test_what_cannot_run_says_why():
-    assert "packed segments" in deepspeed_ops.why_not("attention", torch.device("cuda"), torch.bfloat16)
-    assert "rounds" in deepspeed_ops.why_not("elementwise", torch.device("cuda"), torch.bfloat16)
-    assert "there is none" in deepspeed_ops.why_not("moe", torch.device("cpu"), torch.bfloat16)
+    assert "packed segments" in deepspeed_ops.why_not("attention", torch.device("cuda"), torch.bfloat16, NOTHING)
+    assert "rounds" in deepspeed_ops.why_not("elementwise", torch.device("cuda"), torch.bfloat16, NOTHING)
+    assert "there is none" in deepspeed_ops.why_not("moe", torch.device("cpu"), torch.bfloat16, NOTHING)
 
 
 def launches():
@@ -78,8 +79,8 @@ def test_on_a_gpu_output_and_gradients_equal_the_reference(K):
     from minimind_ds.kernels import reference
 
     device, dtype = torch.device("cuda"), torch.bfloat16
-    if deepspeed_ops.why_not("moe", device, dtype):
-        pytest.skip(deepspeed_ops.why_not("moe", device, dtype))
+    if deepspeed_ops.why_not("moe", device, dtype, NOTHING):
+        pytest.skip(deepspeed_ops.why_not("moe", device, dtype, NOTHING))
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape):

@@ -9,14 +9,17 @@ LAYERS = [
     {"config"},
     {"run_config", "tokenizer", "kernels", "data"},
     {"weights", "loss", "ds_config"},
-    {"model", "metrics"},
-    {"engine", "checkpoint", "reshape"},
+    {"model", "metrics", "lora"},
+    {"expert_parallel"},
+    {"parallel"},
+    {"engine", "checkpoint", "reshape", "memory"},
     {"job", "export", "planner"},
     {"train", "chat", "score", "padded"},
-    {"benchmark"},
+    {"benchmark", "kernel_check"},
 ]
 # deepspeed is imported by these only.
-DEEPSPEED = {"engine", "checkpoint", "train", "job", "benchmark", "ds_config", "kernels/deepspeed_ops"}
+DEEPSPEED = {"engine", "checkpoint", "train", "job", "benchmark", "ds_config", "kernels/deepspeed_ops",
+             "parallel", "expert_parallel"}
 
 
 def modules():

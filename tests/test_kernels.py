@@ -13,7 +13,7 @@ LENGTHS = [[1], [2, 1, 1, 3], [63, 64, 65], [300, 1, 17], [5, 0, 3]]
 # reference in fp32 on the same rounded inputs.
 BOUNDS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 OTHERS = [name for name in kernels.BACKENDS if name not in ("reference", "compiled")
-          and kernels.BACKENDS[name].why_not("attention", torch.device("cpu"), torch.float32) is None]
+          and kernels.BACKENDS[name].why_not("attention", torch.device("cpu"), torch.float32, kernels.Needs()) is None]
 
 
 def cu_seqlens(lengths):
@@ -38,14 +38,17 @@ def moe_inputs(tokens, size, inner, experts, k, dtype):
 def with_gradients(function, inputs):
     """Output and gradients of a weighted sum, at least fp32."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    out = function(*inputs)
-    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
-    return [out.detach(), *(x.grad for x in inputs)]
+    outputs = function(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    sum((out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum() for out in outputs).backward()
+    return [*(out.detach() for out in outputs), *(x.grad for x in inputs)]
 
 
 def assert_close(ours, theirs, bound):
     for a, b in zip(ours, theirs, strict=True):
-        assert (a.double() - b.double()).abs().max() <= bound * b.double().abs().max().clamp(min=1)
+        assert a.shape == b.shape
+        if a.numel():
+            assert (a.double() - b.double()).abs().max() <= bound * b.double().abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("backend", OTHERS)
@@ -99,7 +102,10 @@ def test_elementwise_operations_equal_the_reference(backend, dtype):
     cases = {
         kernels.swiglu: [draw(9, 40), draw(9, 40)],
         functools.partial(kernels.rms_norm, eps=1e-6): [draw(9, 3, 32), draw(32)],
-        functools.partial(kernels.rotate, cos=angle.cos(), sin=angle.sin()): [draw(9, 3, 32)],
+        functools.partial(kernels.add_rms_norm, eps=1e-6): [draw(9, 3, 32), draw(9, 3, 32), draw(32)],
+        functools.partial(kernels.norm_rope, cos=angle.cos(), sin=angle.sin(), eps=1e-6): [draw(9, 3, 32), draw(32)],
+        functools.partial(kernels.norm_rope, weight=None, cos=angle.cos(), sin=angle.sin(), eps=0.0):
+            [draw(9, 3, 32)],
     }
     for function, inputs in cases.items():
         wide = [x.to(torch.promote_types(dtype, torch.float32)) for x in inputs]
@@ -121,8 +127,8 @@ def test_gradients_are_those_of_finite_differences(backend):
     assert torch.autograd.gradcheck(lambda x, y: kernels.swiglu(x, 2 * y, backend=backend), (x, x))
     angle = torch.arange(8.0, dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda q: kernels.rotate(q, angle.cos()[:, None].expand(8, 2), angle.sin()[:, None].expand(8, 2),
-                                 backend=backend), q_k_v[:1])
+        lambda q: kernels.norm_rope(q, q[0, 0], angle.cos()[:, None].expand(8, 2), angle.sin()[:, None].expand(8, 2),
+                                    1e-3, backend=backend), q_k_v[:1])
 
 
 def test_reference_attention_is_masked_softmax():
@@ -164,6 +170,49 @@ def test_names_that_do_not_exist_are_refused_with_those_that_do():
         kernels.attention(*(torch.zeros(1, 1, 8),) * 3, cu_seqlens([1]), 1, backend="warp")
     with pytest.raises(ValueError, match="cannot run here: only the elementwise"):
         kernels.resolve("attention=compiled", "cpu", torch.float32)
+
+
+def test_a_bare_name_leaves_to_auto_what_the_backend_has_no_code_for_and_says_so():
+    choice = kernels.resolve("compiled", "cpu", "float32")
+    assert (choice.elementwise, choice.rope, choice.attention) == ("compiled", "compiled", "sdpa")
+    assert "attention = sdpa (auto: only the elementwise operations are compiled)" in choice.reason
+    asked = kernels.parse("deepspeed")
+    assert asked["moe"] == "deepspeed" and {asked[op] for op in kernels.OPS if op != "moe"} == {"auto"}
+    with pytest.raises(ValueError, match="moe = deepspeed cannot run here"):
+        kernels.resolve("deepspeed", "cpu", torch.float32)
+
+
+def test_triton_attention_is_not_chosen_for_what_it_does_not_do():
+    gpu = torch.device("cuda")
+    for needs, word in ((kernels.Needs(96, 0.1), "dropout"), (kernels.Needs(256), "256"), (kernels.Needs(33), "33")):
+        assert word in kernels.BACKENDS["triton"].why_not("attention", gpu, torch.bfloat16, needs)
+    assert "head_dim" not in kernels.BACKENDS["triton"].why_not("attention", gpu, torch.bfloat16, kernels.Needs(96))
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_routing_and_losses_equal_the_reference(backend, dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(50, 6, generator=generator, dtype=torch.float64).to(dtype)
+    group, labels = torch.arange(50) // 15 - 1, torch.arange(50) % 6
+    for args in ((2, True, group, 3), (1, False, None, 0)):
+        results = []
+        for name in (backend, "reference"):
+            leaf = logits.clone().requires_grad_()
+            weights, experts, counts, sums = kernels.route(leaf, *args, backend=name)
+            (weights.square().sum() + sums.square().sum()).backward()
+            results.append([weights.detach(), experts, counts, sums.detach(), leaf.grad])
+        assert_close(*results, BOUNDS[dtype])
+    assert_close(kernels.token_losses(logits.clone(), labels, backend=backend),
+                 kernels.token_losses(logits.clone(), labels, backend="reference"), BOUNDS[dtype])
+
+
+def test_reference_losses_are_cross_entropy_and_its_gradient():
+    logits = torch.randn(9, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    labels = torch.arange(9) * 4
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    gradient, = torch.autograd.grad(losses.sum(), logits)
+    assert_close(kernels.token_losses(logits.detach().clone(), labels, backend="reference"), (losses, gradient), 1e-13)
 
 
 def test_choice_names_every_operation_and_says_why():

@@ -1,13 +1,14 @@
 """The decoder as a whole: against transformers' Qwen3, and its flags, losses and edges."""
 
 import dataclasses
+import functools
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, loss, weights
+from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, kernels, loss, weights
 from minimind_ds.model import Rotary, balance_loss
 
 SIZES = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -150,22 +151,25 @@ def test_dropout_acts_in_training_only():
 def test_balance_loss_is_minimind_s_on_real_tokens_weighted_over_groups():
     scores = torch.rand(10, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).softmax(-1)
     chosen = scores.topk(2).indices
-    groups = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1, 0, 0], [0] * 10]).double()
+    group = torch.tensor([0, 0, 0, 1, 1, 1, 1, 1, -1, -1])
 
     def upstream(rows):
         load = F.one_hot(chosen[rows], 4).double().mean(0)
         return (load * scores[rows].mean(0)).sum() * 4
 
-    value, counts = balance_loss(scores, chosen, groups)
-    torch.testing.assert_close(value, (3 * upstream(slice(0, 3)) + 5 * upstream(slice(3, 8))) / 8)
-    assert counts.tolist() == F.one_hot(chosen[:8], 4).sum((0, 1)).tolist()
+    _, experts, counts, sums = kernels.route(scores.log(), 2, False, group, 3, backend="reference")
+    assert torch.equal(experts, chosen)
+    torch.testing.assert_close(balance_loss(counts, sums, 2, total_GE=counts),
+                               (3 * upstream(slice(0, 3)) + 5 * upstream(slice(3, 8))) / 8)
+    assert counts.sum(0).tolist() == F.one_hot(chosen[:8], 4).sum((0, 1)).tolist()
 
 
 def test_balance_groups_are_the_batch_the_rows_or_the_documents():
     batch = collate([[draw(3), draw(4)], [draw(5)]], 8)
     expected = {"batch": [12], "row": [7, 5], "document": [3, 4, 0, 5, 0]}
     for balance, tokens in expected.items():
-        assert model_of(CONFIGS["moe"], balance=balance).balance_groups(batch).sum(1).tolist() == tokens
+        group, n_groups = model_of(CONFIGS["moe"], balance=balance).balance_groups(batch)
+        assert n_groups == len(tokens) and torch.bincount(group[group >= 0], minlength=n_groups).tolist() == tokens
     with pytest.raises(ValueError, match="'sample'"):
         model_of(CONFIGS["moe"], balance="sample")
 
@@ -184,7 +188,7 @@ def test_loss_is_cross_entropy_summed_in_chunks():
     weight = torch.randn(11, 8, generator=generator, dtype=torch.float64)
     labels = torch.randint(0, 11, (len(hidden),), generator=generator)
     results = []
-    for function in (loss.cross_entropy_sum,
+    for function in (functools.partial(loss.cross_entropy_sum, backend="auto"),
                      lambda h, w, y: F.cross_entropy(h @ w.T, y, reduction="sum")):
         inputs = [x.clone().requires_grad_() for x in (hidden, weight)]
         value = function(*inputs, labels)

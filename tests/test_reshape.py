@@ -107,7 +107,7 @@ def test_each_sample_of_the_epoch_is_seen_once_over_the_two_halves(tmp_path, the
 
 
 LAYOUT = {"ranks": 2, "ZeRO stage": 2, "offload": "none", "batch_size": 2, "accumulation_steps": 2, "dtype": "bf16",
-          "optimizer": "AdamW", "scheduler": None}
+          "optimizer": "AdamW", "scheduler": None, "sequence_parallel_size": 1, "expert_parallel.autoep_size": 1}
 
 
 @pytest.mark.parametrize("now, said", [
@@ -123,7 +123,8 @@ def test_the_log_says_what_is_reshaped(now, said):
 
 
 @pytest.mark.parametrize("now, word", [({"optimizer": "Lion", "ranks": 1}, "only Adam and AdamW"),
-                                       ({"offload": "nvme"}, "NVMe")])
+                                       ({"offload": "nvme"}, "NVMe"),
+                                       ({"expert_parallel.autoep_size": 2, "ranks": 4}, "not reshaped")])
 def test_what_cannot_be_reshaped_is_refused_in_one_line_that_says_what_to_do(now, word):
     with pytest.raises(ValueError, match=word) as caught:
         reshape.check(LAYOUT, LAYOUT | now, pathlib.Path("run"))

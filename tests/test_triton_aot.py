@@ -27,7 +27,7 @@ OTHERS = [(8, 2, 64, "bfloat16"), (8, 4, 96, "float32"), (8, 4, 128, "bfloat16")
 
 
 def compile_all(cases):
-    """Attention and QK-norm + rotary, forward and backward, started on CPU tensors."""
+    """Attention and norm + rotary, forward and backward, started on CPU tensors."""
     import torch
 
     from minimind_ds.kernels import triton_attention, triton_rope
@@ -35,8 +35,8 @@ def compile_all(cases):
     T, bounds = 256, torch.tensor([0, 100, 256], dtype=torch.int32)
     for H, HKV, D, name in cases:
         q, k, v = (torch.zeros(T, heads, D, dtype=getattr(torch, name)) for heads in (H, HKV, HKV))
-        weights = [torch.ones(D, dtype=q.dtype, requires_grad=True) for _ in range(2)]
-        q, k = triton_rope.qk_norm_rope(q, k, *weights, *(torch.zeros(T, D // 2) for _ in range(2)), 1e-6)
+        weight, angles = torch.ones(D, dtype=q.dtype, requires_grad=True), torch.zeros(2, T, D // 2)
+        q, k = (triton_rope.norm_rope(x, weight, *angles, 1e-6) for x in (q, k))
         triton_attention.attention(q, k, v.requires_grad_(), bounds, 156, dropout_p=0.0).sum().backward()
 
 
@@ -46,6 +46,21 @@ def default():
 
 def others():
     compile_all(OTHERS)
+
+
+def elementwise():
+    """Norms, SwiGLU and losses at MiniMind-3's sizes, and a vocabulary that is read twice."""
+    import torch
+
+    from minimind_ds.kernels import triton_elementwise
+
+    for dtype in (torch.bfloat16, torch.float32):
+        x, gate = (torch.zeros(256, size, dtype=dtype, requires_grad=True) for size in (768, 2432))
+        total, y = triton_elementwise.add_rms_norm(x, x, torch.ones(768, dtype=dtype), 1e-6)
+        (total + y + triton_elementwise.rms_norm(x, torch.ones(768, dtype=dtype), 1e-6)).sum().backward()
+        triton_elementwise.swiglu(gate, gate).sum().backward()
+        for vocabulary in (6400, 40_000):
+            triton_elementwise.token_losses(torch.zeros(4, vocabulary, dtype=dtype), torch.zeros(4, dtype=torch.int64))
 
 
 def resources(function: str, arch: int) -> list[dict]:
@@ -58,7 +73,8 @@ def resources(function: str, arch: int) -> list[dict]:
 
 def row(found: dict) -> str:
     sizes, counts = found["constants"], found["counts"]
-    shape = f"H {sizes['H']}/{sizes['HKV']} D {sizes['D']:<3} {found['dtypes'][0]:8}"
+    heads = f"H {sizes['H']}/{sizes['HKV']} D" if "HKV" in sizes else f"H {sizes.get('HEADS', '')} D"
+    shape = f"{heads} {sizes.get('D', ''):<3} {found['dtypes'][0]:8}"
     return (f"sm_{found['arch']} {found['kernel']:21} {shape} warps {found['warps']} registers {found['registers']:3} "
             f"stack {found['stack']} shared {found['shared']:6} HGMMA {counts['HGMMA']:2} HMMA {counts['HMMA']:3} "
             f"blocks/SM {found['blocks_per_sm']}")
@@ -69,7 +85,8 @@ def row(found: dict) -> str:
 def test_no_spills_matrix_instructions_and_shared_memory_within_limits(function, arch):
     table = resources(function, arch)
     cases = {"default": DEFAULT, "others": OTHERS}[function]
-    assert len(table) == 5 * len(cases)
+    # Norm + rotary is compiled for queries and for keys, unless they have as many heads.
+    assert len(table) == sum(3 + 2 * len({H, HKV}) for H, HKV, _, _ in cases)
     print("\n" + "\n".join(map(row, table)))
     limit = {80: 166_912, 90: 232_448}[arch]
     for found in table:
@@ -82,3 +99,13 @@ def test_no_spills_matrix_instructions_and_shared_memory_within_limits(function,
         elif products:
             # fp32 products are fp32: no matrix instruction has rounded them to tf32.
             assert not found["counts"]["HGMMA"] and not found["counts"]["HMMA"], row(found)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_elementwise_kernels_do_not_spill(arch):
+    table = resources("elementwise", arch)
+    print("\n" + "\n".join(map(row, table)))
+    # Two norms each way, SwiGLU each way, losses for two vocabularies; bf16 and fp32.
+    assert len(table) == 2 * (4 + 2 + 2)
+    for found in table:
+        assert not found["stack"] and not found["counts"]["STL"] and found["blocks_per_sm"] >= 2, row(found)

@@ -164,6 +164,29 @@ class PackedBatch:
     labelled_index: torch.Tensor | None = None  # (n_labelled,) int64
     n_tokens: int | None = None
     n_labelled: int | None = None
+    first_token: int = 0
+    n_rows: int | None = None  # None: B
+
+    def share(self, index: int, of: int) -> PackedBatch:
+        """One of `of` equal runs of the flattened tokens, as one row, for ranks that share rows.
+
+        `cu_seqlens` stay the whole batch's; `first_token` says where in it the run begins, `n_rows` how many rows the
+        whole batch has; positions, labels, mask and counts are the run's own.
+
+        Raises:
+            ValueError: a number of shares that does not divide the tokens.
+        """
+        total = self.input_ids.numel()
+        if total % of:
+            raise ValueError(f"{total} tokens cannot be cut into {of} equal shares")
+        run = slice(index * (total // of), (index + 1) * (total // of))
+        cut = {name: getattr(self, name).flatten()[run][None] for name in ("input_ids", "labels", "position_ids")}
+        real = None if self.real_mask is None else self.real_mask.flatten()[run][None]
+        labelled_index = (cut["labels"].flatten() != IGNORE).nonzero().flatten()
+        return PackedBatch(**cut, cu_seqlens=self.cu_seqlens, max_seqlen=self.max_seqlen, real_mask=real,
+                           labelled_index=labelled_index, n_labelled=len(labelled_index),
+                           n_tokens=total // of if real is None else int(real.sum()), first_token=run.start,
+                           n_rows=self.input_ids.shape[0])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch on a device.  `cu_seqlens` stays on the CPU, where kernels plan their work without waiting."""

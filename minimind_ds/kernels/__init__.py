@@ -1,7 +1,8 @@
-"""The one door to attention over packed segments, dropless experts and the elementwise parts.
+"""The one door to attention over packed segments, dropless experts, their router and the elementwise parts.
 
-A backend is a module with `why_not(op, device, dtype)` and the functions of the operations it does not refuse; a new
-one is a file here and a line in BACKENDS.
+A backend is a module with `why_not(op, device, dtype, needs)` and the functions of the operations it does not refuse;
+LACKS, if it has one, says which operations it has no code for, and why.  A new one is a file here and a line in
+BACKENDS.
 
     python -c "from minimind_ds import kernels; print(kernels.resolve('auto', 'cpu', 'bfloat16').reason)"
 """
@@ -17,16 +18,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import compiled, reference, sdpa, triton
+from . import compiled, deepspeed_ops, reference, sdpa, triton
+from .needs import NOTHING, Needs
 
 # Fastest first: `auto` takes the first that can run.  What stands behind `reference` has to be asked for by name.
 BACKENDS: dict[str, ModuleType] = {
     "triton": triton,
     "sdpa": sdpa,
     "reference": reference,
+    "deepspeed": deepspeed_ops,
     "compiled": compiled,
 }
-OPS = ("attention", "moe", "elementwise")
+OPS = ("attention", "moe", "router", "rope", "elementwise")
 ACTIVATIONS = ("auto", "native", "fp32")
 
 
@@ -35,6 +38,8 @@ class Choice(NamedTuple):
 
     attention: str
     moe: str
+    router: str
+    rope: str
     elementwise: str
     activations: torch.dtype
     reason: str
@@ -43,7 +48,8 @@ class Choice(NamedTuple):
 def parse(spec: str) -> dict[str, str]:
     """Reads "auto", a backend's name or "attention=NAME,moe=NAME,..."; what is left out is "auto".
 
-    Keys are attention, moe, elementwise (a backend each) and activations (native: the parameters' dtype, or fp32).
+    Keys are OPS (a backend each) and activations (native: the parameters' dtype, or fp32).  A backend's bare name
+    leaves to "auto" the operations that it lacks.
 
     Raises:
         ValueError: an operation or a backend that does not exist.
@@ -51,7 +57,8 @@ def parse(spec: str) -> dict[str, str]:
     keys = (*OPS, "activations")
     asked = dict.fromkeys(keys, "auto")
     if "=" not in spec:
-        asked.update(dict.fromkeys(OPS, spec.strip()))
+        name = spec.strip()
+        asked.update({op: name for op in OPS if op not in lacks(name)})
     else:
         for part in spec.split(","):
             key, _, name = (word.strip() for word in part.partition("="))
@@ -65,6 +72,11 @@ def parse(spec: str) -> dict[str, str]:
     return asked
 
 
+def lacks(name: str) -> dict[str, str]:
+    """The operations that a backend has no code for, and why."""
+    return getattr(BACKENDS.get(name), "LACKS", {})
+
+
 def with_compiled(spec: str) -> str:
     """The same specification with the elementwise operations through torch.compile (the --compile flag).
 
@@ -74,12 +86,14 @@ def with_compiled(spec: str) -> str:
     asked = parse(spec)
     if "elementwise" in spec and asked["elementwise"] not in ("auto", "compiled"):
         raise ValueError(f"kernels {spec!r}: elementwise = {asked['elementwise']} and --compile exclude each other")
-    return ",".join(f"{op}={name}" for op, name in {**asked, "elementwise": "compiled"}.items())
+    asked["elementwise"] = "compiled"
+    asked["rope"] = "compiled" if asked["rope"] == "auto" else asked["rope"]
+    return ",".join(f"{op}={name}" for op, name in asked.items())
 
 
 @functools.lru_cache
-def resolve(spec: str, device: torch.device | str, dtype: torch.dtype | str) -> Choice:
-    """Names what runs each operation for parameters of this device and dtype.
+def resolve(spec: str, device: torch.device | str, dtype: torch.dtype | str, needs: Needs = NOTHING) -> Choice:
+    """Names what runs each operation for parameters of this device and dtype, in a model with these needs.
 
     "auto" takes the fastest that can run here; a name is taken at its word.
 
@@ -95,18 +109,19 @@ def resolve(spec: str, device: torch.device | str, dtype: torch.dtype | str) -> 
     elif asked["activations"] == "auto":
         slow = why_slow(device, dtype)
         activations = torch.float32 if slow else dtype
-    chosen = {op: choose(op, asked[op], device, activations) for op in OPS}
+    chosen = {op: choose(op, asked[op], device, activations, needs) for op in OPS}
     how = {op: "auto: the fastest that runs here" if asked[op] == "auto" else "as asked" for op in OPS}
+    how.update({op: f"auto: {why}" for op, why in lacks(spec.strip()).items()})
     parts = [f"{op} = {chosen[op]} ({how[op]})" for op in OPS]
     parts.append(f"activations = {str(activations).removeprefix('torch.')} ({slow or 'as the parameters'})")
     return Choice(**chosen, activations=activations, reason=", ".join(parts))
 
 
 @functools.lru_cache
-def choose(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(op: str, name: str, device: torch.device, dtype: torch.dtype, needs: Needs) -> str:
     if name == "auto":
-        return next(other for other, module in BACKENDS.items() if module.why_not(op, device, dtype) is None)
-    refusal = BACKENDS[name].why_not(op, device, dtype)
+        return next(other for other, module in BACKENDS.items() if module.why_not(op, device, dtype, needs) is None)
+    refusal = BACKENDS[name].why_not(op, device, dtype, needs)
     if refusal:
         raise ValueError(f"kernels: {op} = {name} cannot run here: {refusal}")
     return name
@@ -131,11 +146,11 @@ def why_slow(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"this CPU multiplies {short} more slowly than fp32; parameters stay {short}"
 
 
-def backend_module(op: str, backend: str, x: Tensor) -> ModuleType:
+def backend_module(op: str, backend: str, x: Tensor, needs: Needs = NOTHING) -> ModuleType:
     """The module that runs `op` for tensors like x.  Raises ValueError as the operations below do."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"kernels: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
-    return BACKENDS[choose(op, backend, x.device, x.dtype)]
+    return BACKENDS[choose(op, backend, x.device, x.dtype, needs)]
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backend: str,
@@ -156,7 +171,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     Raises:
         ValueError: an unknown backend, or one that cannot run on this device and dtype.
     """
-    module = backend_module("attention", backend, q)
+    module = backend_module("attention", backend, q, Needs(q.shape[2], dropout_p))
     return module.attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p)
 
 
@@ -178,9 +193,46 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
     return backend_module("moe", backend, x).moe(x, gate_up, down, weights, experts)
 
 
+def route(logits: Tensor, k: int, norm: bool, group: Tensor | None = None, n_groups: int = 0, *,
+          backend: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The k likeliest experts of each token, their weights, and what a balance loss needs to know.
+
+    Args:
+        logits: (T, E).
+        k: experts per token.
+        norm: divide a token's weights by their sum (plus 1e-20).
+        group: (T,) integers, the group in whose statistics a token counts; -1 for none (padding).
+        n_groups: how many groups there are.
+        backend: "auto" or a name from BACKENDS.
+
+    Returns:
+        weights (T, k), of softmax(logits) in at least fp32; experts (T, k) int64, different within a row; and per
+        group (n_groups, E) how often each expert was chosen, and the sum of its score.  Weights and sums have
+        gradients.
+    """
+    return backend_module("router", backend, logits).route(logits, k, norm, group, n_groups)
+
+
+def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float, *, backend: str) -> Tensor:
+    """A head's RMSNorm (with a weight (D,)) and rotary embedding, halves convention.
+
+    Args:
+        x: (T, H, D).  weight: (D,), or None for the rotation alone.  cos, sin: (T, D / 2).
+
+    Returns:
+        (T, H, D) in x's dtype, worked out in at least fp32.
+    """
+    return backend_module("rope", backend, x, Needs(x.shape[2])).norm_rope(x, weight, cos, sin, eps)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in at least fp32, then in x's dtype."""
     return backend_module("elementwise", backend, x).rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, backend: str) -> tuple[Tensor, Tensor]:
+    """total = x + residual, and rms_norm(total); all (..., C)."""
+    return backend_module("elementwise", backend, x).add_rms_norm(x, residual, weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor, *, backend: str) -> Tensor:
@@ -188,6 +240,9 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str) -> Tensor:
     return backend_module("elementwise", backend, gate).swiglu(gate, up)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, backend: str) -> Tensor:
-    """Rotary embedding, halves convention: x (T, H, D), cos and sin (T, D / 2) -> (T, H, D)."""
-    return backend_module("elementwise", backend, x).rotate(x, cos, sin)
+def token_losses(logits: Tensor, labels: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
+    """logits (n, V), labels (n,) in [0, V) -> each token's cross-entropy (n,), nats, and its gradient (n, V).
+
+    The gradient may be written over the logits.  No autograd: minimind_ds/loss.py is what calls it.
+    """
+    return backend_module("elementwise", backend, logits).token_losses(logits, labels)

@@ -19,16 +19,18 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from .needs import Needs
 from .sdpa import Permute
 
 LACKS = {
     "attention": "DeepSpeed has no causal attention over packed segments that can be trained",
-    "elementwise": "DeepSpeed's RMSNorm rounds before the weight multiplies and its rotary embedding takes cos and "
-                   "sin in half precision, neither of which is MiniMind's",
+    "router": "DeepSpeed's router is a module of its own that keeps no balance statistics of packed samples",
+    "rope": "DeepSpeed's rotary embedding takes cos and sin in half precision, MiniMind in fp32",
+    "elementwise": "DeepSpeed's RMSNorm rounds before the weight multiplies, MiniMind after",
 }
 
 
-def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: Needs) -> str | None:
     """None for `moe` in bf16 and fp16 on an NVIDIA GPU from Ampere on, where DeepSpeed has its Triton ops."""
     if op in LACKS:
         return LACKS[op]

@@ -121,9 +121,14 @@ def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     return RMSNorm.apply(x, weight_C, eps)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return total, rms_norm(total, weight_C, eps)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return SwiGLU.apply(gate, up)
 
 
-def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    return Rotate.apply(x_THD, cos_TD, sin_TD)
+def norm_rope(x_THD: Tensor, weight_D: Tensor | None, cos_TD: Tensor, sin_TD: Tensor, eps: float) -> Tensor:
+    return Rotate.apply(x_THD if weight_D is None else rms_norm(x_THD, weight_D, eps), cos_TD, sin_TD)

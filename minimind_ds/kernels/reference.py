@@ -14,8 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .needs import Needs
 
-def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+
+def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: Needs) -> str | None:
     """None: this backend runs every operation anywhere, in any floating dtype."""
     return None
 
@@ -62,6 +64,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight * (wide * scale)).to(x.dtype)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """total = x + residual, and rms_norm(total)."""
+    total = x + residual
+    return total, rms_norm(total, weight, eps)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
@@ -71,3 +79,31 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = at_least_fp32(x).chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """rotate(rms_norm(x)) with a weight (D,), rotate(x) without."""
+    return rotate(x if weight is None else rms_norm(x, weight, eps), cos, sin)
+
+
+def route(logits: Tensor, k: int, norm: bool, group: Tensor | None, n_groups: int) -> tuple[Tensor, ...]:
+    """logits (T, E) -> weights and experts (T, k); counts and score sums (n_groups, E) by group (-1: in none)."""
+    scores_TE = logits.softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    weights_TK, experts_TK = scores_TE.topk(k, dim=-1, sorted=False)
+    if norm:
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+    if group is None:
+        return weights_TK, experts_TK, *scores_TE.new_zeros(2, 0, logits.shape[1])
+    member_GT = (group == torch.arange(n_groups, device=group.device)[:, None]).to(scores_TE.dtype)
+    choices_TE = F.one_hot(experts_TK, logits.shape[1]).sum(dim=1).to(scores_TE.dtype)
+    return weights_TK, experts_TK, member_GT @ choices_TE, member_GT @ scores_TE
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (n, V), labels (n,) -> cross-entropy (n,) and its gradient in the logits' dtype; logits may be reused."""
+    wide = at_least_fp32(logits)
+    scale_n1, label_n1 = wide.logsumexp(dim=1, keepdim=True), labels[:, None]
+    losses_n = (scale_n1 - wide.gather(1, label_n1))[:, 0]
+    dlogits = wide.sub_(scale_n1).exp_()
+    dlogits.scatter_add_(1, label_n1, dlogits.new_full((1, 1), -1).expand_as(label_n1))
+    return losses_n, dlogits.to(logits.dtype)

@@ -21,12 +21,14 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .elementwise import JoinedSwiGLU, rms_norm, rotate, swiglu
+from .elementwise import JoinedSwiGLU, add_rms_norm, norm_rope, rms_norm, swiglu
+from .needs import Needs
+from .reference import route, token_losses
 
-__all__ = ["attention", "moe", "rms_norm", "rotate", "swiglu", "why_not"]
+__all__ = ["add_rms_norm", "attention", "moe", "norm_rope", "rms_norm", "route", "swiglu", "token_losses", "why_not"]
 
 
-def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: Needs) -> str | None:
     """None: PyTorch has these operations for every device and floating dtype."""
     return None
 

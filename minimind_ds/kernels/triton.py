@@ -1,4 +1,4 @@
-"""Our own Triton kernels: attention over packed documents and dropless experts, on NVIDIA GPUs from Ampere on.
+"""Our own Triton kernels for every operation of the door, on NVIDIA GPUs from Ampere on.
 
 On a machine without a GPU they run in Triton's interpreter, for tests, when the process starts with it:
 
@@ -7,20 +7,23 @@ On a machine without a GPU they run in Triton's interpreter, for tests, when the
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 
 import torch
-from torch import Tensor
 
-BUILT = {"attention": "triton_attention", "moe": "triton_moe"}
+from .needs import Needs
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: Needs) -> str | None:
     """None where this operation runs, else why it does not.  Triton itself is only imported by what runs."""
-    if op not in BUILT or importlib.util.find_spec(f"{__package__}.{BUILT[op]}") is None:
-        return f"there is no Triton kernel for {op}"
+    if op == "attention" and needs.dropout:
+        return f"the attention kernel has no dropout (asked for {needs.dropout})"
+    if op in ("attention", "rope") and needs.head_dim is not None and (needs.head_dim > 128 or needs.head_dim % 2):
+        return f"the kernels take an even head_dim up to 128, not {needs.head_dim}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (it comes with torch's CUDA builds)"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -39,13 +42,12 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float) -> Tensor:
-    from . import triton_attention
-
-    return triton_attention.attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p)
+FILES = {"attention": "triton_attention", "moe": "triton_moe", "route": "triton_router", "norm_rope": "triton_rope",
+         **dict.fromkeys(("rms_norm", "add_rms_norm", "swiglu", "token_losses"), "triton_elementwise")}
 
 
-def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-    from . import triton_moe
-
-    return triton_moe.moe(x, gate_up, down, weights, experts)
+def __getattr__(name: str):
+    """An operation, from the file that holds its kernels: where Triton is missing, none of them is imported."""
+    if name not in FILES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__package__}.{FILES[name]}"), name)

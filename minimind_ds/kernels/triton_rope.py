@@ -1,9 +1,10 @@
-"""QK-norm and rotary embedding in one Triton kernel each way: queries and keys are read once and written once.
+"""A head's RMSNorm and rotary embedding in one Triton kernel each way: queries (or keys) are read and written once.
 
 What it stands for is RMSNorm over a head (MiniMind's: the weight multiplies in fp32) and then the rotation of halves,
 as in reference.py, without the rounding to bf16 between the two.  Backward reads the inputs again and recomputes
 1 / rms, which costs less than storing it; the weights' gradients are partial sums per program, added in a fixed order.
-Against separate operations it saves a write and a read of q and k each way.
+Against separate operations it saves a write and a read each way.  Queries and keys are two launches: each norm's
+weight belongs to a module of its own, which is how ZeRO-3 finds it.
 
     python -m pytest tests/test_triton_rope.py
 """
@@ -35,11 +36,12 @@ def tile_of(block, n_rows, STRIDE: tl.constexpr, HEADS: tl.constexpr, D: tl.cons
     return token, row // HEADS, row // HEADS * STRIDE + row % HEADS * D, mask
 
 
-@triton.jit
-def rotate_rows(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, block, n_rows, EPS: tl.constexpr, STRIDE: tl.constexpr,
+@triton.jit(do_not_specialize=["T"])
+def rope_kernel(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, T, EPS: tl.constexpr, STRIDE: tl.constexpr,
                 HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
                 ACC: tl.constexpr):
-    token, after, offset, mask = tile_of(block, n_rows, STRIDE, HEADS, D, HALF, ROWS)
+    """out (T, HEADS, D), one program a tile of ROWS heads of tokens."""
+    token, after, offset, mask = tile_of(tl.program_id(0), T.to(tl.int64) * HEADS, STRIDE, HEADS, D, HALF, ROWS)
     column = tl.arange(0, HALF)
     x = x_ptr + token * STRIDE + offset[:, None] + column[None, :]
     a, b = tl.load(x, mask=mask, other=0.0).to(ACC), tl.load(x + D // 2, mask=mask, other=0.0).to(ACC)
@@ -55,11 +57,12 @@ def rotate_rows(x_ptr, weight_ptr, cos_ptr, sin_ptr, out_ptr, block, n_rows, EPS
     tl.store(out + D // 2, (b * cos + a * sin).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def rotate_rows_back(dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, dx_ptr, partial_ptr, program, n_rows,
-                     EPS: tl.constexpr, STRIDE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-                     HALF: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, NORM: tl.constexpr,
-                     ACC: tl.constexpr):
+@triton.jit(do_not_specialize=["T"])
+def rope_gradient_kernel(dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, dx_ptr, partial_ptr, T, EPS: tl.constexpr,
+                         STRIDE: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+                         ROWS: tl.constexpr, TILES: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
+    """dx (T, HEADS, D), and each program's share of the weight's gradient (programs, D)."""
+    program = tl.program_id(0)
     column = tl.arange(0, HALF)
     if NORM:
         weight_a = tl.load(weight_ptr + column, mask=column < D // 2, other=0.0).to(ACC)[None, :]
@@ -67,7 +70,8 @@ def rotate_rows_back(dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, dx_ptr, part
         dweight_a = tl.zeros([ROWS, HALF], ACC)
         dweight_b = tl.zeros([ROWS, HALF], ACC)
     for turn in range(0, TILES):
-        token, after, offset, mask = tile_of(program * TILES + turn, n_rows, STRIDE, HEADS, D, HALF, ROWS)
+        token, after, offset, mask = tile_of(program * TILES + turn, T.to(tl.int64) * HEADS, STRIDE, HEADS, D,
+                                            HALF, ROWS)
         packed = token * (HEADS * D) + (after * (HEADS * D) + offset - after * STRIDE)[:, None] + column[None, :]
         da = tl.load(dout_ptr + packed, mask=mask, other=0.0).to(ACC)
         db = tl.load(dout_ptr + packed + D // 2, mask=mask, other=0.0).to(ACC)
@@ -92,89 +96,50 @@ def rotate_rows_back(dout_ptr, x_ptr, weight_ptr, cos_ptr, sin_ptr, dx_ptr, part
         tl.store(partial + D // 2, tl.sum(dweight_b, 0), mask=column < D // 2)
 
 
-@triton.jit(do_not_specialize=["T", "q_programs"])
-def rope_kernel(q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, k_out_ptr, T, q_programs,
-                EPS: tl.constexpr, Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr,
-                D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
-    """The first programs take the queries' rows, the others the keys'."""
-    block = tl.program_id(0)
-    if block < q_programs:
-        rotate_rows(q_ptr, q_weight_ptr, cos_ptr, sin_ptr, q_out_ptr, block, T.to(tl.int64) * H, EPS, Q_STRIDE, H, D,
-                    HALF, ROWS, NORM, ACC)
-    else:
-        rotate_rows(k_ptr, k_weight_ptr, cos_ptr, sin_ptr, k_out_ptr, block - q_programs, T.to(tl.int64) * HKV, EPS,
-                    K_STRIDE, HKV, D, HALF, ROWS, NORM, ACC)
+def constants(x: Tensor, norm: bool, eps: float, rows_of_tile: int) -> dict:
+    D = x.shape[2]
+    return dict(EPS=eps, STRIDE=x.stride(0), HEADS=x.shape[1], D=D, HALF=triton.next_power_of_2(D // 2),
+                ROWS=rows_of_tile, NORM=norm, ACC=tl.float64 if x.dtype == torch.float64 else tl.float32, num_warps=4,
+                enable_fp_fusion=True)
 
 
-@triton.jit(do_not_specialize=["T", "q_programs"])
-def rope_gradient_kernel(dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dq_ptr,
-                         dk_ptr, q_partial_ptr, k_partial_ptr, T, q_programs, EPS: tl.constexpr,
-                         Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, H: tl.constexpr, HKV: tl.constexpr,
-                         D: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
-                         NORM: tl.constexpr, ACC: tl.constexpr):
-    """Gradients of q and k, and each program's share of the weights' (programs, D)."""
-    program = tl.program_id(0)
-    if program < q_programs:
-        rotate_rows_back(dq_out_ptr, q_ptr, q_weight_ptr, cos_ptr, sin_ptr, dq_ptr, q_partial_ptr, program,
-                         T.to(tl.int64) * H, EPS, Q_STRIDE, H, D, HALF, ROWS, TILES, NORM, ACC)
-    else:
-        rotate_rows_back(dk_out_ptr, k_ptr, k_weight_ptr, cos_ptr, sin_ptr, dk_ptr, k_partial_ptr,
-                         program - q_programs, T.to(tl.int64) * HKV, EPS, K_STRIDE, HKV, D, HALF, ROWS, TILES, NORM,
-                         ACC)
+@torch.library.custom_op("minimind_ds::norm_rope", mutates_args=())
+def forward(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """x (T, H, D), weight (D,), cos and sin (T, D / 2) -> x normalised and rotated."""
+    x, cos, sin = rows(x), cos.contiguous(), sin.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    norm = weight is not None
+    with on(x.device):
+        rope_kernel[(triton.cdiv(x.shape[0] * x.shape[1], ROWS),)](
+            x, weight if norm else x, cos, sin, out, x.shape[0], **constants(x, norm, eps, ROWS))
+    return out
 
 
-def constants(q: Tensor, k: Tensor, norm: bool, eps: float, rows_of_tile: int) -> dict:
-    D = q.shape[2]
-    return dict(EPS=eps, Q_STRIDE=q.stride(0), K_STRIDE=k.stride(0), H=q.shape[1], HKV=k.shape[1], D=D,
-                HALF=triton.next_power_of_2(D // 2), ROWS=rows_of_tile, NORM=norm,
-                ACC=tl.float64 if q.dtype == torch.float64 else tl.float32, num_warps=4, enable_fp_fusion=True)
-
-
-@torch.library.custom_op("minimind_ds::qk_norm_rope", mutates_args=())
-def forward(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
-            eps: float) -> tuple[Tensor, Tensor]:
-    """q (T, H, D), k (T, Hkv, D), weights (D,), cos and sin (T, D / 2) -> both, normalised and rotated."""
-    q, k, cos, sin = rows(q), rows(k), cos.contiguous(), sin.contiguous()
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    q_programs, k_programs = (triton.cdiv(x.shape[0] * x.shape[1], ROWS) for x in (q, k))
-    norm = q_weight is not None
-    with on(q.device):
-        rope_kernel[(q_programs + k_programs,)](
-            q, k, q_weight if norm else q, k_weight if norm else k, cos, sin, q_out, k_out, q.shape[0], q_programs,
-            **constants(q, k, norm, eps, ROWS))
-    return q_out, k_out
-
-
-@torch.library.custom_op("minimind_ds::qk_norm_rope_backward", mutates_args=())
-def backward(dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None,
-             cos: Tensor, sin: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dq, dk, and the weights' gradients (D,), empty without weights."""
-    q, k, cos, sin, dq_out, dk_out = rows(q), rows(k), cos.contiguous(), sin.contiguous(), *(
-        x.contiguous() for x in (dq_out, dk_out))
-    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
-    q_programs, k_programs = (triton.cdiv(x.shape[0] * x.shape[1], BACK_ROWS * TILES) for x in (q, k))
-    norm, D = q_weight is not None, q.shape[2]
-    accumulate = torch.promote_types(q.dtype, torch.float32)
-    partials = [torch.empty(n if norm else 0, D if norm else 0, dtype=accumulate, device=q.device)
-                for n in (q_programs, k_programs)]
-    with on(q.device):
-        rope_gradient_kernel[(q_programs + k_programs,)](
-            dq_out, dk_out, q, k, q_weight if norm else q, k_weight if norm else k, cos, sin, dq, dk,
-            *(partials if norm else (dq, dk)), q.shape[0], q_programs, TILES=TILES,
-            maxnreg=REGISTERS if q.dtype == torch.float32 else None, **constants(q, k, norm, eps, BACK_ROWS))
-    dtypes = (q_weight.dtype, k_weight.dtype) if norm else (accumulate, accumulate)
-    return dq, dk, *(partial.sum(0).to(dtype) for partial, dtype in zip(partials, dtypes))
+@torch.library.custom_op("minimind_ds::norm_rope_backward", mutates_args=())
+def backward(dout: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor,
+             eps: float) -> tuple[Tensor, Tensor]:
+    """-> dx, and the weight's gradient (D,), empty without a weight."""
+    x, cos, sin, dout = rows(x), cos.contiguous(), sin.contiguous(), dout.contiguous()
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    programs = triton.cdiv(x.shape[0] * x.shape[1], BACK_ROWS * TILES)
+    norm, D = weight is not None, x.shape[2]
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    partial = torch.empty(programs if norm else 0, D if norm else 0, dtype=accumulate, device=x.device)
+    with on(x.device):
+        rope_gradient_kernel[(programs,)](
+            dout, x, weight if norm else x, cos, sin, dx, partial if norm else dx, x.shape[0], TILES=TILES,
+            maxnreg=REGISTERS if x.dtype == torch.float32 else None, **constants(x, norm, eps, BACK_ROWS))
+    return dx, partial.sum(0).to(weight.dtype if norm else accumulate)
 
 
 @forward.register_fake
-def _(q, k, q_weight, k_weight, cos, sin, eps):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
+def _(x, weight, cos, sin, eps):
+    return x.new_empty(x.shape)
 
 
 @backward.register_fake
-def _(dq_out, dk_out, q, k, q_weight, k_weight, cos, sin, eps):
-    weights = [x.new_empty(x.shape) if x is not None else q.new_empty(0) for x in (q_weight, k_weight)]
-    return q.new_empty(q.shape), k.new_empty(k.shape), *weights
+def _(dout, x, weight, cos, sin, eps):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape) if weight is not None else x.new_empty(0)
 
 
 def save(ctx, inputs, output):
@@ -182,32 +147,25 @@ def save(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
 
 
-def gradients(ctx, dq_out: Tensor, dk_out: Tensor):
-    q_weight = ctx.saved_tensors[2]
-    dq, dk, dq_weight, dk_weight = backward(dq_out, dk_out, *ctx.saved_tensors, ctx.eps)
-    if q_weight is None:
-        dq_weight = dk_weight = None
-    return dq, dk, dq_weight, dk_weight, None, None, None
+def gradients(ctx, dout: Tensor):
+    dx, dweight = backward(dout, *ctx.saved_tensors, ctx.eps)
+    return dx, dweight if ctx.saved_tensors[1] is not None else None, None, None, None
 
 
 forward.register_autograd(gradients, setup_context=save)
 
 
-def qk_norm_rope(q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
-                 eps: float) -> tuple[Tensor, Tensor]:
-    """rotate(rms_norm(q)), rotate(rms_norm(k)); without weights (both None) only the rotation.
+def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """rotate(rms_norm(x)); without a weight only the rotation.
 
     Args:
-        q: (T, H, D).  k: (T, Hkv, D).  q_weight, k_weight: (D,).  cos, sin: (T, D / 2).
+        x: (T, H, D).  weight: (D,) or None.  cos, sin: (T, D / 2).
 
     Raises:
-        ValueError: shapes that do not fit, or one weight without the other.
+        ValueError: shapes that do not fit.
     """
-    (T, _, D), half = q.shape, (q.shape[0], q.shape[2] // 2)
-    if D % 2 or k.shape[::2] != (T, D) or cos.shape != half or sin.shape != half:
-        raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} "
-                         "do not fit each other")
-    if (q_weight is None) != (k_weight is None) or any(
-            weight is not None and weight.shape != (D,) for weight in (q_weight, k_weight)):
-        raise ValueError(f"q and k are both normalised, with weights of {D}, or neither is")
-    return forward(q, k, q_weight, k_weight, cos, sin, eps)
+    D, half = x.shape[2], (x.shape[0], x.shape[2] // 2)
+    if D % 2 or cos.shape != half or sin.shape != half or (weight is not None and weight.shape != (D,)):
+        shapes = ", ".join(str(None if t is None else tuple(t.shape)) for t in (x, weight, cos, sin))
+        raise ValueError(f"x, weight, cos and sin do not fit each other: {shapes}")
+    return forward(x, weight, cos, sin, eps)

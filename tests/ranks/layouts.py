@@ -30,12 +30,16 @@ STEPS = 3
 
 
 def make_job(layout, out: pathlib.Path, model: str, stage: int, accumulation: int, extra: list[str],
-             dtype: str = "fp32"):
+             dtype: str = "fp32", keys: dict | None = None, fields: dict | None = None):
+    """A run on a tiny model; `keys` are added to the stage's DeepSpeed JSON, `fields` to the model's."""
     yaml = out / f"{model}_{layout.rank}.yaml"
     fields = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-              "intermediate_size": 96, **MODELS[model]}
+              "intermediate_size": 96, **MODELS[model], **(fields or {})}
     yaml.write_text("preset: debug\nmodel: " + json.dumps(fields), encoding="utf-8")
-    return prepare("sft", ["--config", str(yaml), "--deepspeed", str(ROOT / "ds_configs" / f"zero{stage}.json"),
+    ds = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
+    path = out / f"ds_{layout.rank}.json"
+    path.write_text(json.dumps({**ds, **(keys or {})}), encoding="utf-8")
+    return prepare("sft", ["--config", str(yaml), "--deepspeed", str(path),
                            "--save_dir", str(out / "run"), "--cache_dir", str(out / "cache"), "--dtype", dtype,
                            "--max_seq_len", "128", "--pack_len", "128", "--batch_size", "2", "--learning_rate", "1e-2",
                            "--accumulation_steps", str(accumulation), "--warmup_ratio", "0", *extra], layout)

@@ -12,6 +12,7 @@ import torch
 from minimind_ds import kernels
 from minimind_ds.kernels import schedule, triton_attention
 from minimind_ds.kernels import triton as backend
+from minimind_ds.kernels.needs import NOTHING
 
 from . import honest
 from .attention_cases import BOUNDS, CASES, SLOW, cu_seqlens, errors, exact, inputs, run, within
@@ -155,7 +156,7 @@ def test_what_cannot_run_says_why(change, word):
     bounds = torch.tensor(change.get("bounds", [0, 8]), dtype=torch.int32)
     with pytest.raises(ValueError, match=word):
         triton_attention.attention(q, k, v, bounds, 8, dropout_p=change.get("dropout_p", 0.0))
-    assert backend.why_not("attention", torch.device("cpu"), torch.int8)
+    assert backend.why_not("attention", torch.device("cpu"), torch.int8, NOTHING)
 
 
 # Bugs seeded into the kernels' source, each of which the cases above must notice: old text, new text.

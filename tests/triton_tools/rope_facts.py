@@ -1,4 +1,4 @@
-"""Facts about QK-norm and rotary embedding in one kernel, in the honest interpreter:
+"""Facts about a head's norm and rotary embedding in one kernel, in the honest interpreter:
 
     TRITON_INTERPRET=1 python -m pytest tests/triton_tools/rope_facts.py
 """
@@ -32,9 +32,13 @@ def inputs(T, H, HKV, D, dtype):
     return tensors, (angles.cos(), angles.sin())
 
 
-def fused(q, k, q_weight, k_weight, cos, sin):
+def both(q, k, q_weight, k_weight, cos, sin):
+    return tuple(triton_rope.norm_rope(x, weight, cos, sin, EPS) for x, weight in ((q, q_weight), (k, k_weight)))
+
+
+def fused(*args):
     with honest.poisoned_outputs():
-        return triton_rope.qk_norm_rope(q, k, q_weight, k_weight, cos, sin, EPS)
+        return both(*args)
 
 
 def plain(q, k, q_weight, k_weight, cos, sin):
@@ -74,20 +78,20 @@ def test_a_token_gets_the_same_bits_whatever_the_others_hold():
 def test_gradients_pass_gradcheck_in_fp64():
     tensors, angles = inputs(9, 3, 1, 6, torch.float64)
     leaves = [x.requires_grad_() for x in tensors[:4]]
-    torch.autograd.gradcheck(lambda *x: triton_rope.qk_norm_rope(*x, *angles, EPS), leaves, fast_mode=True)
+    torch.autograd.gradcheck(lambda *x: both(*x, *angles), leaves, fast_mode=True)
 
 
 def test_views_into_one_projection_need_no_copy():
     (q, k, *rest), angles = inputs(20, 4, 2, 32, torch.bfloat16)
     fused_TC = torch.cat((q.flatten(1), k.flatten(1)), dim=1)
     views = [x.unflatten(1, (-1, 32)) for x in fused_TC.split([128, 64], dim=1)]
-    got = triton_rope.qk_norm_rope(*views, *rest[:2], *angles, EPS)
-    assert all(torch.equal(a, b) for a, b in zip(got, triton_rope.qk_norm_rope(q, k, *rest[:2], *angles, EPS)))
+    got, want = both(*views, *rest[:2], *angles), both(q, k, *rest[:2], *angles)
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 def test_torch_compile_takes_it_whole():
     tensors, angles = inputs(20, 2, 1, 32, torch.float32)
-    compiled = torch.compile(lambda *x: triton_rope.qk_norm_rope(*x, EPS), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
     for norm in (True, False):
         got, want = run(compiled, tensors, angles, norm), run(fused, tensors, angles, norm)
         assert all(torch.equal(a, b) for a, b in zip(got, want))
@@ -95,7 +99,7 @@ def test_torch_compile_takes_it_whole():
 
 def test_what_does_not_fit_is_refused():
     tensors, angles = inputs(8, 2, 1, 32, torch.float32)
-    with pytest.raises(ValueError, match="do not fit"):
-        triton_rope.qk_norm_rope(*tensors[:4], angles[0][:7], angles[1], EPS)
-    with pytest.raises(ValueError, match="neither is"):
-        triton_rope.qk_norm_rope(*tensors[:3], None, *angles, EPS)
+    q, _, weight, *_ = tensors
+    for wrong in ((q, weight, angles[0][:7], angles[1]), (q, weight[:-1], *angles), (q[..., 1:], None, *angles)):
+        with pytest.raises(ValueError, match="do not fit"):
+            triton_rope.norm_rope(*wrong, EPS)

@@ -1,0 +1,67 @@
+"""What one rank holds, counted tensor by tensor, and what the ZeRO papers say it should hold.
+
+    python -m pytest tests/test_memory.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+KINDS = ("parameters", "optimizer", "gradients", "buckets")
+
+
+def held(ds_engine) -> dict[str, int]:
+    """Bytes of this rank's training state by kind, each piece of memory counted once.
+
+    "optimizer" is fp32 masters and moments; "buckets" are what gradients travel in.  Gradients live between backward
+    and step.  Half-precision parameters that are views into one flat buffer are that buffer.
+    """
+    optimizer, basic = ds_engine.optimizer, ds_engine.basic_optimizer
+    params = list(ds_engine.module.parameters())
+    masters = [p for group in basic.param_groups for p in group["params"]]
+    tensors = {
+        "parameters": [*(p.data for p in params), *(p.ds_tensor for p in params if hasattr(p, "ds_tensor"))],
+        "optimizer": [*masters, *(t for state in basic.state.values() for t in state.values())],
+        "gradients": [*(p.grad for p in params), *(p.grad for p in masters),
+                      *flatten(getattr(optimizer, "averaged_gradients", {})),
+                      getattr(optimizer, "grad_partitions_flat_buffer", None)],
+        "buckets": [t for bucket in getattr(optimizer, "ipg_buckets", {}).values() for t in flatten(vars(bucket))],
+    }
+    seen, found = set(), {}
+    for kind in KINDS:
+        found[kind] = 0
+        for tensor in tensors[kind]:
+            if not torch.is_tensor(tensor) or tensor.numel() == 0:
+                continue
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in seen:
+                seen.add(storage.data_ptr())
+                found[kind] += storage.nbytes()
+    return found
+
+
+def flatten(value) -> Iterable:
+    """The leaves of dicts and lists."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from flatten(item)
+    else:
+        yield value
+
+
+def expected(n_parameters: int, *, stage: int, ranks: int, half: bool) -> dict[str, float]:
+    """Bytes a rank needs for n_parameters under ZeRO (arXiv:1910.02054, section 5), AdamW and fp32 masters.
+
+    Masters and moments are cut over the ranks from stage 1 on, gradients from stage 2, parameters at stage 3.  In fp32
+    stages 0 and 3 update the parameters themselves; 1 and 2 keep masters apart, which is 4 bytes more.  What DeepSpeed
+    adds: at stage 2 the whole gradient of a parameter that lies across two ranks' shares, and alignment.
+    """
+    width = 2 if half else 4
+    masters = 4 if half or stage in (1, 2) else 0
+    return {"parameters": width * n_parameters / (ranks if stage == 3 else 1),
+            "optimizer": (masters + 8) * n_parameters / (ranks if stage >= 1 else 1),
+            "gradients": width * n_parameters / (ranks if stage >= 2 else 1)}
