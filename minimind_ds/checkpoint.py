@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from minimind_ds.engine import continue_betas
+
 FORMAT = 1
 TAG = "state"
 
@@ -208,6 +210,7 @@ def load(engine, path: pathlib.Path) -> None:
     """Load a verified checkpoint of the same layout into the engine; collective."""
     loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
     assert loaded is not None, f"DeepSpeed found nothing under {path}"
+    continue_betas(engine)
     set_rng_state(load_file(path / f"rng_rank{dist.get_rank()}.safetensors"))
 
 

@@ -290,11 +290,16 @@ def fill_optimizer(config: dict, run: RunConfig) -> None:
     config["optimizer"] = {"type": "AdamW", "params": params}
 
 
+def optimizer_device(config: dict) -> str:
+    """Where the ZeRO block offloads optimizer states to: "cpu", "nvme" or "none"."""
+    zero = config.get("zero_optimization", {})
+    named = (zero.get("offload_optimizer") or {}).get("device") or "none"
+    return "cpu" if named == "none" and zero.get("cpu_offload", False) else named
+
+
 def offloads_optimizer(config: dict) -> bool:
     """True when the ZeRO block keeps optimizer states on the CPU or on NVMe."""
-    zero = config.get("zero_optimization", {})
-    block = zero.get("offload_optimizer") or {}
-    return block.get("device", "none") not in (None, "none") or bool(zero.get("cpu_offload", False))
+    return optimizer_device(config) != "none"
 
 
 def fill_scheduler(config: dict, run: RunConfig, total_steps: int) -> None:

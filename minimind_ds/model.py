@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -33,9 +32,11 @@ if TYPE_CHECKING:
 BALANCE = ("batch", "row", "document", "global")
 
 
-@dataclass
-class ModelOutput:
-    """What a forward pass gives back.
+class ModelOutput(NamedTuple):
+    """What a forward pass gives back; a tuple, because DeepSpeed hooks the tensors of tuples and not of other classes.
+
+    Without its hooks it learns of the last micro-batch of a step too late: with the optimizer offloaded at stage 3,
+    all but one micro-batch's gradients were lost.
 
     loss_sum: cross-entropy summed over labelled tokens, nats, float32 (0 when there are none).
     n_labelled: how many tokens carry a label.

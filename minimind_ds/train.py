@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from minimind_ds import checkpoint, ds_config, engine, lora, parallel, weights
+from minimind_ds import checkpoint, ds_config, engine, lora, parallel, reshape, weights
 from minimind_ds.data import loader
 from minimind_ds.data.packing import PackedBatch
 from minimind_ds.engine import Layout, NonFinite
@@ -76,13 +76,17 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins: after `step` steps, at step `epoch_step` of `epoch`; `path` is the checkpoint or None."""
+    """Where a run begins: after `step` steps, at step `epoch_step` of `epoch`; `path` is the checkpoint or None.
+
+    `layout` is the checkpoint's, if it has to be reshaped into this run's.
+    """
 
     path: pathlib.Path | None = None
     step: int = 0
     epoch: int = 0
     epoch_step: int = 0
     finished: bool = False
+    layout: dict | None = None
 
 
 def find_start(job: Job) -> Start:
@@ -114,8 +118,12 @@ def look_for_start(job: Job) -> tuple[Start, list[str]]:
     if path is None:
         return Start(), complaints
     compare(manifest["identity"], identity(job), path)
-    compare(manifest["layout"], layout_facts(job), path)
-    return Start(path, manifest["step"], manifest["epoch"], manifest["epoch_step"]), complaints
+    then, now = manifest["layout"], layout_facts(job)
+    compare(then, {name: fact for name, fact in now.items() if name not in reshape.MAY_DIFFER}, path)
+    if then != now:
+        reshape.check(then, now, path)
+    return Start(path, manifest["step"], manifest["epoch"], manifest["epoch_step"],
+                 layout=then if then != now else None), complaints
 
 
 def identity(job: Job) -> dict:
@@ -136,7 +144,8 @@ def identity(job: Job) -> dict:
 def layout_facts(job: Job) -> dict:
     return {"ranks": job.layout.ranks, "ZeRO stage": job.stage, "dtype": job.run.dtype,
             "batch_size": job.run.batch_size, "accumulation_steps": job.run.accumulation_steps,
-            "optimizer": job.ds["optimizer"]["type"], "sequence_parallel_size": job.degrees.sequence,
+            "optimizer": job.ds["optimizer"]["type"], "offload": ds_config.optimizer_device(job.ds),
+            "scheduler": job.ds.get("scheduler", {}).get("type"), "sequence_parallel_size": job.degrees.sequence,
             "expert_parallel.autoep_size": job.degrees.experts}
 
 
@@ -158,7 +167,9 @@ def train(job: Job, start: Start) -> None:
                   "--save_dir keeps it")
         return
     ds_engine = build_engine(job)
-    if start.path is not None:
+    if start.layout is not None:
+        reshape.load(ds_engine, start.path, layout=start.layout, seed=run.seed, step=start.step)
+    elif start.path is not None:
         checkpoint.load(ds_engine, start.path)
     if layout.rank == 0:
         write_run_folder(job, start)
@@ -213,7 +224,10 @@ def summary(job: Job, start: Start) -> list[str]:
         frozen = "; the experts stay as they are" if job.model_config.use_moe else ""
         lines.append(f"LoRA: {job.lora.describe()}; trains {trained:,} of {parameters + trained:,} parameters{frozen}")
     if start.path is not None:
-        lines.append(f"resuming from {start.path} after step {start.step}")
+        reshaped = f", {reshape.note(start.layout, layout_facts(job))}" if start.layout else ""
+        lines.append(f"resuming from {start.path} after step {start.step}{reshaped}")
+        if start.layout and job.model_config.dropout > 0:
+            lines.append("dropout goes on with new draws, from seed, step and rank")
     return lines
 
 
