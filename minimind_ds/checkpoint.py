@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from minimind_ds import whole
 from minimind_ds.engine import continue_betas
 
 FORMAT = 1
@@ -79,6 +80,8 @@ def together(error: Exception | None, doing: str) -> None:
 def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> pathlib.Path:
     """Write a checkpoint; collective.
 
+    Its state is DeepSpeed's own files; or the whole state (whole.py), where experts are shared out.
+
     Args:
         engine: the DeepSpeed engine.
         facts: goes into the manifest: at least 'step', 'epoch', 'epoch_step', 'layout' and 'identity'.
@@ -100,8 +103,13 @@ def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> pathlib.Pa
     try:
         save_file(rng_state(), aside / f"rng_rank{rank}.safetensors")
         # DeepSpeed refuses to convert a checkpoint to its universal format without this.
-        engine.save_checkpoint(str(aside), tag=TAG, save_latest=False,
-                               client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
+        if engine.has_moe_layers:
+            state = whole.collect(engine)
+            if rank == 0:
+                whole.write_file(state, aside / TAG)
+        else:
+            engine.save_checkpoint(str(aside), tag=TAG, save_latest=False,
+                                   client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
     except (OSError, RuntimeError) as caught:
         error = caught
     together(error, f"writing {final}")
@@ -211,6 +219,10 @@ def load(engine, path: pathlib.Path) -> None:
     loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
     assert loaded is not None, f"DeepSpeed found nothing under {path}"
     continue_betas(engine)
+    load_rng(path)
+
+
+def load_rng(path: pathlib.Path) -> None:
     set_rng_state(load_file(path / f"rng_rank{dist.get_rank()}.safetensors"))
 
 

@@ -82,24 +82,25 @@ def shard(model: nn.Module, size: int) -> None:
         layer.mlp.experts = ShardedExperts(layer.mlp.experts, size)
 
 
+def group_of(param: nn.Parameter):
+    """The ranks that share out the experts of a parameter."""
+    return groups._get_expert_parallel_group(param.ds_zero_partition_group_name)
+
+
 def whole(param: nn.Parameter, tensor: Tensor) -> Tensor:
     """What this rank holds of an expert parameter (or of its optimizer state) and what the others do; collective.
 
-    A parameter that is not cut comes back as it is.
+    A parameter that is not shared out comes back as it is.
     """
-    name = getattr(param, "ds_zero_partition_group_name", None)
-    if name is None:
+    if getattr(param, "ds_zero_partition_group_name", None) is None:
         return tensor
-    group = groups._get_expert_parallel_group(name)
+    group = group_of(param)
     parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.cat(parts)
 
 
-def part(param: nn.Parameter, tensor: Tensor) -> Tensor:
-    """This rank's share of a whole expert parameter or optimizer state; others come back as they are."""
-    name = getattr(param, "ds_zero_partition_group_name", None)
-    if name is None:
-        return tensor
-    group = groups._get_expert_parallel_group(name)
-    return tensor.chunk(dist.get_world_size(group))[dist.get_rank(group)]
+def part(param: nn.Parameter, flat: Tensor) -> Tensor:
+    """This rank's share of a whole, flattened expert parameter or optimizer state of it."""
+    group = group_of(param)
+    return flat.chunk(dist.get_world_size(group))[dist.get_rank(group)]

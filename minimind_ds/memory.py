@@ -59,8 +59,8 @@ def expected(n_parameters: int, *, stage: int, ranks: int, half: bool) -> dict[s
     """Bytes a rank needs for n_parameters under ZeRO (arXiv:1910.02054, section 5), AdamW and fp32 masters.
 
     Masters and moments are cut over the ranks from stage 1 on, gradients from stage 2, parameters at stage 3.  In fp32
-    stage 0 updates the parameters themselves; the others keep masters apart, which is 4 bytes more (at stage 3 on a GPU
-    DeepSpeed spares them).  What DeepSpeed adds: at stage 2 the whole gradient of a parameter that lies across two
+    stage 0 updates the parameters themselves; the others keep masters apart, which is 4 bytes more (DeepSpeed spares
+    them at stage 3 on a GPU).  What DeepSpeed adds: at stage 2 the whole gradient of a parameter that lies across two
     ranks' shares, and alignment.
     """
     width = 2 if half else 4

@@ -14,20 +14,18 @@ import hashlib
 import itertools
 import math
 import pathlib
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from minimind_ds import checkpoint, engine
+from minimind_ds import whole as whole_state
+from minimind_ds.whole import COUNTERS, SCHEDULED, Whole, read_scaler
 
 # Of the layout (train.layout_facts), what may differ between the halves of a run.
-MAY_DIFFER = ("ranks", "ZeRO stage", "offload", "batch_size", "accumulation_steps")
-# What a scheduler writes into the optimizer's groups.
-SCHEDULED = ("lr", "betas")
-SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+MAY_DIFFER = ("ranks", "ZeRO stage", "offload", "batch_size", "accumulation_steps", "sequence_parallel_size",
+              "expert_parallel.autoep_size")
 
 
 class Piece(NamedTuple):
@@ -39,35 +37,12 @@ class Piece(NamedTuple):
     numel: int
 
 
-@dataclass
-class Whole:
-    """A training state free of any layout.
-
-    parameters: name -> {"fp32": the master, "exp_avg", "exp_avg_sq"}, flat; only "fp32" before the first update.
-    fixed: name -> frozen parameter or buffer, flat, in its own dtype; those the checkpoint holds.
-    step: Adam's count.  groups: SCHEDULED of each of the optimizer's groups.
-    scaler: SCALER of fp16's dynamic loss scale, else {}.  counters: COUNTERS.  scheduler: its state or None.
-    """
-
-    parameters: dict[str, dict[str, torch.Tensor]]
-    fixed: dict[str, torch.Tensor] = field(default_factory=dict)
-    step: int = 0
-    groups: list[dict] = field(default_factory=list)
-    scaler: dict = field(default_factory=dict)
-    counters: dict = field(default_factory=dict)
-    scheduler: dict | None = None
-
-
 def check(then: dict, now: dict, path: pathlib.Path) -> None:
     """Raises ValueError, in one line, where the states cannot go from one layout to the other."""
     back = f"resume it on {words(then)}, or start over with --from_resume none"
     if now["optimizer"].lower() not in ("adam", "adamw"):
         raise ValueError(f"cannot resume from {path} on another layout with the optimizer {now['optimizer']}: only "
                          f"Adam and AdamW are reshaped; {back}")
-    for name in ("sequence_parallel_size", "expert_parallel.autoep_size"):
-        if now[name] > 1:
-            raise ValueError(f"cannot resume from {path} on another layout with {name} {now[name]}: parts of a model "
-                             f"or of a sequence are not reshaped; {back}")
     if "nvme" in (then["offload"], now["offload"]):
         raise ValueError(f"cannot resume from {path} on another layout with optimizer states on NVMe; {back}")
 
@@ -76,7 +51,10 @@ def words(layout: dict) -> str:
     """'2 ranks at ZeRO stage 2'."""
     ranks = f"{layout['ranks']} rank{'s' * (layout['ranks'] != 1)}"
     offload = "" if layout["offload"] == "none" else f" with optimizer states on the {layout['offload'].upper()}"
-    return f"{ranks} at ZeRO stage {layout['ZeRO stage']}{offload}"
+    rows = f", rows over {layout['sequence_parallel_size']}" if layout["sequence_parallel_size"] > 1 else ""
+    experts = layout["expert_parallel.autoep_size"]
+    experts = f", experts over {experts}" if experts > 1 else ""
+    return f"{ranks} at ZeRO stage {layout['ZeRO stage']}{offload}{rows}{experts}"
 
 
 def note(then: dict, now: dict) -> str:
@@ -88,11 +66,12 @@ def note(then: dict, now: dict) -> str:
     return f"written with {before} on each rank; now {after}: reshaped"
 
 
-def load(ds_engine, path: pathlib.Path, *, layout: dict, seed: int, step: int) -> None:
-    """Load a verified checkpoint of another layout into a fresh engine; collective.
+def load(ds_engine, path: pathlib.Path, *, layout: dict, same: bool, seed: int, step: int) -> None:
+    """Load a verified checkpoint of another layout, or one that holds a whole state, into a fresh engine; collective.
 
     Args:
         layout: the checkpoint's.
+        same: it is this run's too, whose draws go on where they stopped.
         seed, step: the run's seed and the step it goes on from: dropout's draws begin anew from these and the rank,
             because no other number of ranks can continue them.
 
@@ -109,6 +88,9 @@ def load(ds_engine, path: pathlib.Path, *, layout: dict, seed: int, step: int) -
     checkpoint.together(error, f"reading {path}")
     write(ds_engine, whole)
     engine.continue_betas(ds_engine)
+    if same:
+        checkpoint.load_rng(path)
+        return
     digest = hashlib.sha256(f"{seed} {step} {dist.get_rank()}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -117,10 +99,25 @@ def inventory(ds_engine) -> tuple[dict[str, torch.Size], dict[str, torch.Tensor]
     """-> (name -> whole shape of the parameters that are trained, name -> everything else in the module's state)."""
     module = ds_engine.module
     parameters = dict(module.named_parameters())
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in parameters.items() if p.requires_grad}
+    shapes = {name: whole_shape(p) for name, p in parameters.items() if p.requires_grad}
     kept = module.state_dict(keep_vars=True).keys()
     others = itertools.chain(parameters.items(), module.named_buffers())
     return shapes, {name: t for name, t in others if name in kept and name not in shapes}
+
+
+def whole_shape(p: torch.nn.Parameter) -> torch.Size:
+    """A parameter's shape before ZeRO-3 cut it and before its experts were shared out."""
+    shape = getattr(p, "ds_shape", p.shape)
+    return torch.Size((shape[0] * expert_ranks(p), *shape[1:]))
+
+
+def expert_ranks(p: torch.nn.Parameter) -> int:
+    """How many ranks share out the experts of this parameter; 1 for every other."""
+    if getattr(p, "ds_zero_partition_group_name", None) is None:
+        return 1
+    from minimind_ds import expert_parallel
+
+    return dist.get_world_size(expert_parallel.group_of(p))
 
 
 # Reading: a checkpoint's files, one at a time, on rank 0.
@@ -137,6 +134,8 @@ def read(path: pathlib.Path, layout: dict, *, shapes: dict[str, torch.Size], fix
     Raises:
         ValueError: the files do not hold exactly these parameters.
     """
+    if (path / checkpoint.TAG / whole_state.FILE).exists():
+        return whole_state.read_file(path / checkpoint.TAG, shapes=shapes)
     stage, ranks = layout["ZeRO stage"], layout["ranks"]
     folder, whole, seen = path / checkpoint.TAG, Whole({name: {} for name in shapes}), {}
     for rank in range(ranks if stage > 0 else 1):
@@ -247,12 +246,6 @@ def gather_fixed(whole: Whole, model: dict, names: set[str], *, whole_files: boo
             whole.fixed[name] = model["module"][name].detach().reshape(-1).clone()
 
 
-def read_scaler(states: dict) -> dict:
-    """fp16's dynamic loss scale; {} where the scale never moves."""
-    source = vars(states["loss_scaler"]) if "loss_scaler" in states else states
-    return {key: source[key] for key in SCALER if key in source} if "last_overflow_iter" in source else {}
-
-
 # Writing: every rank, from rank 0's whole state.
 
 
@@ -268,14 +261,16 @@ def write(ds_engine, whole: Whole | None) -> None:
     shapes, fixed = inventory(ds_engine)
     header = broadcast_header(whole)
     masters, slots = live_masters(ds_engine, stage), live_slots(ds_engine, stage, shapes)
-    states = scatter(whole, header, masters, slots, shapes=shapes)
+    states = scatter(whole, header, masters, slots, shapes=shapes,
+                     parameters=dict(ds_engine.module.named_parameters()))
     scatter_fixed(whole, header, fixed)
     template = optimizer.state_dict()
     name = {0: "optimizer_state_dict", 1: "base_optimizer_state", 2: "base_optimizer_state", 3: "optimizer_state_dict"}
     base = template.get(name[stage], template)
     base["state"] = with_step(states, header["step"], ds_engine.basic_optimizer)
-    for group, old in zip(base["param_groups"], header["groups"], strict=True):
-        group.update(old)
+    # Experts that are shared out have groups of their own; what is SCHEDULED is the same in all.
+    for i, group in enumerate(base["param_groups"]):
+        group.update(header["groups"][min(i, len(header["groups"]) - 1)])
     write_scaler(template, header["scaler"])
     if stage == 0:
         optimizer.load_state_dict(template)
@@ -329,8 +324,13 @@ def live_slots(ds_engine, stage: int, shapes: dict[str, torch.Size]) -> list[lis
     """Where parameters lie in live_masters."""
     optimizer, names = ds_engine.optimizer, {p: name for name, p in ds_engine.module.named_parameters()}
     if stage == 3:
-        groups = [{names[p]: p.ds_shape for p in group} for group in optimizer.fp16_groups]
-        return in_partitions(groups, dist.get_rank(), dist.get_world_size())
+        slots = []
+        for group in optimizer.fp16_groups:
+            # Experts that are shared out are cut over the ranks that hold the same ones.
+            ranks = group[0].ds_process_group
+            slots += in_partitions([{names[p]: p.ds_shape for p in group}], dist.get_rank(ranks),
+                                   dist.get_world_size(ranks))
+        return slots
     if stage > 0:
         slots = []
         for group in optimizer.bit16_groups:
@@ -342,7 +342,7 @@ def live_slots(ds_engine, stage: int, shapes: dict[str, torch.Size]) -> list[lis
 
 
 def scatter(whole: Whole | None, header: dict, masters: list[torch.Tensor], slots: list[list[Piece]], *,
-            shapes: dict[str, torch.Size]) -> list[dict[str, torch.Tensor]]:
+            shapes: dict[str, torch.Size], parameters: dict) -> list[dict[str, torch.Tensor]]:
     """Fill this rank's masters, one broadcast parameter at a time; -> the optimizer state of each, padding zero."""
     states = [{key: torch.zeros(master.shape, dtype=dtype, device=master.device)
                for key, dtype in header["keys"].items() if key != "fp32"} for master in masters]
@@ -352,11 +352,20 @@ def scatter(whole: Whole | None, header: dict, masters: list[torch.Tensor], slot
             mine.setdefault(piece.name, []).append((i, piece))
     for name, shape in shapes.items():
         for key, dtype in header["keys"].items():
-            flat = broadcast(whole and whole.parameters[name][key], shape.numel(), dtype)
+            flat = my_experts(parameters[name], broadcast(whole and whole.parameters[name][key], shape.numel(), dtype))
             for i, (_, at, start, numel) in mine.get(name, ()):
                 target = masters[i].data if key == "fp32" else states[i][key]
                 target.view(-1)[at:at + numel].copy_(flat[start:start + numel])
     return states
+
+
+def my_experts(p: torch.nn.Parameter, flat: torch.Tensor) -> torch.Tensor:
+    """Of a whole parameter, what this rank holds before ZeRO cuts it: its experts, or all of it."""
+    if expert_ranks(p) == 1:
+        return flat
+    from minimind_ds import expert_parallel
+
+    return expert_parallel.part(p, flat)
 
 
 def scatter_fixed(whole: Whole | None, header: dict, fixed: dict[str, torch.Tensor]) -> None:

@@ -167,10 +167,8 @@ def train(job: Job, start: Start) -> None:
                   "--save_dir keeps it")
         return
     ds_engine = build_engine(job)
-    if start.layout is not None:
-        reshape.load(ds_engine, start.path, layout=start.layout, seed=run.seed, step=start.step)
-    elif start.path is not None:
-        checkpoint.load(ds_engine, start.path)
+    if start.path is not None:
+        load_checkpoint(job, ds_engine, start)
     if layout.rank == 0:
         write_run_folder(job, start)
     dist.barrier()
@@ -191,6 +189,15 @@ def train(job: Job, start: Start) -> None:
         dist.barrier()
     finally:
         metrics.close()
+
+
+def load_checkpoint(job: Job, ds_engine, start: Start) -> None:
+    """DeepSpeed's own loading where its files fit this layout, ours where they do not; collective."""
+    if start.layout is None and job.degrees.experts == 1:
+        checkpoint.load(ds_engine, start.path)
+    else:
+        reshape.load(ds_engine, start.path, layout=start.layout or layout_facts(job), same=start.layout is None,
+                     seed=job.run.seed, step=start.step)
 
 
 def write_run_folder(job: Job, start: Start) -> None:

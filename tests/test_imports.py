@@ -12,7 +12,7 @@ LAYERS = [
     {"model", "metrics", "lora"},
     {"expert_parallel"},
     {"parallel"},
-    {"engine", "checkpoint", "reshape", "memory"},
+    {"engine", "whole", "checkpoint", "reshape", "memory"},
     {"job", "export", "planner"},
     {"train", "chat", "score", "padded"},
     {"benchmark", "kernel_check"},

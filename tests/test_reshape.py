@@ -123,8 +123,7 @@ def test_the_log_says_what_is_reshaped(now, said):
 
 
 @pytest.mark.parametrize("now, word", [({"optimizer": "Lion", "ranks": 1}, "only Adam and AdamW"),
-                                       ({"offload": "nvme"}, "NVMe"),
-                                       ({"expert_parallel.autoep_size": 2, "ranks": 4}, "not reshaped")])
+                                       ({"offload": "nvme"}, "NVMe")])
 def test_what_cannot_be_reshaped_is_refused_in_one_line_that_says_what_to_do(now, word):
     with pytest.raises(ValueError, match=word) as caught:
         reshape.check(LAYOUT, LAYOUT | now, pathlib.Path("run"))
@@ -159,6 +158,23 @@ def test_another_precision_and_other_rows_per_step_are_refused(resumed, tmp_path
                  resume=str(resumed[0] / "frozen_2_2"))
     with pytest.raises(ValueError, match=said):
         look_for_start(job)
+
+
+@pytest.fixture(scope="module")
+def shared_out(tmp_path_factory, deepspeed):
+    out = tmp_path_factory.mktemp("shared")
+    deepspeed(2, PROGRAM, str(out), "shared")
+    return read(out / "shared_2.json")
+
+
+def test_experts_and_rows_over_ranks_resume_bit_for_bit_and_each_as_the_other(shared_out):
+    assert len(shared_out) == 12
+    for name, found in shared_out.items():
+        assert found["wrong again"] == [] and found["wrong next"] == [], name
+        assert found["again"] == found["whole"], name
+        for line, control in zip(found["next"], found["whole"], strict=True):
+            assert line["loss"] == pytest.approx(control["loss"], rel=BOUNDS["moe"]), name
+    assert shared_out["torch rows experts 1"]["note"].endswith("2 ranks at stage 2, experts over 2: reshaped")
 
 
 @pytest.mark.slow

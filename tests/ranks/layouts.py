@@ -37,7 +37,7 @@ def make_job(layout, out: pathlib.Path, model: str, stage: int, accumulation: in
               "intermediate_size": 96, **MODELS[model], **(fields or {})}
     yaml.write_text("preset: debug\nmodel: " + json.dumps(fields), encoding="utf-8")
     ds = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
-    path = out / f"ds_{layout.rank}.json"
+    path = out / f"stage_{layout.rank}.json"
     path.write_text(json.dumps({**ds, **(keys or {})}), encoding="utf-8")
     return prepare("sft", ["--config", str(yaml), "--deepspeed", str(path),
                            "--save_dir", str(out / "run"), "--cache_dir", str(out / "cache"), "--dtype", dtype,

@@ -3,11 +3,13 @@
     deepspeed --num_gpus 2 tests/ranks/reshape.py OUT_DIR "write MODELS" "program write STAGE"
     deepspeed --num_gpus 1 tests/ranks/reshape.py OUT_DIR "resume MODELS RANKS_THAT_WROTE STAGES_FURTHER [offload]"
     deepspeed --num_gpus 2 tests/ranks/reshape.py OUT_DIR compiled
+    deepspeed --num_gpus 2 tests/ranks/reshape.py OUT_DIR shared
 
 `write`: at every stage BEFORE steps, a checkpoint, and AFTER more without a break.  `resume`: each of those at stages
 (stage + s) % 4 for s of STAGES_FURTHER, and the AFTER steps; with `offload` the optimizer is on the CPU where the
-stage can.  `compiled`: DeepSpeed's own Adams.  `program`, last: the trainer's own main writes or resumes.  Lists are
-comma-separated.  Rank 0 writes losses and what it found to OUT_DIR/<what>_<ranks>.json.
+stage can.  `compiled`: DeepSpeed's own Adams.  `shared`: experts and rows over ranks.  `program`, last: the trainer's
+own main writes or resumes.  Lists are comma-separated.  Rank 0 writes losses and what it found to
+OUT_DIR/<what>_<ranks>.json.
 """
 
 import json
@@ -29,6 +31,7 @@ from minimind_ds.train import (  # noqa: E402
     fetch,
     identity,
     layout_facts,
+    load_checkpoint,
     look_for_start,
     main,
     train_step,
@@ -52,13 +55,17 @@ def job_of(layout, out: pathlib.Path, half: str, model: str, stage: int, *, adam
                                                               "warmup_num_steps": 8}}
     if "offload" in adam and stage > 0:
         config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if "experts" in adam and stage > 0:
+        config["expert_parallel"] = {"enabled": True, "autoep_size": 2}
+    if "rows" in adam:
+        config["sequence_parallel_size"] = 2
     if adam == "offload":
         del config["optimizer"]
     elif adam == "fused":
         del config["optimizer"]["params"]["torch_adam"], config["optimizer"]["params"]["fused"]
     path = out / f"ds_{layout.rank}.json"
     path.write_text(json.dumps(config))
-    rows, accumulation = SPLITS[half][layout.ranks]
+    rows, accumulation = SPLITS[half][1 if "rows" in adam else layout.ranks]
     return make_job(layout, out, "moe" if model == "moe" else "dense", stage, accumulation,
                     ["--batch_size", str(rows), "--deepspeed", str(path), "--from_resume", resume],
                     dtype or DTYPES[model])
@@ -107,7 +114,8 @@ def full_state(ds_engine) -> dict[str, torch.Tensor]:
 
     stage, state = ds_engine.zero_optimization_stage(), {}
     if stage in (1, 2):
-        # Its accessors find the moments only after this, which the first update would do.
+        # Its accessors find the moments only after this, which the first update would do, for its first group.
+        ds_engine.optimizer._hp_optimizer_states_linked = False
         ds_engine.optimizer._lazy_init_hp_params_optimizer_state()
     masters, fused = engine.stage_zero_masters(ds_engine) or {}, fused_moments(ds_engine)
     state["buffers"] = torch.cat([torch.zeros(1), *(b.flatten() for b in ds_engine.module.buffers())])
@@ -123,9 +131,20 @@ def full_state(ds_engine) -> dict[str, torch.Tensor]:
         with deepspeed.zero.GatheredParameters([p], enabled=stage == 3):
             state[f"{name} weight"] = p.detach().clone()
         state |= {f"{name} {key}": parts[key].detach().clone() for key in ("fp32", "exp_avg", "exp_avg_sq") if parts}
+        for key in [key for key in state if key.startswith(f"{name} ")]:
+            state[key] = all_experts(p, state[key])
     state["step"] = torch.tensor(sorted({int(s["step"]) for s in ds_engine.basic_optimizer.state.values()}))
     counters = [getattr(ds_engine, name) for name in ("global_steps", "global_samples", "skipped_steps")]
     return {**{key: value.cpu().contiguous() for key, value in state.items()}, "counters": torch.tensor(counters)}
+
+
+def all_experts(p, tensor: torch.Tensor) -> torch.Tensor:
+    """Collective: what this rank holds of a parameter, and what those it shares the experts with hold."""
+    if reshape.expert_ranks(p) == 1:
+        return tensor
+    from minimind_ds.expert_parallel import whole
+
+    return whole(p, tensor)
 
 
 def differing(a: dict, b: dict) -> list[str]:
@@ -158,10 +177,7 @@ def load(job, ds_engine):
     """As train.train does."""
     start = look_for_start(job)[0]
     assert start.step == start.epoch_step == BEFORE
-    if start.layout is not None:
-        reshape.load(ds_engine, start.path, layout=start.layout, seed=job.run.seed, step=start.step)
-    else:
-        checkpoint.load(ds_engine, start.path)
+    load_checkpoint(job, ds_engine, start)
     return start
 
 
@@ -212,6 +228,29 @@ def compiled(layout, out: pathlib.Path) -> dict:
     return found
 
 
+def shared(layout, out: pathlib.Path) -> dict:
+    """Experts shared out over both ranks, or rows, and neither: each written, resumed on the same and as the next."""
+    found, ways = {}, ("torch experts", "torch", "torch rows", "torch rows experts")
+    for stage in (1, 2, 3):
+        for i, way in enumerate(ways):
+            name, after = f"{way} {stage}", ways[(i + 1) % len(ways)]
+            job = job_of(layout, out, "write", "moe", stage, adam=way)
+            ds_engine = build_engine(job)
+            steps(job, ds_engine, 0, BEFORE)
+            path = save(job, ds_engine, out / name.replace(" ", "_"), BEFORE)
+            state = full_state(ds_engine)
+            found[name] = facts = {"whole": steps(job, ds_engine, BEFORE, BEFORE + AFTER)}
+            for key, how, at in (("again", way, stage), ("next", after, stage % 3 + 1)):
+                job = job_of(layout, out, "write" if key == "again" else "resume", "moe", at, adam=how,
+                             resume=str(path))
+                ds_engine = build_engine(job)
+                start = load(job, ds_engine)
+                facts[f"wrong {key}"] = differing(full_state(ds_engine), state)
+                facts[key] = steps(job, ds_engine, BEFORE, BEFORE + AFTER)
+            facts["note"] = reshape.note(start.layout, layout_facts(job))
+    return found
+
+
 def program(layout, out: pathlib.Path, half: str, stage: str) -> None:
     """The main of launch/sft.py: five steps on one layout; on the other from step 2 on, into another folder."""
     rows, accumulation = SPLITS[half][layout.ranks]
@@ -234,7 +273,7 @@ if __name__ == "__main__":
         if what == "program":
             program(layout, out, *words)
             break
-        found = {"write": write, "resume": resume, "compiled": compiled}[what](layout, out, *words)
+        found = {"write": write, "resume": resume, "compiled": compiled, "shared": shared}[what](layout, out, *words)
         if layout.rank == 0:
             (out / f"{what}_{layout.ranks}.json").write_text(json.dumps(found))
         dist.barrier()
