@@ -63,7 +63,8 @@ def job_of(layout, out: pathlib.Path, half: str, model: str, stage: int, *, adam
         del config["optimizer"]
     elif adam == "fused":
         del config["optimizer"]["params"]["torch_adam"], config["optimizer"]["params"]["fused"]
-    path = out / f"ds_{layout.rank}.json"
+    # make_job writes a plain one under another name.
+    path = out / f"reshape_{layout.rank}.json"
     path.write_text(json.dumps(config))
     rows, accumulation = SPLITS[half][1 if "rows" in adam else layout.ranks]
     return make_job(layout, out, "moe" if model == "moe" else "dense", stage, accumulation,
