@@ -19,7 +19,7 @@ LAYERS = [
 ]
 # deepspeed is imported by these only.
 DEEPSPEED = {"engine", "checkpoint", "train", "job", "benchmark", "ds_config", "kernels/deepspeed_ops",
-             "parallel", "expert_parallel"}
+             "parallel", "expert_parallel", "whole"}
 
 
 def modules():

@@ -2,9 +2,10 @@
 
     deepspeed --num_gpus 2 tests/ranks/parallel.py OUT_DIR CASES
 
-CASES is a JSON list of {name, model, stage, accumulation, sequence, experts, flags, fields, keys, steps}; DEFAULTS
-fills in what is left out.  Rank 0 writes the first step's gradients to OUT_DIR/<name>_grad.safetensors, the last
-weights to OUT_DIR/<name>_weights.safetensors and the curves to OUT_DIR/cases.json.
+CASES is a JSON list of {name, model, stage, accumulation, sequence, experts, flags, fields, keys, file, steps};
+DEFAULTS fills in what is left out; `file` stands for a whole DeepSpeed JSON.  Rank 0 writes the first step's gradients
+to OUT_DIR/<name>_grad.safetensors, the last weights to OUT_DIR/<name>_weights.safetensors and the curves to
+OUT_DIR/cases.json.
 """
 
 import json
@@ -24,7 +25,7 @@ from minimind_ds.train import Position, evaluate, fetch, train_step  # noqa: E40
 from tests.ranks.layouts import fresh_engine, full_gradients, make_job  # noqa: E402
 
 DEFAULTS = {"accumulation": 1, "sequence": 1, "experts": 1, "flags": ["--eval_fraction", "0.02"], "fields": {},
-            "keys": {}, "steps": 3}
+            "keys": {}, "file": None, "steps": 3}
 
 
 def keys_of(case: dict) -> dict:
@@ -58,8 +59,14 @@ def first_gradients(job, case: dict) -> dict:
 
 
 def run_case(layout, out: pathlib.Path, case: dict) -> dict:
-    job = make_job(layout, out, case["model"], case["stage"], case["accumulation"], case["flags"], keys=keys_of(case),
+    flags = case["flags"]
+    if case["file"]:
+        path = out / f"file_{layout.rank}.json"
+        path.write_text(json.dumps(case["file"]))
+        flags = [*flags, "--deepspeed", str(path)]
+    job = make_job(layout, out, case["model"], case["stage"], case["accumulation"], flags, keys=keys_of(case),
                    fields=case["fields"])
+    assert job.stage == case["stage"]
     grads = first_gradients(job, case)
     if layout.rank == 0:
         save_file(grads, out / f"{case['name']}_grad.safetensors")

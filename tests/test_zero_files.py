@@ -1,0 +1,126 @@
+"""Every DeepSpeed file trains as one rank at stage 0 does, or is refused in one line: ours and those users bring.
+
+The files of others are written after the templates of their projects: same keys, same "auto" values.
+"""
+
+import copy
+import json
+import shutil
+
+import pytest
+
+from minimind_ds import job as job_module
+from minimind_ds.ds_config import read_json
+from minimind_ds.engine import Layout
+from tests.conftest import ROOT
+
+FILES = ROOT / "ds_configs"
+SHARED = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+          "gradient_clipping": "auto"}
+FP16 = {"enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
+        "min_loss_scale": 1}
+ADAMW = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}}
+STAGE_3 = {"stage": 3, "overlap_comm": True, "contiguous_gradients": True, "sub_group_size": 1e9,
+           "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto",
+           "stage3_param_persistence_threshold": "auto", "stage3_max_live_parameters": 1e9,
+           "stage3_max_reuse_distance": 1e9, "stage3_gather_16bit_weights_on_model_save": True}
+TO_CPU = {"device": "cpu", "pin_memory": True}
+SCHEDULER = {"type": "WarmupDecayLR", "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto",
+                                                 "warmup_num_steps": "auto", "total_num_steps": "auto"}}
+THEIRS = {
+    "Trainer, stage 2, offloaded": {
+        **SHARED, "fp16": FP16, "optimizer": ADAMW, "steps_per_print": 2000, "wall_clock_breakdown": False,
+        "zero_optimization": {"stage": 2, "offload_optimizer": TO_CPU, "allgather_partitions": True,
+                              "allgather_bucket_size": 2e8, "overlap_comm": True, "reduce_scatter": True,
+                              "reduce_bucket_size": 2e8, "contiguous_gradients": True}},
+    "Accelerate, stage 2, scheduler": {
+        **SHARED, "bf16": {"enabled": "auto"}, "scheduler": SCHEDULER, "steps_per_print": float("inf"),
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto", "torch_adam": True,
+                                                  "adam_w_mode": True}},
+        "zero_optimization": {"stage": 2, "allgather_partitions": True, "allgather_bucket_size": 2e8,
+                              "overlap_comm": True, "reduce_scatter": True, "reduce_bucket_size": "auto",
+                              "contiguous_gradients": True}},
+    "Axolotl, stage 1": {
+        **SHARED, "zero_optimization": {"stage": 1, "overlap_comm": True}, "bf16": {"enabled": "auto"},
+        "fp16": {**FP16, "auto_cast": False}, "wall_clock_breakdown": False},
+    "Axolotl, stage 3, parameters offloaded": {
+        **SHARED, "zero_force_ds_cpu_optimizer": False, "zero_allow_untested_optimizer": True,
+        "zero_optimization": {**STAGE_3, "sub_group_size": 0, "offload_optimizer": TO_CPU, "offload_param": TO_CPU},
+        "bf16": {"enabled": "auto"}, "wall_clock_breakdown": False},
+    "LLaMA-Factory, stage 3": {
+        **SHARED, "zero_allow_untested_optimizer": True, "fp16": FP16, "bf16": {"enabled": "auto"},
+        "zero_optimization": {**STAGE_3, "overlap_comm": False}},
+}
+OURS = {name: read_json(str(FILES / f"{name}.json")) for name in ("zero2_offload", "zero3_offload",
+                                                                  "zero3_offload_param")}
+# Elsewhere: zero0 to zero3 in test_layouts.py and test_training.py, moe_ep and ulysses in test_parallel.py.
+ELSEWHERE = {"zero0", "zero1", "zero2", "zero3", "moe_ep", "ulysses"}
+REFUSED = {"zero3_nvme": "nvme_path is '/local_nvme'", "zeropp": "zero_quantized_weights needs a GPU",
+           "zero2_fp16": "no fp16 on this machine"}
+CASES = {name: dict(model="dense", stage=config["zero_optimization"]["stage"], file=config, steps=10)
+         for name, config in {**OURS, **THEIRS}.items()}
+SCHEDULED = "Accelerate, stage 2, scheduler"
+CONTROLS = {"constant": dict(model="dense", stage=0, accumulation=2, steps=10),
+            "scheduled": dict(model="dense", stage=0, accumulation=2, steps=10, keys={"scheduler": SCHEDULER})}
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")),
+                                    reason="needs g++ and ninja, with which DeepSpeed builds its CPU Adam")
+
+
+def curves(deepspeed, ranks: int, out, cases: dict) -> dict:
+    listed = [{"name": name, **case} for name, case in cases.items()]
+    deepspeed(ranks, "tests/ranks/parallel.py", str(out), json.dumps(listed), timeout=600)
+    return json.loads((out / "cases.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory, deepspeed):
+    return curves(deepspeed, 1, tmp_path_factory.mktemp("control"), CONTROLS)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory, deepspeed):
+    return curves(deepspeed, 2, tmp_path_factory.mktemp("found"), CASES)
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CASES)
+def test_the_file_trains_as_one_rank_at_stage_0(name, control, found):
+    want = control["scheduled" if name == SCHEDULED else "constant"]
+    for key in ("loss", "norm", "labelled"):
+        assert found[name][key] == pytest.approx(want[key], rel=1e-5), key
+    assert want["loss"][-1] < want["loss"][0]
+
+
+def test_every_shipped_file_is_trained_or_refused_by_a_test():
+    assert {path.stem for path in FILES.glob("*.json")} == {*OURS, *REFUSED, *ELSEWHERE}
+
+
+def prepare(tmp_path, path):
+    import torch
+
+    return job_module.prepare("sft", ["--deepspeed", str(path), "--preset", "debug", "--save_dir",
+                                      str(tmp_path / "run"), "--cache_dir", str(tmp_path)],
+                              Layout(0, 8, 0, 8, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_this_machine_cannot_run_is_refused_in_one_line(tmp_path, name):
+    if name == "zero2_fp16" and job_module.fp16_runs():
+        pytest.skip("this processor has fp16")
+    with pytest.raises(ValueError, match=REFUSED[name]) as caught:
+        prepare(tmp_path, FILES / f"{name}.json")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change, word", [
+    (("zero_hpz_partition_size", 3), "zero_hpz_partition_size 3 does not divide the 8 ranks"),
+    (("zero_quantized_gradients", True), "zero_quantized_gradients needs a GPU"),
+    (("offload_param", {"device": "nvme"}), "offload_param.nvme_path is None"),
+])
+def test_parts_of_zero_plus_plus_and_nvme_are_refused_by_name(tmp_path, change, word):
+    config = copy.deepcopy(read_json(str(FILES / "zero3.json")))
+    config["zero_optimization"][change[0]] = change[1]
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=word):
+        prepare(tmp_path, tmp_path / "ds.json")
