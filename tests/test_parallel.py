@@ -24,6 +24,12 @@ FOUR = {"experts on 2 of 4 ranks": dict(model="moe", stage=2, accumulation=1, ex
         "experts on 4 ranks": dict(model="moe", stage=3, experts=4, flags=["--batch_size", "1"]),
         "rows on 4 ranks": dict(model="dense", stage=2, accumulation=2, sequence=4),
         "rows on 2, experts on 4 ranks": dict(model="moe", stage=1, sequence=2, experts=4)}
+# Balance asked for over all ranks' tokens: what one rank with all rows in one micro-batch asks for.
+GLOBAL = {"global": dict(model="moe", stage=2, flags=["--moe_balance", "global"]),
+          "global, experts over ranks": dict(model="moe", stage=1, experts=2, flags=["--moe_balance", "global"]),
+          "global, rows over ranks": dict(model="moe", stage=2, sequence=2,
+                                          flags=["--moe_balance", "global", "--batch_size", "4"])}
+TOGETHER = dict(model="moe", stage=0, flags=["--moe_balance", "batch", "--batch_size", "4"])
 # One document of 16,384 tokens, whole on one rank and in halves on two.
 LONG = dict(model="dense", steps=1, fields={"max_position_embeddings": 16384})
 
@@ -48,13 +54,13 @@ def control(tmp_path_factory, deepspeed, long_flags):
     # As many rows a step as the cases have.
     cases = {name: dict(model=name, stage=0, accumulation=2) for name in ("dense", "moe")}
     return start(deepspeed, 1, tmp_path_factory.mktemp("control"),
-                 {**cases, "long": {**LONG, "stage": 0, "flags": long_flags}})
+                 {**cases, "together": TOGETHER, "long": {**LONG, "stage": 0, "flags": long_flags}})
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, deepspeed, long_flags):
     return start(deepspeed, 2, tmp_path_factory.mktemp("found"),
-                 {**CASES, "long": {**LONG, "stage": 2, "sequence": 2, "flags": long_flags}})
+                 {**CASES, **GLOBAL, "long": {**LONG, "stage": 2, "sequence": 2, "flags": long_flags}})
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,12 @@ def assert_same(name: str, control, found, control_name: str):
 @pytest.mark.parametrize("name", CASES)
 def test_rows_and_experts_over_two_ranks_train_as_one_rank(name, control, found):
     assert_same(name, control, found, CASES[name]["model"])
+
+
+@pytest.mark.parametrize("name", GLOBAL)
+def test_balance_over_all_ranks_is_that_of_one_rank_with_all_rows(name, control, found):
+    assert control[1]["together"]["aux"] != pytest.approx(control[1]["moe"]["aux"], rel=1e-4)
+    assert_same(name, control, found, "together")
 
 
 def test_a_document_of_16384_tokens_trains_in_halves(control, found):
