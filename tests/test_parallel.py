@@ -20,8 +20,9 @@ CASES |= {f"rows, experts whole, stage {stage}": dict(model="moe", stage=stage, 
 CASES |= {f"rows and experts, stage {stage}": dict(model="moe", stage=stage, accumulation=2, sequence=2, experts=2)
           for stage in (1, 2, 3)}
 # Four ranks on two cores are slow.  Two key heads over four ranks are repeated.
-FOUR = {"experts on 2 of 4 ranks": dict(model="moe", stage=2, accumulation=1, experts=2, flags=["--batch_size", "1"]),
-        "experts on 4 ranks": dict(model="moe", stage=3, experts=4, flags=["--batch_size", "1"]),
+ONE_ROW = ["--eval_fraction", "0.02", "--batch_size", "1"]
+FOUR = {"experts on 2 of 4 ranks": dict(model="moe", stage=2, accumulation=1, experts=2, flags=ONE_ROW),
+        "experts on 4 ranks": dict(model="moe", stage=3, experts=4, flags=ONE_ROW),
         "rows on 4 ranks": dict(model="dense", stage=2, accumulation=2, sequence=4),
         "rows on 2, experts on 4 ranks": dict(model="moe", stage=1, sequence=2, experts=4)}
 # Balance asked for over all ranks' tokens: what one rank with all rows in one micro-batch asks for.
