@@ -52,7 +52,8 @@ def read_layout() -> Layout:
     cuda = torch.cuda.is_available()
     if not cuda:
         env.setdefault("DS_ACCELERATOR", "cpu")
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    # A batch system may show each process its own GPU only, which is then number 0.
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     return Layout(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, local_ranks, device)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -23,6 +23,7 @@ from minimind_ds.engine import Layout
 from minimind_ds.lora import Lora, find_targets, fingerprint
 from minimind_ds.model import needs
 from minimind_ds.run_config import RunConfig, parse_run_config
+from minimind_ds.signals import Stop
 from minimind_ds.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -52,6 +53,7 @@ class Job:
     start_weights: dict | None
     notes: list[str]
     lora: Lora | None = None
+    stop: Stop = field(default_factory=Stop)
 
     @property
     def stage(self) -> int:

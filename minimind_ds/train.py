@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from minimind_ds import checkpoint, ds_config, engine, lora, parallel, reshape, weights
+from minimind_ds import checkpoint, ds_config, engine, lora, parallel, reshape, restarts, weights
 from minimind_ds.data import loader
 from minimind_ds.data.packing import PackedBatch
 from minimind_ds.engine import Layout, NonFinite
@@ -29,6 +29,7 @@ from minimind_ds.job import Job, prepare
 from minimind_ds.loss import scaled_loss
 from minimind_ds.metrics import Metrics
 from minimind_ds.model import MiniMindForCausalLM
+from minimind_ds.signals import STOPPED, Stopped
 
 
 def main(program: str, argv: list[str]) -> int:
@@ -43,14 +44,15 @@ def main(program: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     try:
-        train(job, start)
+        with job.stop, restarts.Attempt(job.folder, layout.rank):
+            train(job, start)
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    except KeyboardInterrupt:
+    except Stopped as stopped:
         if layout.rank == 0:
-            print("interrupted; --from_resume auto continues from the last checkpoint", file=sys.stderr, flush=True)
-        return 130
+            print(stopped, file=sys.stderr, flush=True)
+        return STOPPED
     finally:
         engine.stop()
     return 0
@@ -98,7 +100,8 @@ def find_start(job: Job) -> Start:
     found = [None]
     if job.layout.rank == 0:
         try:
-            found = [look_for_start(job)]
+            start, notes = look_for_start(job)
+            found = [(start, notes if start.finished else notes + restarts.begin(job.folder, start.step))]
         except ValueError as error:
             found = [error]
     dist.broadcast_object_list(found)
@@ -260,7 +263,11 @@ def build_engine(job: Job):
 
 
 def run_plan(job: Job, ds_engine, start: Start, metrics: Metrics) -> int:
-    """Every step from `start` to the end; returns the number of the last one."""
+    """Every step from `start` to the end; returns the number of the last one.
+
+    Raises:
+        Stopped: on all ranks after the same step, when any was asked to stop.
+    """
     run, step = job.run, start.step
     owns_lr = "scheduler" not in job.ds
     for epoch in range(start.epoch, run.epochs):
@@ -277,10 +284,14 @@ def run_plan(job: Job, ds_engine, start: Start, metrics: Metrics) -> int:
                 at_end = epoch_step + 1 == last
                 if job.eval_plan and (step % run.eval_interval == 0 if run.eval_interval else at_end):
                     metrics.write({"step": step, "epoch": epoch, **evaluate(job, ds_engine)})
-                if run.save_interval and step % run.save_interval == 0:
+                # At the very end finishing takes no longer than a checkpoint.
+                stopping = job.stop.agreed and step != job.total_steps
+                if stopping or (run.save_interval and step % run.save_interval == 0):
                     facts = {"step": step, "epoch": epoch, "epoch_step": epoch_step + 1,
                              "identity": identity(job), "layout": layout_facts(job)}
                     checkpoint.save(ds_engine, job.folder, facts=facts, keep=run.keep)
+                if stopping:
+                    raise Stopped(step)
         if step == run.max_steps:
             break
     return step
@@ -334,7 +345,7 @@ def train_step(job: Job, ds_engine, plan: loader.EpochPlan, at: Position, batche
     run, layout = job.run, job.layout
     began = time.perf_counter()
     facts = plan.facts(at.epoch_step)
-    sums, suspects = torch.zeros(2, dtype=torch.float64, device=layout.device), []
+    sums, suspects = torch.zeros(3, dtype=torch.float64, device=layout.device), []
     scale = engine.norm_scale(ds_engine, job.stage)
     ds_engine.train()
     for micro in range(run.accumulation_steps):
@@ -342,17 +353,21 @@ def train_step(job: Job, ds_engine, plan: loader.EpochPlan, at: Position, batche
         out = ds_engine(batch)
         ds_engine.backward(scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
                                        step_real=facts.n_tokens, dp_world=layout.ranks), scale_wrt_gas=False)
-        sums += torch.stack([out.loss_sum.detach().double(), out.aux_loss.detach().double() * batch.n_tokens])
+        sums[:2] += torch.stack([out.loss_sum.detach().double(), out.aux_loss.detach().double() * batch.n_tokens])
         suspects.append(out.loss_sum.detach())
         if micro + 1 == run.accumulation_steps:
             # Once per step, and before the update: the sum over all ranks says whether any loss is not finite.
+            # It also says whether any rank was asked to stop.
+            sums[2] = float(job.stop.asked is not None)
             if layout.ranks > 1:
                 dist.all_reduce(sums)
             if not torch.isfinite(sums).all():
                 raise NonFinite(blame(job, plan, at, suspects))
             norm = engine.clip_gradients(ds_engine, run.grad_clip)
         update(job, ds_engine, plan, at)
-    loss, aux = (sums / torch.tensor([max(facts.n_labelled, 1), max(facts.n_tokens, 1)], device=sums.device)).tolist()
+    counts = torch.tensor([max(facts.n_labelled, 1), max(facts.n_tokens, 1), 1], device=sums.device)
+    loss, aux, asked = (sums / counts).tolist()
+    job.stop.agreed = asked > 0
     if norm is None:
         norm = engine.grad_norm(ds_engine, scale)
     skipped = {} if ds_engine.was_step_applied() else {"skipped": True}

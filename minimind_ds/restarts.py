@@ -1,0 +1,109 @@
+"""What one start of a run tells the next one, and the batch script that decides whether there is a next one.
+
+`attempts.json` in the run folder lists the failures since the run was last started by hand.  A run that a batch system
+restarts by itself gives up when the same step failed three times, so that a crash does not burn a week of GPU hours.
+The file named by MINIMIND_DS_OUTCOME (set by launch/slurm/common.sh) gets one word: training, stopped or done.
+
+    cat out/attempts.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+
+from minimind_ds.checkpoint import write_durably
+from minimind_ds.signals import Stopped
+
+SAME_STEP = 3
+SAME_CHECKPOINT = 10
+
+
+def report(outcome: str) -> None:
+    """Tell the batch script how far this start came; rank 0 only."""
+    if path := os.environ.get("MINIMIND_DS_OUTCOME"):
+        write_durably(pathlib.Path(path), outcome + "\n")
+
+
+def automatic_restarts() -> int:
+    """How often SLURM or torchrun has started this job again by itself."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def begin(folder: pathlib.Path, step: int) -> list[str]:
+    """Note that training begins after `step`; rank 0 only, before the metrics of lost steps are dropped.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        ValueError: automatic restarts fail over and over at one step, or from one checkpoint.
+    """
+    past = read(folder) if automatic_restarts() else {"running": False, "failures": []}
+    failures = past["failures"]
+    if past["running"]:
+        failures.append({"from": past["from"], "at": last_step(folder) + 1, "error": past.get("error")})
+    write(folder, {"running": False, "failures": failures})
+    for key, most, what in (("at", SAME_STEP, "at step"), ("from", SAME_CHECKPOINT, "after the checkpoint of step")):
+        latest = failures[-most:]
+        if len(latest) == most and len({failure[key] for failure in latest}) == 1:
+            why = latest[-1]["error"] or "the process was killed (out of memory?) or its node lost"
+            raise ValueError(f"{folder}: training failed {most} times {what} {latest[-1][key]}, the last time with: "
+                             f"{why}; not tried again; started by hand it goes on from the last checkpoint")
+    write(folder, {"running": True, "from": step, "failures": failures})
+    report("training")
+    if "SLURM_JOB_ID" not in os.environ:
+        return []
+    return [f"SLURM job {os.environ['SLURM_JOB_ID']}, restarted {automatic_restarts()} times"
+            + (f", failed {len(failures)} times" if failures else "")]
+
+
+class Attempt:
+    """Around the training: notes how it ended.  Does nothing but on rank 0."""
+
+    def __init__(self, folder: pathlib.Path, rank: int):
+        self.folder, self.rank = folder, rank
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.rank != 0:
+            return
+        if error is None:
+            (self.folder / "attempts.json").unlink(missing_ok=True)
+            report("done")
+        elif isinstance(error, Stopped):
+            write(self.folder, {**read(self.folder), "running": False})
+            report("stopped")
+        else:
+            write(self.folder, {**read(self.folder), "error": f"{kind.__name__}: {error}"[:500]})
+
+
+def read(folder: pathlib.Path) -> dict:
+    try:
+        found = json.loads((folder / "attempts.json").read_text(encoding="utf-8"))
+        return {"running": bool(found["running"]), "failures": list(found["failures"]), **found}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"running": False, "failures": []}
+
+
+def write(folder: pathlib.Path, record: dict) -> None:
+    write_durably(folder / "attempts.json", json.dumps(record, indent=1) + "\n")
+
+
+def last_step(folder: pathlib.Path) -> int:
+    """The last step in metrics.jsonl, 0 when there is none; a torn last line does not count."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0

@@ -1,0 +1,90 @@
+"""A run that hangs ends, and says where: which rank is behind, and what every rank was doing.
+
+Each rank notes in the process group's store what it does (`beat`).  A thread looks at this rank's own last note: when
+it is older than the limit, this rank is stuck, alone or because it waits for another.  It then writes all its stacks to
+the log, names the ranks that are behind, and ends the process; the launcher ends the others.  The store lives in a
+thread of rank 0's C++ side, so it answers while Python waits inside a collective.
+
+    deepspeed launch/sft.py --deepspeed ds_configs/zero2.json --hang_minutes 10
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import os
+import socket
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+
+# Of its own, so that a batch script can tell a hang from a crash.
+HUNG = 76
+
+
+class Watchdog:
+    """As a context manager around the training; `beat` says what this rank does now."""
+
+    def __init__(self, rank: int, ranks: int, limit_s: float, look_s: float = 5.0):
+        self.rank, self.ranks, self.limit_s, self.look_s = rank, ranks, limit_s, min(look_s, limit_s / 4)
+        self.host, self.over = socket.gethostname(), threading.Event()
+        # A copy of its own: a store's client serves one call at a time, and collectives use the other.
+        self.store = dist.distributed_c10d._get_default_store().clone() if ranks > 1 else None
+        self.doing, self.since = "starting", time.monotonic()
+        self.steps: list[float] = []
+
+    def __enter__(self) -> Watchdog:
+        threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.over.set()
+
+    def beat(self, doing: str) -> None:
+        """`doing`: 'step 12: update', for example.  Cheap: the thread tells the others."""
+        self.doing, self.since = doing, time.monotonic()
+
+    def watch(self) -> None:
+        told = None
+        while not self.over.wait(self.look_s):
+            doing, age = self.doing, time.monotonic() - self.since
+            if self.store is not None and told != doing:
+                self.tell(doing)
+                told = doing
+            if age > self.limit_s:
+                self.end(doing, age)
+
+    def tell(self, doing: str) -> None:
+        try:
+            self.store.set(f"watchdog/{self.rank}", f"{self.host}\t{time.time():.1f}\t{doing}")
+        except Exception:  # noqa: BLE001  (rank 0 is gone: the collectives will say so)
+            pass
+
+    def end(self, doing: str, age: float) -> None:
+        """Does not return."""
+        print(f"error: rank {self.rank} on {self.host} has been in '{doing}' for {age:.0f} s (--hang_minutes): "
+              f"{self.others()}; the stacks of this rank follow", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        sys.stderr.flush()
+        # Not exit(): that would wait for the very thread that hangs.
+        os._exit(HUNG)
+
+    def others(self) -> str:
+        """What the other ranks said last, the one behind first."""
+        if self.store is None:
+            return "it is the only rank"
+        notes = []
+        for rank in range(self.ranks):
+            key = f"watchdog/{rank}"
+            try:
+                self.store.wait([key], datetime.timedelta(seconds=2))
+                host, at, doing = self.store.get(key).decode().split("\t")
+            except Exception:  # noqa: BLE001
+                host, at, doing = "unknown host", "0", "nothing since the start, or its store is gone"
+            if rank != self.rank:
+                notes.append((float(at), f"rank {rank} on {host}: '{doing}'"
+                              + (f" since {time.time() - float(at):.0f} s" if float(at) else "")))
+        shown = [text for _, text in sorted(notes)[:8]]
+        return "; ".join(shown) + (f"; and {len(notes) - 8} more" if len(notes) > 8 else "")
