@@ -112,6 +112,7 @@ def initialize(model: torch.nn.Module, config: dict):
     engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config,
                                                    model_parameters=[p for p in model.parameters() if p.requires_grad])
     undo_warm_start(engine)
+    engine.basic_optimizer.skip_update = False
     engine.basic_optimizer.register_step_pre_hook(stop_on_non_finite)
     return engine
 
@@ -157,6 +158,12 @@ def continue_betas(ds_engine) -> None:
 
 def stop_on_non_finite(optimizer, args, kwargs) -> None:
     """Runs before every optimizer update, on gradients already reduced, unscaled and clipped."""
+    if optimizer.skip_update:
+        # Without gradients Adam leaves parameters, moments and counts alone; DeepSpeed's too.
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+        return
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     bad = torch.zeros((), device=grads[0].device if grads else "cpu")
     for grad in grads:

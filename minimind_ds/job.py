@@ -20,11 +20,13 @@ from minimind_ds.config import Degrees, ModelConfig
 from minimind_ds.data import loader
 from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.engine import Layout
+from minimind_ds.guard import Guard
 from minimind_ds.lora import Lora, find_targets, fingerprint
 from minimind_ds.model import needs
 from minimind_ds.run_config import RunConfig, parse_run_config
 from minimind_ds.signals import Stop
 from minimind_ds.tokenizer import Tokenizer, load_tokenizer
+from minimind_ds.watchdog import Watchdog
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PROGRAMS = {
@@ -54,6 +56,16 @@ class Job:
     notes: list[str]
     lora: Lora | None = None
     stop: Stop = field(default_factory=Stop)
+    guard: Guard = field(default_factory=Guard)
+    watchdog: Watchdog | None = None
+    # Seconds this rank took over the forward pass of the step before, and where each rank runs.
+    forward_s: float = 0.0
+    hosts: list[str] = field(default_factory=list)
+
+    def beat(self, doing: str) -> None:
+        """Tell the watchdog, if there is one, what this rank does now."""
+        if self.watchdog is not None:
+            self.watchdog.beat(doing)
 
     @property
     def stage(self) -> int:

@@ -98,11 +98,12 @@ class Metrics:
             self.show(line)
 
     def show(self, line: dict) -> None:
+        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
         self.bar.update(line["step"] - self.bar.n)
-        self.bar.set_postfix_str(f"loss {line['loss']:.4f}, {line['tokens_per_s']:,.0f} tokens/s")
+        self.bar.set_postfix_str(f"loss {loss}, {line['tokens_per_s']:,.0f} tokens/s")
         if self.bar.disable and (line["step"] % self.log_interval == 0 or line["step"] == self.total_steps):
             left = (self.total_steps - line["step"]) * line["step_s"]
-            print(f"step {line['step']}/{self.total_steps}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  "
+            print(f"step {line['step']}/{self.total_steps}  loss {loss}  lr {line['lr']:.2e}  "
                   f"{line['tokens_per_s']:,.0f} tokens/s  {left / 60:.1f} min left", flush=True)
 
     def say(self, text: str) -> None:

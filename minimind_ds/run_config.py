@@ -78,6 +78,10 @@ class RunConfig:
                             choices=("row", "batch", "document", "global"))
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = flag(False, "torch.compile the model's layers")
+    on_spike: str = flag("log", "what a loss does that is 6 standard deviations above the last 128 steps'",
+                         choices=("log", "skip", "stop"))
+    on_non_finite: str = flag("stop", "what a loss that is NaN or infinite does", choices=("stop", "skip"))
+    hang_minutes: float = flag(30.0, "minutes in one phase of a step after which a rank dumps its stacks and ends")
     on_bad_record: str = flag("stop", "what a malformed line does", choices=("stop", "skip"))
     random_system_ratio: float = flag(0.0, "share of conversations given a random system prompt (MiniMind: 0.2)")
     drop_empty_think_ratio: float = flag(0.0, "share of empty think blocks removed (MiniMind: 0.8)")

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -25,11 +27,14 @@ from minimind_ds import checkpoint, ds_config, engine, lora, parallel, reshape, 
 from minimind_ds.data import loader
 from minimind_ds.data.packing import PackedBatch
 from minimind_ds.engine import Layout, NonFinite
+from minimind_ds.guard import MOST_SKIPPED, Guard, taken_losses
 from minimind_ds.job import Job, prepare
 from minimind_ds.loss import scaled_loss
 from minimind_ds.metrics import Metrics
 from minimind_ds.model import MiniMindForCausalLM
 from minimind_ds.signals import STOPPED, Stopped
+from minimind_ds.stragglers import Stopwatch, slowest
+from minimind_ds.watchdog import Watchdog, lost_contact
 
 
 def main(program: str, argv: list[str]) -> int:
@@ -49,6 +54,15 @@ def main(program: str, argv: list[str]) -> int:
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except RuntimeError as error:
+        if layout.ranks == 1 or not lost_contact(error):
+            raise
+        doing = job.watchdog.doing if job.watchdog else "starting"
+        print(f"error: rank {layout.rank} on {socket.gethostname()} lost the other ranks in '{doing}': one of them "
+              f"ended or its node is gone ({str(error).splitlines()[0]}); --from_resume auto goes on from the last "
+              "checkpoint", file=sys.stderr, flush=True)
+        # Leaving the broken process group in order would wait for those that are gone.
+        os._exit(1)
     except Stopped as stopped:
         if layout.rank == 0:
             print(stopped, file=sys.stderr, flush=True)
@@ -172,6 +186,7 @@ def train(job: Job, start: Start) -> None:
     ds_engine = build_engine(job)
     if start.path is not None:
         load_checkpoint(job, ds_engine, start)
+    share_start(job, start)
     if layout.rank == 0:
         write_run_folder(job, start)
     dist.barrier()
@@ -180,7 +195,8 @@ def train(job: Job, start: Start) -> None:
     try:
         for line in summary(job, start):
             metrics.say(line)
-        step = run_plan(job, ds_engine, start, metrics)
+        with Watchdog(layout.rank, layout.ranks, 60 * run.hang_minutes) as job.watchdog:
+            step = run_plan(job, ds_engine, start, metrics)
         final = engine.full_weights(ds_engine, job.stage)
         if layout.rank == 0:
             if job.lora:
@@ -192,6 +208,14 @@ def train(job: Job, start: Start) -> None:
         dist.barrier()
     finally:
         metrics.close()
+
+
+def share_start(job: Job, start: Start) -> None:
+    """What every rank has to know and only one can: the losses before a resume, each rank's host; collective."""
+    shared = [taken_losses(job.folder / "metrics.jsonl", start.step) if job.layout.rank == 0 else None]
+    dist.broadcast_object_list(shared)
+    job.guard, job.hosts = Guard(shared[0]), [None] * job.layout.ranks
+    dist.all_gather_object(job.hosts, socket.gethostname())
 
 
 def load_checkpoint(job: Job, ds_engine, start: Start) -> None:
@@ -281,12 +305,15 @@ def run_plan(job: Job, ds_engine, start: Start, metrics: Metrics) -> int:
                     engine.set_lr(ds_engine, learning_rate(progress(run, step, epoch, epoch_step, len(plan)), run))
                 line = train_step(job, ds_engine, plan, Position(step, epoch, epoch_step), ready)
                 metrics.write({"step": step, "epoch": epoch, **line})
+                if "note" in line:
+                    metrics.say(f"{'skipped: ' if 'skipped' in line else ''}{line['note']}")
                 at_end = epoch_step + 1 == last
                 if job.eval_plan and (step % run.eval_interval == 0 if run.eval_interval else at_end):
                     metrics.write({"step": step, "epoch": epoch, **evaluate(job, ds_engine)})
                 # At the very end finishing takes no longer than a checkpoint.
                 stopping = job.stop.agreed and step != job.total_steps
                 if stopping or (run.save_interval and step % run.save_interval == 0):
+                    job.beat(f"step {step}: checkpoint")
                     facts = {"step": step, "epoch": epoch, "epoch_step": epoch_step + 1,
                              "identity": identity(job), "layout": layout_facts(job)}
                     checkpoint.save(ds_engine, job.folder, facts=facts, keep=run.keep)
@@ -345,36 +372,69 @@ def train_step(job: Job, ds_engine, plan: loader.EpochPlan, at: Position, batche
     run, layout = job.run, job.layout
     began = time.perf_counter()
     facts = plan.facts(at.epoch_step)
-    sums, suspects = torch.zeros(3, dtype=torch.float64, device=layout.device), []
+    # Loss, balance loss, whether any rank was asked to stop, each rank's forward time of the step before.
+    sums, suspects = torch.zeros(3 + layout.ranks, dtype=torch.float64, device=layout.device), []
+    stopwatch, optimizer = Stopwatch(layout.device), ds_engine.basic_optimizer
+    job.beat(f"step {at.step}: forward and backward")
     scale = engine.norm_scale(ds_engine, job.stage)
     ds_engine.train()
     for micro in range(run.accumulation_steps):
         batch = next(batches).to(layout.device, non_blocking=True)
-        out = ds_engine(batch)
+        with stopwatch:
+            out = ds_engine(batch)
         ds_engine.backward(scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
                                        step_real=facts.n_tokens, dp_world=layout.ranks), scale_wrt_gas=False)
         sums[:2] += torch.stack([out.loss_sum.detach().double(), out.aux_loss.detach().double() * batch.n_tokens])
         suspects.append(out.loss_sum.detach())
         if micro + 1 == run.accumulation_steps:
-            # Once per step, and before the update: the sum over all ranks says whether any loss is not finite.
-            # It also says whether any rank was asked to stop.
-            sums[2] = float(job.stop.asked is not None)
+            # Once per step, before the update, and the same on every rank.
+            sums[2], sums[3 + layout.rank] = float(job.stop.asked is not None), job.forward_s
             if layout.ranks > 1:
                 dist.all_reduce(sums)
-            if not torch.isfinite(sums).all():
-                raise NonFinite(blame(job, plan, at, suspects))
+            total, aux_total, asked, *times = sums.tolist()
+            loss, aux = total / max(facts.n_labelled, 1), aux_total / max(facts.n_tokens, 1)
+            job.stop.agreed, job.forward_s = asked > 0, stopwatch.take()
+            optimizer.skip_update, note = judge(job, plan, at, loss if math.isfinite(aux) else aux, suspects)
             norm = engine.clip_gradients(ds_engine, run.grad_clip)
+            job.beat(f"step {at.step}: update")
         update(job, ds_engine, plan, at)
-    counts = torch.tensor([max(facts.n_labelled, 1), max(facts.n_tokens, 1), 1], device=sums.device)
-    loss, aux, asked = (sums / counts).tolist()
-    job.stop.agreed = asked > 0
     if norm is None:
         norm = engine.grad_norm(ds_engine, scale)
-    skipped = {} if ds_engine.was_step_applied() else {"skipped": True}
+    skipped = {"skipped": True} if optimizer.skip_update or not ds_engine.was_step_applied() else {}
+    optimizer.skip_update = False
+    if not skipped:
+        job.guard.took(loss)
     seconds = time.perf_counter() - began
-    return {"loss": loss, "aux_loss": aux, "lr": float(ds_engine.optimizer.param_groups[0]["lr"]), "grad_norm": norm,
-            "tokens": facts.n_tokens, "labelled_tokens": facts.n_labelled, "packing_fill": facts.fill,
-            "tokens_per_s": facts.n_tokens / seconds, "step_s": seconds, **skipped}
+    return {"loss": finite(loss), "aux_loss": finite(aux), "lr": float(ds_engine.optimizer.param_groups[0]["lr"]),
+            "grad_norm": finite(norm), "tokens": facts.n_tokens, "labelled_tokens": facts.n_labelled,
+            "packing_fill": facts.fill, "tokens_per_s": facts.n_tokens / seconds, "step_s": seconds, **skipped,
+            **({"note": note} if note else {}), **slowest(times, job.hosts)}
+
+
+def finite(value: float | None) -> float | None:
+    """JSON has no NaN."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def judge(job: Job, plan: loader.EpochPlan, at: Position, loss: float,
+          suspects: list[torch.Tensor]) -> tuple[bool, str | None]:
+    """Whether this step's update is to be skipped, and what is wrong with its loss; the same on every rank.
+
+    Raises:
+        NonFinite: the run is to stop for it, or too many steps in a row were skipped.
+    """
+    wrong, run = job.guard.judge(loss), job.run
+    if wrong is None:
+        return False, None
+    if math.isfinite(loss):
+        policy, note = run.on_spike, f"the loss of step {at.step} {wrong}; {samples_of(job, plan, at)}"
+    else:
+        policy, note = run.on_non_finite, blame(job, plan, at, suspects)
+    if policy == "stop":
+        raise NonFinite(note)
+    if policy == "skip" and not job.guard.skip():
+        raise NonFinite(f"{MOST_SKIPPED} steps in a row were skipped; {note}")
+    return policy == "skip", note
 
 
 def update(job: Job, ds_engine, plan: loader.EpochPlan, at: Position) -> None:
@@ -385,13 +445,17 @@ def update(job: Job, ds_engine, plan: loader.EpochPlan, at: Position) -> None:
         raise NonFinite(f"{error}; {where(job, plan, at)}") from None
     boundary = ds_engine.micro_steps % job.run.accumulation_steps == 0
     # DeepSpeed skips such updates itself in half precision.  With fp16 the loss scale was too high: it is lowered.
-    if boundary and not ds_engine.was_step_applied() and job.run.dtype != "fp16":
+    skipping = job.run.dtype == "fp16" or ds_engine.basic_optimizer.skip_update
+    if boundary and not ds_engine.was_step_applied() and not skipping:
         raise NonFinite(f"a gradient is not finite; {where(job, plan, at)}")
 
 
 def where(job: Job, plan: loader.EpochPlan, at: Position) -> str:
-    rows = plan.rows(at.epoch_step)
-    return f"the update of step {at.step} was not applied; its samples are {named(job, at, [rows])}"
+    return f"the update of step {at.step} was not applied; {samples_of(job, plan, at)}"
+
+
+def samples_of(job: Job, plan: loader.EpochPlan, at: Position) -> str:
+    return f"its samples are {named(job, at, [plan.rows(at.epoch_step)])}"
 
 
 def named(job: Job, at: Position, rows: list) -> str:
@@ -418,6 +482,7 @@ def evaluate(job: Job, ds_engine) -> dict:
     sums = torch.zeros(2, dtype=torch.float64, device=layout.device)
     ds_engine.eval()
     for epoch_step in range(len(plan)):
+        job.beat(f"evaluation, step {epoch_step + 1} of {len(plan)}")
         for micro in range(run.accumulation_steps):
             rows = my_rows(job, plan, epoch_step, micro)
             batch = my_share(job, loader.load_micro_batch(job.eval_store, rows, run.row_len, job.tokenizer.pad_id))

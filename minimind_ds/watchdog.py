@@ -1,9 +1,9 @@
 """A run that hangs ends, and says where: which rank is behind, and what every rank was doing.
 
 Each rank notes in the process group's store what it does (`beat`).  A thread looks at this rank's own last note: when
-it is older than the limit, this rank is stuck, alone or because it waits for another.  It then writes all its stacks to
-the log, names the ranks that are behind, and ends the process; the launcher ends the others.  The store lives in a
-thread of rank 0's C++ side, so it answers while Python waits inside a collective.
+it is older than the limit, this rank is stuck, alone or because it waits for another.  It then writes all its stacks
+to the log, says what the other ranks noted last, and ends the process; the launcher ends the others.  The store lives
+in a thread of rank 0's C++ side, so it answers while Python waits inside a collective.
 
     deepspeed launch/sft.py --deepspeed ds_configs/zero2.json --hang_minutes 10
 """
@@ -22,6 +22,13 @@ import torch.distributed as dist
 
 # Of its own, so that a batch script can tell a hang from a crash.
 HUNG = 76
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error says that another rank is gone: what gloo and NCCL raise then."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or any(
+        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "gloo/transport", "NCCL"))
 
 
 class Watchdog:

@@ -92,10 +92,27 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_its_lines(t
     assert not (tmp_path / "run" / "DONE").exists()
 
 
-def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path, deepspeed):
-    deepspeed(2, "tests/ranks/non_finite.py", str(tmp_path))
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory, deepspeed):
+    out = tmp_path_factory.mktemp("spoilt")
+    deepspeed(2, "tests/ranks/non_finite.py", str(out))
+    return out
+
+
+def test_a_step_whose_loss_is_nan_or_a_spike_is_skipped_whole_and_the_next_one_is_taken(spoilt):
+    results = [json.loads((spoilt / f"skipped_{rank}.json").read_text()) for rank in range(2)]
+    for case in results[0]:
+        first, other = results[0][case], results[1][case]
+        assert first["moved"] == [True, False, False, True] and first["updates"] == [1, 1, 1, 2], (case, first)
+        assert first["lines"] == other["lines"] and other["updates"] == [1, 1, 1, 2], case
+        assert [line["skipped"] for line in first["lines"]] == [None, True, True, None]
+        assert first["lines"][1]["loss"] is None and "is not finite" in first["lines"][1]["note"]
+        assert "standard deviations" in first["lines"][2]["note"] and "lines" in first["lines"][2]["note"]
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(spoilt):
     for rank in range(2):
-        results = json.loads((tmp_path / f"non_finite_{rank}.json").read_text())
+        results = json.loads((spoilt / f"non_finite_{rank}.json").read_text())
         assert len(results) == 8
         for case, (said, good_step_moved, bad_step_moved) in results.items():
             assert "gradient is not finite" in said and "step 2 " in said and "lines" in said, (case, said)

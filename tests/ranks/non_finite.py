@@ -3,7 +3,8 @@
     deepspeed --num_gpus 2 tests/ranks/non_finite.py OUT_DIR
 
 At every stage, in fp32 and bf16: one good step, then one whose gradients (not its loss) are NaN on rank 1 alone.  The
-trainer's own step must raise on both ranks and leave the weights as they were, bit for bit.
+trainer's own step must raise on both ranks and leave the weights as they were, bit for bit.  Then the same with
+losses that are NaN or a spike and are to be skipped.
 """
 
 import json
@@ -16,6 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from minimind_ds import engine  # noqa: E402
 from minimind_ds.engine import NonFinite  # noqa: E402
+from minimind_ds.guard import Guard  # noqa: E402
 from minimind_ds.train import Position, build_engine, fetch, train_step  # noqa: E402
 from tests.ranks.layouts import make_job  # noqa: E402
 
@@ -44,15 +46,44 @@ def attempt(job) -> tuple[str, bool, bool]:
     return said, *moved
 
 
+def spoil(module, inputs, output):
+    return output * float("nan")
+
+
+def skipped(job) -> dict:
+    """A good step, one whose loss is NaN on rank 1 alone, one whose loss is a spike, a good one; both are skipped."""
+    ds_engine, plan = build_engine(job), job.first_plan
+    batches = fetch(job, 0, plan, range(4))
+    found = {"lines": [], "moved": [], "updates": []}
+    for step in range(4):
+        before = engine.full_weights(ds_engine, job.stage)
+        hook = None
+        if step == 1 and job.layout.rank == 1:
+            hook = ds_engine.module.model.norm.register_forward_hook(spoil)
+        job.guard = Guard([0.1 + 0.001 * (i % 3) for i in range(40)] if step == 2 else [])
+        line = train_step(job, ds_engine, plan, Position(step + 1, 0, step), batches)
+        if hook:
+            hook.remove()
+        after = engine.full_weights(ds_engine, job.stage)
+        counts = [int(state["step"]) for state in ds_engine.basic_optimizer.state.values() if "step" in state]
+        found["lines"].append({key: line.get(key) for key in ("loss", "skipped", "note")})
+        found["moved"].append(any(not torch.equal(before[name], after[name]) for name in before))
+        found["updates"].append(max(counts))
+    return found
+
+
 def main(out: pathlib.Path) -> None:
     layout = engine.read_layout()
     engine.start(layout)
-    results = {}
+    results, skips = {}, {}
     for dtype in ("fp32", "bf16"):
         for stage in range(4):
             job = make_job(layout, out, "dense", stage, 2, [], dtype)
             results[f"{dtype} {stage}"] = attempt(job)
+            job = make_job(layout, out, "dense", stage, 2, ["--on_non_finite", "skip", "--on_spike", "skip"], dtype)
+            skips[f"{dtype} {stage}"] = skipped(job)
     (out / f"non_finite_{layout.rank}.json").write_text(json.dumps(results))
+    (out / f"skipped_{layout.rank}.json").write_text(json.dumps(skips))
     engine.stop()
 
 
