@@ -9,11 +9,13 @@ and the newest good one is used.  DeepSpeed's own files (pickles) are opened onl
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import socket
 
 import torch
 import torch.distributed as dist
@@ -57,6 +59,31 @@ def fsync(path: pathlib.Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock(run_dir: pathlib.Path):
+    """Hold a run folder for this process; the operating system lets go when it ends, however it ends.
+
+    Returns:
+        The open file; keep it.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    file = (run_dir / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{run_dir} is in use by {file.read().strip() or 'another run'}; stop that run, or name "
+                         "another --save_dir") from None
+    except OSError:
+        # A file system without locks: nothing can be held there.
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def write_durably(path: pathlib.Path, text: str) -> None:

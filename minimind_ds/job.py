@@ -58,6 +58,8 @@ class Job:
     stop: Stop = field(default_factory=Stop)
     guard: Guard = field(default_factory=Guard)
     watchdog: Watchdog | None = None
+    # Rank 0's hold on the run folder.
+    lock: object = None
     # Seconds this rank took over the forward pass of the step before, and where each rank runs.
     forward_s: float = 0.0
     hosts: list[str] = field(default_factory=list)

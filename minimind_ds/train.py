@@ -114,6 +114,7 @@ def find_start(job: Job) -> Start:
     found = [None]
     if job.layout.rank == 0:
         try:
+            job.lock = checkpoint.lock(job.folder)
             start, notes = look_for_start(job)
             found = [(start, notes if start.finished else notes + restarts.begin(job.folder, start.step))]
         except ValueError as error:

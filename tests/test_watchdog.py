@@ -76,6 +76,19 @@ def test_a_rank_that_dies_ends_the_others_soon_and_they_say_where(tmp_path):
     assert "error: rank 0 on" in said and "lost the other ranks in 'step" in said
 
 
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_path):
+    first = start(tmp_path / "one", ranks=1)
+    try:
+        reach(tmp_path / "one", first, 2)
+        second = start(tmp_path / "one", "--log_interval", "7", ranks=1)
+        log = tmp_path / "one" / "0.log"
+        assert second[0].wait(timeout=120) == 2
+        assert f"is in use by process {first[0].pid} on" in log.read_text() and "another --save_dir" in log.read_text()
+        assert first[0].poll() is None
+    finally:
+        end(first)
+
+
 def test_a_spike_is_judged_by_the_last_steps_and_too_many_skips_in_a_row_end():
     guard = Guard(2.0 + 0.01 * (i % 5) for i in range(LEAST - 1))
     assert guard.judge(99.0) is None
