@@ -176,6 +176,8 @@ def test_a_bare_name_leaves_to_auto_what_the_backend_has_no_code_for_and_says_so
     choice = kernels.resolve("compiled", "cpu", "float32")
     assert (choice.elementwise, choice.rope, choice.attention) == ("compiled", "compiled", "sdpa")
     assert "attention = sdpa (auto: only the elementwise operations are compiled)" in choice.reason
+    assert kernels.parse("reference, moe=sdpa,activations=native") == {
+        **dict.fromkeys(kernels.OPS, "reference"), "moe": "sdpa", "activations": "native"}
     asked = kernels.parse("deepspeed")
     assert asked["moe"] == "deepspeed" and {asked[op] for op in kernels.OPS if op != "moe"} == {"auto"}
     with pytest.raises(ValueError, match="moe = deepspeed cannot run here"):

@@ -31,7 +31,7 @@ PARTS = ("correctness", "curve", "timings")
 INTERPRETED = 5
 BUDGETS = {"correctness": 190, "curve": 190, "timings": 170}
 TESTS = ("tests/test_triton_attention.py", "tests/test_triton_rope.py", "tests/test_triton_moe.py",
-         "tests/test_deepspeed_ops.py")
+         "tests/test_triton_model.py", "tests/test_deepspeed_ops.py")
 # Statuses of a result that has to be right and is not.
 BAD = ("wrong", "failed", "stopped")
 WHAT = {

@@ -182,6 +182,15 @@ def rms_norm(size: Size, dtype: torch.dtype, device: torch.device, seed: int = 3
                 (2 * n_bytes(x), 5 * n_bytes(x)))
 
 
+def add_rms_norm(size: Size, dtype: torch.dtype, device: torch.device, seed: int = 7) -> Case:
+    draw = Draw(dtype, device, seed)
+    x, residual, dtotal, dy = (draw(size.T, size.C) for _ in range(4))
+    weight = 1 + draw(size.C, scale=0.1)
+    return Case("add_rms_norm", f"{size.T} x {size.C}", dtype, [x, residual, weight], [dtotal, dy],
+                lambda x, residual, weight: reference.add_rms_norm(x, residual, weight, EPS),
+                ["total", "y", "dx", "dresidual", "dweight"], (0, 0), (4 * n_bytes(x), 8 * n_bytes(x)))
+
+
 def swiglu(size: Size, dtype: torch.dtype, device: torch.device, seed: int = 4) -> Case:
     draw = Draw(dtype, device, seed)
     gate, up, dy = (draw(size.T, size.I) for _ in range(3))

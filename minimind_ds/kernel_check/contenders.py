@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minimind_ds import kernels, padded
-from minimind_ds.kernels import elementwise
 from minimind_ds.loss import cross_entropy_sum
 
 from .cases import EPS, Case, plain_head_loss, plain_qk_norm_rope, run, textbook_router
@@ -71,8 +70,8 @@ def refuse(why: str | None):
 
 def backend(op: str, name: str, case: Case):
     """A backend's module, or Absent with its own reason."""
-    module = kernels.BACKENDS[name] if name in kernels.BACKENDS else needs(f"minimind_ds.kernels.{name}")
-    refuse(module.why_not(op, case.device, case.dtype))
+    module = kernels.BACKENDS[name]
+    refuse(module.why_not(op, case.device, case.dtype, kernels.NOTHING))
     return module
 
 
@@ -181,11 +180,10 @@ class Expert(NamedTuple):
 
 
 def triton_router(case: Case) -> Trial:
-    backend("moe", "triton", case)
-    from minimind_ds.kernels.triton_router import route
+    module = backend("router", "triton", case)
 
     def function(logits, K, group, n_groups):
-        weights, experts, counts, sums = route(logits, K, True, group, n_groups)
+        weights, experts, counts, sums = module.route(logits, K, True, group, n_groups)
         return weights, sums, experts, counts
 
     return plain(case, function)
@@ -198,24 +196,35 @@ def eager(function, case: Case) -> Trial:
 
 
 def compiled(function, case: Case) -> Trial:
-    refuse(kernels.BACKENDS["compiled"].why_not("elementwise", case.device, case.dtype))
+    backend("elementwise", "compiled", case)
     return plain(case, torch.compile(function, dynamic=True))
 
 
-def native_qk_norm_rope(q, k, q_weight, k_weight, cos, sin):
-    return tuple(elementwise.rotate(elementwise.rms_norm(x, weight, EPS), cos, sin)
-                 for x, weight in ((q, q_weight), (k, k_weight)))
+def qk_norm_rope_by(name: str, case: Case) -> Trial:
+    module = backend("rope", name, case)
+    return plain(case, lambda q, k, q_weight, k_weight, cos, sin: tuple(
+        module.norm_rope(x, weight, cos, sin, EPS) for x, weight in ((q, q_weight), (k, k_weight))))
 
 
-def native_rotate(q, k, cos, sin):
-    return elementwise.rotate(q, cos, sin), elementwise.rotate(k, cos, sin)
+def rotate_by(name: str, case: Case) -> Trial:
+    module = backend("rope", name, case)
+    return plain(case, lambda q, k, cos, sin: tuple(module.norm_rope(x, None, cos, sin, 0.0) for x in (q, k)))
 
 
-def triton_qk_norm_rope(case: Case) -> Trial:
-    backend("attention", "triton", case)
-    from minimind_ds.kernels.triton_rope import qk_norm_rope
+def elementwise_by(name: str, case: Case) -> Trial:
+    """rms_norm, add_rms_norm or swiglu of a backend."""
+    module = backend("elementwise", name, case)
 
-    return plain(case, lambda *leaves, cos, sin: qk_norm_rope(*leaves, cos, sin, EPS))
+    def function(*leaves):
+        out = getattr(module, case.op)(*leaves, *([EPS] if "norm" in case.op else []))
+        return out if isinstance(out, tuple) else (out,)
+
+    return plain(case, function)
+
+
+def head_loss_by(name: str, case: Case) -> Trial:
+    backend("elementwise", name, case)
+    return plain(case, lambda hidden, weight, labels: (cross_entropy_sum(hidden, weight, labels, backend=name),))
 
 
 def by_reference(case: Case) -> Trial:
@@ -269,7 +278,7 @@ OPS: dict[str, dict[str, Contender]] = {
     "moe": {
         "triton": Contender(by(moe_by, "triton"), ours=True),
         "sdpa": Contender(by(moe_by, "sdpa"), ours=True),
-        "deepspeed": Contender(by(moe_by, "deepspeed_ops"), ours=True, optional=True),
+        "deepspeed": Contender(by(moe_by, "deepspeed"), ours=True, optional=True),
         "loop of experts (MiniMind)": Contender(minimind_experts),
     },
     "router": {
@@ -277,32 +286,41 @@ OPS: dict[str, dict[str, Contender]] = {
         "eager": Contender(by(eager, textbook_router)),
     },
     "qk_norm_rope": {
-        "triton": Contender(triton_qk_norm_rope, ours=True),
-        "native": Contender(by(eager, native_qk_norm_rope), ours=True),
+        "triton": Contender(by(qk_norm_rope_by, "triton"), ours=True),
+        "native": Contender(by(qk_norm_rope_by, "sdpa"), ours=True),
         "eager": Contender(by(eager, plain_qk_norm_rope)),
         "compiled": Contender(by(compiled, plain_qk_norm_rope), ours=True),
     },
     "rms_norm": {
-        "native": Contender(by(eager, lambda x, weight: (elementwise.rms_norm(x, weight, EPS),)), ours=True),
+        "triton": Contender(by(elementwise_by, "triton"), ours=True),
+        "native": Contender(by(elementwise_by, "sdpa"), ours=True),
         "eager": Contender(by_reference),
         "compiled": Contender(by_compiled_reference, ours=True),
         "Liger-Kernel": Contender(liger),
     },
+    "add_rms_norm": {
+        "triton": Contender(by(elementwise_by, "triton"), ours=True),
+        "native": Contender(by(elementwise_by, "sdpa"), ours=True),
+        "eager": Contender(by_reference),
+        "compiled": Contender(by_compiled_reference, ours=True),
+    },
     "swiglu": {
-        "native": Contender(by(eager, lambda gate, up: (elementwise.swiglu(gate, up),)), ours=True),
+        "triton": Contender(by(elementwise_by, "triton"), ours=True),
+        "native": Contender(by(elementwise_by, "sdpa"), ours=True),
         "eager": Contender(by_reference),
         "compiled": Contender(by_compiled_reference, ours=True),
         "Liger-Kernel": Contender(liger),
     },
     "rotate": {
-        "native": Contender(by(eager, native_rotate), ours=True),
+        "triton": Contender(by(rotate_by, "triton"), ours=True),
+        "native": Contender(by(rotate_by, "sdpa"), ours=True),
         "eager": Contender(by_reference),
         "compiled": Contender(by_compiled_reference, ours=True),
         "Liger-Kernel": Contender(liger),
     },
     "head_loss": {
-        "native": Contender(by(eager, lambda hidden, weight, labels: (cross_entropy_sum(hidden, weight, labels),)),
-                            ours=True),
+        "triton": Contender(by(head_loss_by, "triton"), ours=True),
+        "native": Contender(by(head_loss_by, "sdpa"), ours=True),
         "eager": Contender(by(eager, plain_head_loss)),
         "compiled": Contender(by(compiled, plain_head_loss)),
         "Liger-Kernel": Contender(liger),

@@ -22,7 +22,7 @@ from .contenders import OPS, Absent, Contender, Trial
 BF16, FP32 = torch.bfloat16, torch.float32
 # Largest |got - exact| / |exact|: ours, and what others may differ by before their time means nothing.
 OURS, OTHERS = {BF16: 1e-2, FP32: 1e-5}, {BF16: 3e-2, FP32: 1e-3}
-ELEMENTWISE = ("rms_norm", "swiglu", "rotate", "qk_norm_rope", "head_loss")
+ELEMENTWISE = ("rms_norm", "add_rms_norm", "swiglu", "rotate", "qk_norm_rope", "head_loss")
 GROUPS = {
     "correctness": ("others_attention", "attention", "moe", "elementwise", "others", "router", "leaks"),
     "curve": ("dense", "mixture"),

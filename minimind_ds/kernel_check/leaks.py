@@ -109,7 +109,7 @@ def probe_model(device: torch.device, small: bool, use_moe: bool) -> dict:
     mine = slice(start, start + lengths[len(lengths) // 2])
     ids[1, mine] = ids[0, mine]
     torch.manual_seed(0)
-    model = MiniMindForCausalLM(config, "attention=triton,moe=triton,activations=native").to(device, torch.bfloat16)
+    model = MiniMindForCausalLM(config, "triton,activations=native").to(device, torch.bfloat16)
     logits = []
     for row in ids:
         labels = torch.full_like(row, -100)

@@ -46,7 +46,7 @@ class Choice(NamedTuple):
 
 
 def parse(spec: str) -> dict[str, str]:
-    """Reads "auto", a backend's name or "attention=NAME,moe=NAME,..."; what is left out is "auto".
+    """Reads "auto", a backend's name, "attention=NAME,moe=NAME,..." or both; what is left out is "auto".
 
     Keys are OPS (a backend each) and activations (native: the parameters' dtype, or fp32).  A backend's bare name
     leaves to "auto" the operations that it lacks.
@@ -56,14 +56,13 @@ def parse(spec: str) -> dict[str, str]:
     """
     keys = (*OPS, "activations")
     asked = dict.fromkeys(keys, "auto")
-    if "=" not in spec:
-        name = spec.strip()
-        asked.update({op: name for op in OPS if op not in lacks(name)})
-    else:
-        for part in spec.split(","):
-            key, _, name = (word.strip() for word in part.partition("="))
-            if key not in keys:
-                raise ValueError(f"kernels {spec!r}: no operation {key!r}; there are {', '.join(keys)}")
+    for part in spec.split(","):
+        key, named, name = (word.strip() for word in part.partition("="))
+        if not named:
+            asked.update({op: key for op in OPS if op not in lacks(key)})
+        elif key not in keys:
+            raise ValueError(f"kernels {spec!r}: no operation {key!r}; there are {', '.join(keys)}")
+        else:
             asked[key] = name
     for key, name in asked.items():
         names = ACTIVATIONS if key == "activations" else ("auto", *BACKENDS)
@@ -111,7 +110,7 @@ def resolve(spec: str, device: torch.device | str, dtype: torch.dtype | str, nee
         activations = torch.float32 if slow else dtype
     chosen = {op: choose(op, asked[op], device, activations, needs) for op in OPS}
     how = {op: "auto: the fastest that runs here" if asked[op] == "auto" else "as asked" for op in OPS}
-    how.update({op: f"auto: {why}" for op, why in lacks(spec.strip()).items()})
+    how.update({op: f"auto: {why}" for op, why in lacks(spec.split(",")[0].strip()).items() if asked[op] == "auto"})
     parts = [f"{op} = {chosen[op]} ({how[op]})" for op in OPS]
     parts.append(f"activations = {str(activations).removeprefix('torch.')} ({slow or 'as the parameters'})")
     return Choice(**chosen, activations=activations, reason=", ".join(parts))
