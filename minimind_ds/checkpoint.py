@@ -10,12 +10,13 @@ and the newest good one is used.  DeepSpeed's own files (pickles) are opened onl
 from __future__ import annotations
 
 import fcntl
-import hashlib
+import functools
 import json
 import os
 import pathlib
 import shutil
 import socket
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from minimind_ds import whole
 from minimind_ds.engine import continue_betas
+from minimind_ds.saving import Saving, facts_of, fsync, sha256, snapshot
 
 FORMAT = 1
 TAG = "state"
@@ -38,27 +40,6 @@ def folder_of(run_dir: pathlib.Path) -> pathlib.Path:
 
 def name_of(step: int) -> str:
     return f"step_{step:08d}"
-
-
-def sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else digest(f)
-
-
-def digest(file) -> str:
-    """Python 3.10's way."""
-    state = hashlib.sha256()
-    while block := file.read(1 << 20):
-        state.update(block)
-    return state.hexdigest()
-
-
-def fsync(path: pathlib.Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def lock(run_dir: pathlib.Path):
@@ -104,13 +85,13 @@ def together(error: Exception | None, doing: str) -> None:
             raise RuntimeError(f"{doing} failed on rank {rank}: {message}")
 
 
-def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> pathlib.Path:
-    """Write a checkpoint; collective.
+def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> Saving:
+    """Begin a checkpoint; collective.  It is there when the result's `finish` has returned.
 
     Its state is DeepSpeed's own files; or the whole state (whole.py), where experts are shared out.
 
     Args:
-        engine: the DeepSpeed engine.
+        engine: the DeepSpeed engine; it may train on as soon as this returns.
         facts: goes into the manifest: at least 'step', 'epoch', 'epoch_step', 'layout' and 'identity'.
         keep: how many of the newest checkpoints stay; the one just written always does.
 
@@ -119,7 +100,7 @@ def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> pathlib.Pa
     """
     rank, home = dist.get_rank(), folder_of(run_dir)
     aside, final = home / f".writing_{name_of(facts['step'])}", home / name_of(facts["step"])
-    error = None
+    error, files = None, []
     if rank == 0:
         try:
             shutil.rmtree(aside, ignore_errors=True)
@@ -128,37 +109,61 @@ def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> pathlib.Pa
             error = caught
     together(error, f"writing {final}")
     try:
-        save_file(rng_state(), aside / f"rng_rank{rank}.safetensors")
-        # DeepSpeed refuses to convert a checkpoint to its universal format without this.
-        if engine.has_moe_layers:
-            state = whole.collect(engine)
-            if rank == 0:
-                whole.write_file(state, aside / TAG)
-        else:
-            engine.save_checkpoint(str(aside), tag=TAG, save_latest=False,
-                                   client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
+        files = [(aside / f"rng_rank{rank}.safetensors", functools.partial(save_file, rng_state())),
+                 *state_files(engine, aside)]
     except (OSError, RuntimeError) as caught:
         error = caught
     together(error, f"writing {final}")
-    if rank == 0:
-        try:
-            commit(aside, final, facts)
-            retain(home, keep)
-        except OSError as caught:
-            error = caught
-    together(error, f"writing {final}")
-    return final
+
+    def commit_and_retain(written: dict) -> None:
+        commit(aside, final, facts, written)
+        retain(home, keep)
+
+    return Saving(files, root=aside, commit=commit_and_retain, what=f"writing {final}")
 
 
-def commit(aside: pathlib.Path, final: pathlib.Path, facts: dict) -> None:
-    """Manifest, fsync, rename, pointer: in this order."""
-    files = {}
-    for path in sorted(p for p in aside.rglob("*") if p.is_file()):
+def state_files(engine, aside: pathlib.Path) -> list[tuple[pathlib.Path, Callable]]:
+    """The files of the training state that this rank has to write, and what writes each; collective."""
+    if engine.has_moe_layers:
+        state = whole.collect(engine)
+        return [] if state is None else [(aside / TAG / whole.FILE, functools.partial(whole.write_file, state))]
+    own = engine.checkpoint_engine
+    engine.checkpoint_engine = recorder = Recorder(own)
+    try:
+        # DeepSpeed refuses to convert a checkpoint to its universal format without this.
+        engine.save_checkpoint(str(aside), tag=TAG, save_latest=False,
+                               client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
+    finally:
+        engine.checkpoint_engine = own
+    return recorder.files
+
+
+class Recorder:
+    """Stands before DeepSpeed's writer of files: takes copies in memory, to be written later."""
+
+    def __init__(self, own):
+        self.own, self.files = own, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.own, name)
+
+    def save(self, state_dict, path: str):
+        self.files.append((pathlib.Path(path), functools.partial(torch.save, snapshot(state_dict))))
+
+
+def commit(aside: pathlib.Path, final: pathlib.Path, facts: dict, written: dict) -> None:
+    """Manifest, fsync, rename, pointer: in this order.  `written`: the files that ranks wrote, fsynced and hashed."""
+    files = dict(written)
+    for path in (p for p in aside.rglob("*") if p.is_file()):
+        name = path.relative_to(aside).as_posix()
+        if name not in files:
+            # DeepSpeed adds a program of its own.
+            fsync(path)
+            files[name] = facts_of(path)
+    for path in (aside, *(p for p in aside.rglob("*") if p.is_dir())):
         fsync(path)
-        files[path.relative_to(aside).as_posix()] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    for path in (p for p in aside.rglob("*") if p.is_dir()):
-        fsync(path)
-    write_durably(aside / "manifest.json", json.dumps({"format": FORMAT, **facts, "files": files}, indent=1))
+    listed = dict(sorted(files.items()))
+    write_durably(aside / "manifest.json", json.dumps({"format": FORMAT, **facts, "files": listed}, indent=1))
     if final.exists():
         discard(final)
     os.rename(aside, final)

@@ -24,6 +24,7 @@ from minimind_ds.guard import Guard
 from minimind_ds.lora import Lora, find_targets, fingerprint
 from minimind_ds.model import needs
 from minimind_ds.run_config import RunConfig, parse_run_config
+from minimind_ds.saving import Saving
 from minimind_ds.signals import Stop
 from minimind_ds.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.watchdog import Watchdog
@@ -63,6 +64,14 @@ class Job:
     # Seconds this rank took over the forward pass of the step before, and where each rank runs.
     forward_s: float = 0.0
     hosts: list[str] = field(default_factory=list)
+
+    saving: Saving | None = None
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if any; raises as Saving.finish."""
+        if self.saving is not None:
+            self.saving.finish()
+            self.saving = None
 
     def beat(self, doing: str) -> None:
         """Tell the watchdog, if there is one, what this rank does now."""

@@ -197,7 +197,13 @@ def train(job: Job, start: Start) -> None:
         for line in summary(job, start):
             metrics.say(line)
         with Watchdog(layout.rank, layout.ranks, 60 * run.hang_minutes) as job.watchdog:
-            step = run_plan(job, ds_engine, start, metrics)
+            try:
+                step = run_plan(job, ds_engine, start, metrics)
+            except NonFinite:
+                # A checkpoint from before is worth having all the more.
+                job.finish_saving()
+                raise
+            job.finish_saving()
         final = engine.full_weights(ds_engine, job.stage)
         if layout.rank == 0:
             if job.lora:
@@ -317,8 +323,10 @@ def run_plan(job: Job, ds_engine, start: Start, metrics: Metrics) -> int:
                     job.beat(f"step {step}: checkpoint")
                     facts = {"step": step, "epoch": epoch, "epoch_step": epoch_step + 1,
                              "identity": identity(job), "layout": layout_facts(job)}
-                    checkpoint.save(ds_engine, job.folder, facts=facts, keep=run.keep)
+                    job.finish_saving()
+                    job.saving = checkpoint.save(ds_engine, job.folder, facts=facts, keep=run.keep)
                 if stopping:
+                    job.finish_saving()
                     raise Stopped(step)
         if step == run.max_steps:
             break

@@ -77,12 +77,11 @@ def collect(ds_engine) -> Whole | None:
     return whole if dist.get_rank() == 0 else None
 
 
-def write_file(whole: Whole, folder: pathlib.Path) -> None:
+def write_file(whole: Whole, path: pathlib.Path) -> None:
     """One safetensors file, no pickle: tensors as "<name> <key>", the rest as JSON in its header."""
     tensors = {f"{name} {key}": flat for name, parts in whole.parameters.items() for key, flat in parts.items()}
     tensors |= {f"{name} fixed": flat for name, flat in whole.fixed.items()}
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / FILE, metadata={name: json.dumps(getattr(whole, name)) for name in HEADER})
+    save_file(tensors, path, metadata={name: json.dumps(getattr(whole, name)) for name in HEADER})
 
 
 def read_file(folder: pathlib.Path, *, shapes: dict[str, torch.Size]) -> Whole:

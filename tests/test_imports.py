@@ -13,7 +13,7 @@ LAYERS = [
     {"expert_parallel"},
     {"parallel"},
     {"engine", "whole", "checkpoint", "reshape", "memory", "signals", "watchdog", "guard",
-     "stragglers"},
+     "stragglers", "saving"},
     {"restarts", "preflight"},
     {"job", "export", "planner"},
     {"train", "chat", "score", "padded"},

@@ -72,7 +72,8 @@ def case(job, out: pathlib.Path, resume: bool) -> dict:
     if resume:
         folder = out / f"checkpoint_{job.run.dtype}_{job.stage}_{job.model_config.use_moe}"
         folder.mkdir(exist_ok=True)
-        path = checkpoint.save(ds_engine, folder, facts={"step": HALF}, keep=1)
+        checkpoint.save(ds_engine, folder, facts={"step": HALF}, keep=1).finish()
+        path = checkpoint.folder_of(folder) / checkpoint.name_of(HALF)
     lines += run_steps(job, ds_engine, HALF, STEPS)
     after = gathered(ds_engine, job.stage)
     adapters = {name: tensor for name, tensor in after.items() if ".lora." in name}

@@ -155,7 +155,8 @@ def differing(a: dict, b: dict) -> list[str]:
 
 def save(job, ds_engine, folder: pathlib.Path, step: int) -> pathlib.Path:
     facts = {"step": step, "epoch": 0, "epoch_step": step, "identity": identity(job), "layout": layout_facts(job)}
-    return checkpoint.save(ds_engine, folder, facts=facts, keep=1)
+    checkpoint.save(ds_engine, folder, facts=facts, keep=1).finish()
+    return checkpoint.folder_of(folder) / checkpoint.name_of(step)
 
 
 def write(layout, out: pathlib.Path, models: str) -> dict:
