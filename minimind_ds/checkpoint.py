@@ -4,7 +4,7 @@ A checkpoint is written aside, every file is fsynced and hashed into a manifest,
 only then does `latest` point to it.  Loading checks every size and hash first; a torn or altered checkpoint is named
 and the newest good one is used.  DeepSpeed's own files (pickles) are opened only after that check.
 
-    <run>/checkpoints/step_00000040/{manifest.json, state/*.pt, rng_rank0.safetensors}    <run>/checkpoints/latest
+    <run>/checkpoints/step_00000040/{manifest.*, state/*.pt, rng_rank0.safetensors}    <run>/checkpoints/latest
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minimind_ds import whole
 from minimind_ds.engine import continue_betas
 from minimind_ds.saving import Saving, facts_of, fsync, sha256, snapshot
 
-FORMAT = 1
+FORMAT = 2
 TAG = "state"
 
 
@@ -164,6 +164,7 @@ def commit(aside: pathlib.Path, final: pathlib.Path, facts: dict, written: dict)
         fsync(path)
     listed = dict(sorted(files.items()))
     write_durably(aside / "manifest.json", json.dumps({"format": FORMAT, **facts, "files": listed}, indent=1))
+    write_durably(aside / "manifest.sha256", sha256(aside / "manifest.json") + "\n")
     if final.exists():
         discard(final)
     os.rename(aside, final)
@@ -189,6 +190,8 @@ def retain(home: pathlib.Path, keep: int) -> None:
 def verify(path: pathlib.Path) -> tuple[dict | None, str | None]:
     """-> (manifest, None) for a whole checkpoint, (None, what is wrong) for any other."""
     try:
+        if (path / "manifest.sha256").read_text(encoding="utf-8") != sha256(path / "manifest.json") + "\n":
+            return None, f"{path / 'manifest.json'} was altered: its SHA-256 is not that of manifest.sha256"
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         files = manifest["files"].items()
         if manifest["format"] != FORMAT:
@@ -203,7 +206,7 @@ def verify(path: pathlib.Path) -> tuple[dict | None, str | None]:
             if sha256(path / name) != facts["sha256"]:
                 return None, f"{path / name} was altered: its SHA-256 is not the manifest's"
     except FileNotFoundError:
-        return None, f"{path} has no manifest.json"
+        return None, f"{path} has no manifest.json or manifest.sha256"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"{path}: the manifest is damaged ({error})"
     return manifest, None
