@@ -1,0 +1,164 @@
+"""The shipped batch scripts in a real SLURM of two nodes: they train, stop, requeue and go on, bit for bit.
+
+Nothing is left running, whatever happens: see tests/slurm/cluster.py.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import sys
+import tempfile
+import time
+
+import pytest
+
+from tests.conftest import ROOT, environment
+from tests.slurm.cluster import Cluster, forbidden, missing
+from tests.test_resume import curve, weights
+
+STEPS = 60
+MODEL = "preset: debug\nmodel: {hidden_size: 48, num_hidden_layers: 2, dropout: 0.1}\n"
+ONE_NODE = ("--nodes=1", "--ntasks-per-node=2", "--gpus-per-node=2")
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    if why := missing():
+        # .ci/run has installed what is needed: there it is a failure.
+        (pytest.fail if os.environ.get("MINIMIND_DS_NEEDS_SLURM") else pytest.skip)(why)
+    if why := forbidden():
+        pytest.skip(why)
+    # munge refuses a folder that only its owner may enter, and sockets with long names.
+    home = pathlib.Path(tempfile.mkdtemp(prefix="mmds", dir="/tmp"))
+    home.chmod(0o755)
+    try:
+        with Cluster(home) as running:
+            yield running
+    finally:
+        shutil.rmtree(home)
+
+
+class Batch:
+    """A submitted job: launch/slurm/<program>.sbatch with a tiny model."""
+
+    def __init__(self, cluster: Cluster, name: str, *options: str, program: str = "sft", flags: tuple = (), **extra):
+        self.cluster, self.name, self.folder = cluster, name, cluster.home / name
+        config = cluster.home / "run.yaml"
+        config.write_text(MODEL)
+        self.out = cluster.home / f"{name}.out"
+        self.id = cluster.run(
+            "sbatch", "--parsable", "--cpus-per-task=1", f"--output={self.out}", *options,
+            f"launch/slurm/{program}.sbatch", "--config", str(config), "--deepspeed", "ds_configs/zero2.json",
+            "--save_dir", str(self.folder), "--cache_dir", str(cluster.home / "cache"), "--max_steps", str(STEPS),
+            "--save_interval", "20", "--max_seq_len", "96", "--pack_len", "96", "--dtype", "fp32", *flags, cwd=ROOT,
+            **{**environment(), "PYTHON": sys.executable, "LOG_DIR": str(cluster.home / f"{name}.logs"), **extra})
+
+    def show(self) -> dict:
+        return dict(re.findall(r"(\w+)=(\S*)", self.cluster.run("scontrol", "show", "job", "--oneliner", self.id)))
+
+    def said(self) -> str:
+        """All that the job and its ranks printed."""
+        logs = sorted((self.cluster.home / f"{self.name}.logs").glob("*.log"))
+        return "\n".join(path.read_text() for path in (self.out, *logs) if path.exists())
+
+    def wait(self, *states: str, seconds: float = 150) -> dict:
+        def reached():
+            assert "FAILED" in states or self.show()["JobState"] != "FAILED", self.said()[-5000:]
+            return self.show()["JobState"] in states
+        try:
+            self.cluster.wait_for(reached, f"{self.name} to be {states}", seconds)
+        except TimeoutError as error:
+            raise AssertionError(f"{error}\n{self.said()[-5000:]}") from None
+        return self.show()
+
+    def wait_for_step(self, step: int) -> None:
+        path = self.folder / "metrics.jsonl"
+
+        def reached():
+            assert self.show()["JobState"] not in ("FAILED", "COMPLETED"), self.said()[-5000:]
+            return path.exists() and path.read_text().count("\n") >= step
+        self.cluster.wait_for(reached, f"step {step} of {self.name}", 120)
+
+
+@pytest.fixture(scope="module")
+def early(cluster):
+    """A run on one node and one on two at the same time, and one that is frozen until its time limit nears."""
+    control, pair = Batch(cluster, "control", *ONE_NODE), Batch(cluster, "pair", *TWO_NODES)
+    limit = Batch(cluster, "limit", *TWO_NODES, "--time=60")
+    limit.wait_for_step(5)
+    cluster.run("pkill", "-STOP", "-f", str(limit.folder), on="node2")
+    # SLURM looks at time limits every 30 seconds.
+    end = time.strftime("%FT%T", time.localtime(time.time() + 100))
+    cluster.run("scontrol", "update", f"JobId={limit.id}", f"EndTime={end}")
+    return control, pair, limit
+
+
+@pytest.fixture(scope="module")
+def control(early):
+    """The undisturbed run on one node; finished."""
+    early[0].wait("COMPLETED")
+    assert len(curve(early[0].folder)) == STEPS
+    return early[0]
+
+
+def same(batch: Batch, control: Batch, restarts: int) -> None:
+    facts = batch.wait("COMPLETED")
+    assert int(facts["Restarts"]) == restarts and facts["ExitCode"] == "0:0"
+    assert curve(batch.folder) == curve(control.folder) and weights(batch.folder) == weights(control.folder)
+    assert not (batch.folder / "attempts.json").exists()
+
+
+def test_two_nodes_train_as_one_node_does_with_another_job_beside_them(early, control):
+    pair = early[1]
+    same(pair, control, restarts=0)
+    a, b = control.show(), pair.show()
+    assert a["StartTime"] < b["EndTime"] and b["StartTime"] < a["EndTime"], "they were to run side by side"
+    assert a["NumNodes"] == "1" and b["NumNodes"] == "2"
+    places = [re.search(r"rendezvous (node\d:\d+)", batch.said()).group(1) for batch in (control, pair)]
+    assert len(set(places)) == 2 and {place.split(":")[0] for place in places} == {"node1"}
+
+
+def test_a_warned_job_writes_a_checkpoint_and_is_requeued_once(cluster, control):
+    warned = Batch(cluster, "warned", *TWO_NODES)
+    warned.wait_for_step(5)
+    cluster.run("scancel", "--signal=USR1", "--batch", warned.id)
+    warned.wait("PENDING", "REQUEUED", "COMPLETING")
+    # The checkpoint is not the periodic one.
+    step = curve(warned.folder)[-1][0]
+    assert (warned.folder / "checkpoints" / f"step_{step:08d}").exists() and step % 20
+    same(warned, control, restarts=1)
+    assert f"after step {step}" in warned.said() and "restarted 1 times" in warned.said()
+
+
+def test_a_cancelled_job_stays_cancelled_and_leaves_no_process(cluster):
+    cancelled = Batch(cluster, "cancelled", *TWO_NODES)
+    cancelled.wait_for_step(5)
+    cluster.run("scancel", cancelled.id)
+    cancelled.wait("CANCELLED")
+    time.sleep(3)
+    for node in ("node1", "node2"):
+        assert not [line for line in cluster.processes(node) if str(cancelled.folder) in line]
+    assert cancelled.show()["JobState"] == "CANCELLED" and cancelled.show()["Restarts"] == "0"
+    assert not (cancelled.folder / "DONE").exists()
+
+
+def test_a_job_at_its_time_limit_goes_on_after_it(cluster, early, control):
+    limit = early[2]
+    cluster.wait_for(lambda: "received USR1" in limit.said(), "SLURM's warning", 60)
+    cluster.run("pkill", "-CONT", "-f", str(limit.folder), on="node2")
+    limit.wait("PENDING")
+    cluster.run("scontrol", "update", f"JobId={limit.id}", "TimeLimit=60")
+    same(limit, control, restarts=1)
+
+
+def test_a_lost_node_is_survived(cluster, control):
+    lost = Batch(cluster, "lost", *TWO_NODES, flags=("--save_interval", "3"))
+    lost.wait_for_step(7)
+    cluster.switch_off("node2")
+    lost.wait("PENDING")
+    assert lost.show()["Restarts"] == "1"
+    cluster.switch_on("node2")
+    cluster.run("slurmd", on="node2")
+    same(lost, control, restarts=1)
