@@ -121,11 +121,13 @@ def test_two_nodes_train_as_one_node_does_with_another_job_beside_them(early, co
 
 
 def test_a_warned_job_writes_a_checkpoint_and_is_requeued_once(cluster, control):
-    warned = Batch(cluster, "warned", *TWO_NODES)
+    """As one task of an array, whose plain id would be the whole array's."""
+    warned = Batch(cluster, "warned7", *TWO_NODES, "--array=7", flags=("--save_dir", str(cluster.home / "warned%a")))
+    warned.id += "_7"
     warned.wait_for_step(5)
     cluster.run("scancel", "--signal=USR1", "--batch", warned.id)
-    warned.wait("PENDING", "REQUEUED", "COMPLETING")
-    # The checkpoint is not the periodic one.
+    warned.wait("PENDING")
+    # The checkpoint is not a periodic one.
     step = curve(warned.folder)[-1][0]
     assert (warned.folder / "checkpoints" / f"step_{step:08d}").exists() and step % 20
     same(warned, control, restarts=1)
@@ -153,7 +155,21 @@ def test_a_job_at_its_time_limit_goes_on_after_it(cluster, early, control):
     same(limit, control, restarts=1)
 
 
-def test_a_lost_node_is_survived(cluster, control):
+@pytest.fixture(scope="module")
+def chain(cluster):
+    """Pretraining, then fine-tuning of its weights, then an export; submitted all at once."""
+    few, one = ("--max_steps", "3", "--save_interval", "0"), ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1")
+    first = Batch(cluster, "first", *one, program="pretrain", flags=few)
+    second = Batch(cluster, "second", *one, f"--dependency=afterok:{first.id}",
+                   flags=(*few, "--from_weight", str(first.folder)))
+    last = cluster.run(
+        "sbatch", "--parsable", f"--dependency=afterok:{second.id}", f"--output={cluster.home}/last.out", "--wrap",
+        f"{sys.executable} launch/export.py --weight {second.folder} --to hf --out {cluster.home}/hf", cwd=ROOT,
+        **environment())
+    return first, second, last
+
+
+def test_a_lost_node_is_survived(cluster, control, chain):
     lost = Batch(cluster, "lost", *TWO_NODES, flags=("--save_interval", "3"))
     lost.wait_for_step(7)
     cluster.switch_off("node2")
@@ -162,3 +178,25 @@ def test_a_lost_node_is_survived(cluster, control):
     cluster.switch_on("node2")
     cluster.run("slurmd", on="node2")
     same(lost, control, restarts=1)
+
+
+def test_a_chain_of_jobs_ends_in_a_hugging_face_folder(cluster, chain):
+    first, second, last = chain
+    second.wait("COMPLETED")
+    cluster.wait_for((cluster.home / "hf" / "config.json").exists, "the export", 60)
+    assert first.show()["EndTime"] <= second.show()["StartTime"]
+
+
+def test_a_node_with_another_checkout_is_named_before_the_training_begins(cluster):
+    other = cluster.home / "other"
+    shutil.copytree(ROOT / "minimind_ds", other)
+    (other / "loss.py").write_text((other / "loss.py").read_text() + "# Changed on one node only.\n")
+    check = {"PREFLIGHT": "1", "PREFLIGHT_FLAGS": "--min_free_gib 0.1"}
+    cluster.run("mount", "--bind", str(other), str(ROOT / "minimind_ds"), on="node2")
+    refused = Batch(cluster, "refused", *TWO_NODES, **check)
+    assert refused.wait("FAILED")["ExitCode"] == "2:0"
+    assert re.search(r"error: node2: source is \w+, elsewhere \w+", refused.said()) and not refused.folder.exists()
+    cluster.run("umount", str(ROOT / "minimind_ds"), on="node2")
+    alike = Batch(cluster, "alike", *TWO_NODES, flags=("--max_steps", "2"), **check)
+    alike.wait("COMPLETED")
+    assert "pre-flight: all well" in alike.said() and re.search(r"all-reduce over 2 ranks: .* GB/s", alike.said())

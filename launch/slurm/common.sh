@@ -6,8 +6,9 @@
 #   CONDA_ENV=NAME            conda environment           VENV=FOLDER         virtual environment; default: .venv if there
 #   APPTAINER_IMAGE=X.sif     run inside Apptainer        PYXIS_IMAGE=IMAGE   run inside enroot, through Pyxis
 #   CONTAINER_MOUNTS=A,B      more folders to mount       PYTHON=python3      the interpreter
-#   PREFLIGHT=1               check all nodes first       LOG_DIR=FOLDER      logs; default: slurm-logs/<job>
-#   CPU_BIND=cores            srun's --cpu-bind           MASTER_PORT=N       rendezvous port; default: from the job's id
+#   PREFLIGHT=1               check all nodes first       PREFLIGHT_FLAGS=... of launch/preflight.py
+#   LOG_DIR=FOLDER            default: slurm-logs/<job>   CPU_BIND=cores      srun's --cpu-bind
+#   MASTER_PORT=N             rendezvous port; default: a number made from the job's id
 #
 # Network.  NCCL and gloo find their interfaces by themselves; on machines with several they may need a hint:
 #   export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0     the interface all nodes share (bootstrap, CPU collectives)
@@ -82,7 +83,8 @@ tasks() { # PROGRAM [FLAG...]: launch/PROGRAM.py, one task per GPU
 preflight() { # the flags of the training, of which it reads the folders
     [ "${PREFLIGHT:-0}" = 1 ] || return 0
     local code=0
-    MASTER_PORT=$((MASTER_PORT + 1)) tasks preflight "$@" || code=$?
+    # shellcheck disable=SC2086
+    MASTER_PORT=$((MASTER_PORT + 1)) tasks preflight "$@" ${PREFLIGHT_FLAGS:-} || code=$?
     cat "$logs/preflight-rank0000.log"
     [ $code = 0 ] || fail "the pre-flight check failed (exit code $code); nothing was started"
 }
@@ -109,7 +111,8 @@ requeue() { # WHY
     exit 75
 }
 
-train() { # PROGRAM [FLAG...]
+train() { # PROGRAM [FLAG...]; %a in a flag is the number of the array's task
+    set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"
     case " $* " in
     *" --deepspeed"[\ =]* | *" --config"[\ =]*) ;;
     *) set -- "$@" --deepspeed "$home/ds_configs/zero2.json" ;;
