@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -48,11 +49,12 @@ class Batch:
         config = cluster.home / "run.yaml"
         config.write_text(MODEL)
         self.out = cluster.home / f"{name}.out"
+        self.flags = ["--config", str(config), "--deepspeed", "ds_configs/zero2.json", "--cache_dir",
+                      str(cluster.home / "cache"), "--max_steps", str(STEPS), "--save_interval", "20", "--max_seq_len",
+                      "96", "--pack_len", "96", "--dtype", "fp32", "--save_dir", str(self.folder), *flags]
         self.id = cluster.run(
             "sbatch", "--parsable", "--cpus-per-task=1", f"--output={self.out}", *options,
-            f"launch/slurm/{program}.sbatch", "--config", str(config), "--deepspeed", "ds_configs/zero2.json",
-            "--save_dir", str(self.folder), "--cache_dir", str(cluster.home / "cache"), "--max_steps", str(STEPS),
-            "--save_interval", "20", "--max_seq_len", "96", "--pack_len", "96", "--dtype", "fp32", *flags, cwd=ROOT,
+            f"launch/slurm/{program}.sbatch", *self.flags, cwd=ROOT,
             **{**environment(), "PYTHON": sys.executable, "LOG_DIR": str(cluster.home / f"{name}.logs"), **extra})
 
     def show(self) -> dict:
@@ -120,21 +122,21 @@ def test_two_nodes_train_as_one_node_does_with_another_job_beside_them(early, co
     assert len(set(places)) == 2 and {place.split(":")[0] for place in places} == {"node1"}
 
 
-def test_a_warned_job_writes_a_checkpoint_and_is_requeued_once(cluster, control):
-    """As one task of an array, whose plain id would be the whole array's."""
+@pytest.fixture(scope="module")
+def disturbed(cluster, early):
+    """A job that was warned, as one task of an array whose plain id is the whole array's; one whose rank was killed."""
     warned = Batch(cluster, "warned7", *TWO_NODES, "--array=7", flags=("--save_dir", str(cluster.home / "warned%a")))
     warned.id += "_7"
+    crashed = Batch(cluster, "crashed", *ONE_NODE)
     warned.wait_for_step(5)
     cluster.run("scancel", "--signal=USR1", "--batch", warned.id)
-    warned.wait("PENDING")
-    # The checkpoint is not a periodic one.
-    step = curve(warned.folder)[-1][0]
-    assert (warned.folder / "checkpoints" / f"step_{step:08d}").exists() and step % 20
-    same(warned, control, restarts=1)
-    assert f"after step {step}" in warned.said() and "restarted 1 times" in warned.said()
+    crashed.wait_for_step(5)
+    victim = cluster.run("pgrep", "-n", "-f", rf"^\S*python\S* \S*sft.py.*{crashed.folder}")
+    cluster.run("kill", "-KILL", victim)
+    return warned, crashed
 
 
-def test_a_cancelled_job_stays_cancelled_and_leaves_no_process(cluster):
+def test_a_cancelled_job_stays_cancelled_and_leaves_no_process(cluster, disturbed):
     cancelled = Batch(cluster, "cancelled", *TWO_NODES)
     cancelled.wait_for_step(5)
     cluster.run("scancel", cancelled.id)
@@ -144,6 +146,21 @@ def test_a_cancelled_job_stays_cancelled_and_leaves_no_process(cluster):
         assert not [line for line in cluster.processes(node) if str(cancelled.folder) in line]
     assert cancelled.show()["JobState"] == "CANCELLED" and cancelled.show()["Restarts"] == "0"
     assert not (cancelled.folder / "DONE").exists()
+
+
+def test_a_warned_job_writes_a_checkpoint_and_is_requeued_once(control, disturbed):
+    warned = disturbed[0]
+    same(warned, control, restarts=1)
+    # The checkpoint was not a periodic one.
+    step = int(re.search(r"resuming from \S+ after step (\d+)", warned.said()).group(1))
+    assert step % 20 and f"the checkpoint of step {step} is written" in warned.said()
+    assert "received USR1" in warned.said() and "restarted 1 times" in warned.said()
+
+
+def test_a_crash_in_training_is_requeued(control, disturbed):
+    crashed = disturbed[1]
+    same(crashed, control, restarts=1)
+    assert "the training failed: requeued" in crashed.said() and "failed 1 times" in crashed.said()
 
 
 def test_a_job_at_its_time_limit_goes_on_after_it(cluster, early, control):
@@ -200,3 +217,39 @@ def test_a_node_with_another_checkout_is_named_before_the_training_begins(cluste
     alike = Batch(cluster, "alike", *TWO_NODES, flags=("--max_steps", "2"), **check)
     alike.wait("COMPLETED")
     assert "pre-flight: all well" in alike.said() and re.search(r"all-reduce over 2 ranks: .* GB/s", alike.said())
+
+
+def shim(path: pathlib.Path, text: str) -> None:
+    path.write_text("#!/usr/bin/env bash\n" + text)
+    path.chmod(0o755)
+
+
+def test_a_plain_host_file_trains_as_slurm_does(cluster, control):
+    """launch/multi_node.sh and DeepSpeed's launcher as they are; ssh and pdsh enter the test's nodes instead."""
+    tools = cluster.home / "bin"
+    tools.mkdir()
+    pids = " ".join(f"[{name}]={cluster.pid(name)}" for name in cluster.nodes)
+    shim(tools / "ssh", f"""declare -A pid=({pids})
+        while [[ $1 == -* ]]; do [ "$1" = -o ] && shift; shift; done
+        [ -n "${{pid[$1]:-}}" ] || {{ echo "$1: Permission denied (publickey,password)." >&2; exit 255; }}
+        exec nsenter --target=${{pid[$1]}} --mount --uts --ipc --net --pid --wd="$PWD" -- bash -c "${{*:2}}" """)
+    # pdsh -S -f 1024 -w HOST,HOST COMMAND, in which %n is the host's number.
+    shim(tools / "pdsh", """IFS=, read -ra hosts <<<"$5"; command="${*:6}" n=0 code=0
+        for host in "${hosts[@]}"; do ssh "$host" "${command//%n/$n}" & n=$((n + 1)); done
+        while [ $n -gt 0 ]; do wait -n || code=$?; n=$((n - 1)); done; exit $code""")
+    hostfile, folder = cluster.home / "hostfile", cluster.home / "plain"
+    words = ["bash", "launch/multi_node.sh", str(hostfile), "sft", *control.flags, "--save_dir", str(folder)]
+    env = environment(MASTER_PORT="29511")
+    env["PATH"] = f"{tools}:{env['PATH']}:/usr/sbin"
+
+    def run(machines: str) -> subprocess.CompletedProcess:
+        hostfile.write_text(machines)
+        return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=150)
+    for machines, said in [("node1 slots=1\nnode3 slots=1\n", "ssh node3 asks for a password or fails"),
+                           ("node1 slots=1\nnode2 8\n", "line 2: 'node2 8 ' is not 'name slots=GPUS'"),
+                           ("# none\n", "names no machine")]:
+        refused = run(machines)
+        assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and said in refused.stderr, refused
+    done = run("# two machines\nnode1 slots=1\nnode2 slots=1")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert curve(folder) == curve(control.folder) and weights(folder) == weights(control.folder)
