@@ -124,8 +124,9 @@ def test_two_nodes_train_as_one_node_does_with_another_job_beside_them(early, co
 
 @pytest.fixture(scope="module")
 def disturbed(cluster, early):
-    """A job that was warned, as one task of an array whose plain id is the whole array's; one whose rank was killed."""
-    warned = Batch(cluster, "warned7", *TWO_NODES, "--array=7", flags=("--save_dir", str(cluster.home / "warned%a")))
+    """A warned job, as one task of an array, whose plain id is the whole array's; and one whose rank was killed."""
+    warned = Batch(cluster, "warned7", *TWO_NODES, "--array=7",
+                   flags=("--save_dir", str(cluster.home / "warned%a"), "--from_resume", "none"))
     warned.id += "_7"
     crashed = Batch(cluster, "crashed", *ONE_NODE)
     warned.wait_for_step(5)
@@ -211,10 +212,10 @@ def test_a_node_with_another_checkout_is_named_before_the_training_begins(cluste
     check = {"PREFLIGHT": "1", "PREFLIGHT_FLAGS": "--min_free_gib 0.1"}
     cluster.run("mount", "--bind", str(other), str(ROOT / "minimind_ds"), on="node2")
     refused = Batch(cluster, "refused", *TWO_NODES, **check)
+    alike = Batch(cluster, "alike", *ONE_NODE, flags=("--max_steps", "2"), **check)
     assert refused.wait("FAILED")["ExitCode"] == "2:0"
     assert re.search(r"error: node2: source is \w+, elsewhere \w+", refused.said()) and not refused.folder.exists()
     cluster.run("umount", str(ROOT / "minimind_ds"), on="node2")
-    alike = Batch(cluster, "alike", *TWO_NODES, flags=("--max_steps", "2"), **check)
     alike.wait("COMPLETED")
     assert "pre-flight: all well" in alike.said() and re.search(r"all-reduce over 2 ranks: .* GB/s", alike.said())
 

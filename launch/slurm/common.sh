@@ -86,6 +86,7 @@ preflight() { # the flags of the training, of which it reads the folders
     # shellcheck disable=SC2086
     MASTER_PORT=$((MASTER_PORT + 1)) tasks preflight "$@" ${PREFLIGHT_FLAGS:-} || code=$?
     cat "$logs/preflight-rank0000.log"
+    if [ $code != 0 ] && [ -n "$event" ]; then requeue "stopped by $event"; fi
     [ $code = 0 ] || fail "the pre-flight check failed (exit code $code); nothing was started"
 }
 
@@ -94,8 +95,10 @@ on_signal() {
     # Once per event: the warning before a time limit is followed by SIGTERM.
     [ -z "$event" ] || return 0
     event=$1
-    # Reaches the tasks, not this script; each finishes its step, writes a checkpoint and ends.
-    scancel --signal=USR1 "$job" || :
+    # Reaches the tasks, not this script; each finishes its step, writes a checkpoint and ends.  More than once, since
+    # the tasks may not be there yet; a second SIGUSR1 means nothing to them.
+    while :; do scancel --signal=USR1 "$job" || :; sleep 15; done &
+    trap "kill $! 2>/dev/null || :" EXIT
 }
 
 requeue() { # WHY
