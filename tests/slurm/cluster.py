@@ -106,7 +106,7 @@ class Cluster:
             self.switch_on("node2")
             for daemon, node in (("slurmctld", "node1"), ("slurmd", "node1"), ("slurmd", "node2")):
                 self.run(daemon, on=node)
-            self.wait_for(lambda: self.run("sinfo", "-hN", "-tidle", "-o%N").split() == ["node1", "node2"],
+            self.wait_for(lambda: set(self.run("sinfo", "-hN", "-tidle", "-o%N").split()) == {"node1", "node2"},
                           "both nodes to be idle", 20)
         except BaseException:
             print(*(log.read_text() for log in self.home.glob("*.log")), sep="\n")
