@@ -3,6 +3,7 @@
 Nothing is left running, whatever happens: see tests/slurm/cluster.py.
 """
 
+import json
 import os
 import pathlib
 import re
@@ -173,6 +174,23 @@ def test_a_job_at_its_time_limit_goes_on_after_it(cluster, early, control):
     same(limit, control, restarts=1)
 
 
+def shim(path: pathlib.Path, text: str) -> None:
+    path.write_text("#!/usr/bin/env bash\n" + text)
+    path.chmod(0o755)
+
+
+@pytest.fixture(scope="module")
+def benchmark(cluster):
+    """One round of the benchmark, in a container whose program is a stand-in that only starts what it is given."""
+    tools = cluster.home / "container"
+    tools.mkdir()
+    shim(tools / "apptainer", """[ "$1 $2 $3 $5" = "exec --nv --bind --pwd" ] || exit 9
+        echo "inside $7 at $6 with $4"; exec "${@:8}" """)
+    path = f"{tools}:{environment()['PATH']}"
+    return Batch(cluster, "benchmark", "--ntasks-per-node=1", program="benchmark", PATH=path, APPTAINER_IMAGE="x.sif",
+                 flags=("--dtypes", "fp32", "--warm_up", "0", "--steps", "1", "--padded_rows", "2"))
+
+
 @pytest.fixture(scope="module")
 def chain(cluster):
     """Pretraining, then fine-tuning of its weights, then an export; submitted all at once."""
@@ -187,7 +205,7 @@ def chain(cluster):
     return first, second, last
 
 
-def test_a_lost_node_is_survived(cluster, control, chain):
+def test_a_lost_node_is_survived(cluster, control, chain, benchmark):
     lost = Batch(cluster, "lost", *TWO_NODES, flags=("--save_interval", "3"))
     lost.wait_for_step(7)
     cluster.switch_off("node2")
@@ -205,6 +223,13 @@ def test_a_chain_of_jobs_ends_in_a_hugging_face_folder(cluster, chain):
     assert first.show()["EndTime"] <= second.show()["StartTime"]
 
 
+def test_the_benchmark_ends_with_one_json_document_inside_a_container_too(benchmark):
+    benchmark.wait("COMPLETED")
+    said = benchmark.out.read_text()
+    assert f"inside x.sif at {ROOT} with {ROOT},{ROOT}" in said
+    assert json.loads(said[said.index("\n{\n"):])["loops"]["packed fp32"]["tokens_per_s"] > 0
+
+
 def test_a_node_with_another_checkout_is_named_before_the_training_begins(cluster):
     other = cluster.home / "other"
     shutil.copytree(ROOT / "minimind_ds", other)
@@ -218,11 +243,6 @@ def test_a_node_with_another_checkout_is_named_before_the_training_begins(cluste
     cluster.run("umount", str(ROOT / "minimind_ds"), on="node2")
     alike.wait("COMPLETED")
     assert "pre-flight: all well" in alike.said() and re.search(r"all-reduce over 2 ranks: .* GB/s", alike.said())
-
-
-def shim(path: pathlib.Path, text: str) -> None:
-    path.write_text("#!/usr/bin/env bash\n" + text)
-    path.chmod(0o755)
 
 
 def test_a_plain_host_file_trains_as_slurm_does(cluster, control):

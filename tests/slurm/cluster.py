@@ -10,6 +10,7 @@ it, when it is switched off or when this process dies.  Needs root, and the pack
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -142,12 +143,18 @@ class Cluster:
 
     def switch_off(self, name: str) -> None:
         """A power cut."""
+        first = None
+        with contextlib.suppress(OSError, ValueError):
+            first = pathlib.Path(f"/proc/{self.pid(name)}")
         node = self.nodes.pop(name)
         node.kill()
         node.wait()
         node.stdin.close()
-        # Everything inside holds the other end of this pipe or has closed it; the first process does not outlive it.
         node.stdout.close()
+        # The kernel ends a node's first process, which unshare's end has killed, after everything else in it.
+        deadline = time.monotonic() + 10
+        while first and first.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
 
     def pid(self, name: str) -> int:
         """The node's first process."""
