@@ -67,7 +67,7 @@ rendezvous() {
     export MINIMIND_DS_OUTCOME=$logs/outcome
     mkdir -p "$logs"
     rm -f "$MINIMIND_DS_OUTCOME"
-    say "job $job, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST," \
+    say "job $job, restart ${SLURM_RESTART_COUNT:-0}: ${SLURM_NTASKS:-all} tasks on $SLURM_JOB_NODELIST," \
         "rendezvous $MASTER_ADDR:$MASTER_PORT; output of the ranks: $logs"
 }
 
