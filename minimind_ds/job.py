@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from minimind_ds import ds_config, kernels, parallel, weights
+from minimind_ds import ds_config, kernels, parallel, restarts, weights
 from minimind_ds.config import Degrees, ModelConfig
 from minimind_ds.data import loader
 from minimind_ds.data.store import TokenStore, open_or_build
@@ -169,6 +169,9 @@ def choose(run: RunConfig, layout: Layout) -> tuple[RunConfig, list[str]]:
         else:
             dtype = "fp32" if kernels.why_slow(layout.device, torch.bfloat16) else "bf16"
         run = run.replace(dtype=dtype)
+    if run.from_resume != "auto" and restarts.has_own_checkpoint(pathlib.Path(run.save_dir)):
+        notes.append(f"started again by itself: from this job's own checkpoint, not --from_resume {run.from_resume}")
+        run = run.replace(from_resume="auto")
     if run.cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         run = run.replace(cache_dir=os.path.join(home, "minimind_ds"))

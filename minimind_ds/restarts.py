@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import time
 
-from minimind_ds.checkpoint import write_durably
+from minimind_ds.checkpoint import folder_of, write_durably
 from minimind_ds.signals import Stopped
 
 SAME_STEP = 3
@@ -31,6 +32,20 @@ def automatic_restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
 
 
+def job_id() -> str | None:
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def has_own_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether this job, restarted by itself, has written a checkpoint here: it goes on from that whatever it was told
+    to start from, or `--from_resume none` would throw the work away at each pre-emption."""
+    past = read(folder)
+    if not automatic_restarts() or past["job"] != job_id():
+        return False
+    # What stood here before is older.
+    return any(path.stat().st_mtime > past["began"] for path in folder_of(folder).glob("step_*"))
+
+
 def begin(folder: pathlib.Path, step: int) -> list[str]:
     """Note that training begins after `step`; rank 0 only, before the metrics of lost steps are dropped.
 
@@ -40,22 +55,25 @@ def begin(folder: pathlib.Path, step: int) -> list[str]:
     Raises:
         ValueError: automatic restarts fail over and over at one step, or from one checkpoint.
     """
-    past = read(folder) if automatic_restarts() else {"running": False, "failures": []}
+    past = read(folder)
+    if not (automatic_restarts() and past["job"] == job_id()):
+        past = {"job": job_id(), "began": time.time(), "running": False, "failures": []}
     failures = past["failures"]
     if past["running"]:
         failures.append({"from": past["from"], "at": last_step(folder) + 1, "error": past.get("error")})
-    write(folder, {"running": False, "failures": failures})
+    past.pop("error", None)
+    write(folder, {**past, "running": False})
     for key, most, what in (("at", SAME_STEP, "at step"), ("from", SAME_CHECKPOINT, "after the checkpoint of step")):
         latest = failures[-most:]
         if len(latest) == most and len({failure[key] for failure in latest}) == 1:
             why = latest[-1]["error"] or "the process was killed (out of memory?) or its node lost"
             raise ValueError(f"{folder}: training failed {most} times {what} {latest[-1][key]}, the last time with: "
                              f"{why}; not tried again; started by hand it goes on from the last checkpoint")
-    write(folder, {"running": True, "from": step, "failures": failures})
+    write(folder, {**past, "running": True, "from": step})
     report("training")
-    if "SLURM_JOB_ID" not in os.environ:
+    if job_id() is None:
         return []
-    return [f"SLURM job {os.environ['SLURM_JOB_ID']}, restarted {automatic_restarts()} times"
+    return [f"SLURM job {job_id()}, restarted {automatic_restarts()} times"
             + (f", failed {len(failures)} times" if failures else "")]
 
 
@@ -84,9 +102,9 @@ class Attempt:
 def read(folder: pathlib.Path) -> dict:
     try:
         found = json.loads((folder / "attempts.json").read_text(encoding="utf-8"))
-        return {"running": bool(found["running"]), "failures": list(found["failures"]), **found}
+        return {**found, "job": found["job"], "began": float(found["began"]), "failures": list(found["failures"])}
     except (OSError, ValueError, KeyError, TypeError):
-        return {"running": False, "failures": []}
+        return {"job": None, "began": float("inf"), "running": False, "failures": []}
 
 
 def write(folder: pathlib.Path, record: dict) -> None:

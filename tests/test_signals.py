@@ -41,7 +41,8 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_rest_is_bit_
         said = folder.with_suffix(".log").read_text()
         assert number.name in said and f"the checkpoint of step {newest(folder)} is written" in said
         # Stopping is not failing.
-        assert restarts.read(folder) == {"running": False, "from": began, "failures": []}
+        record = restarts.read(folder)
+        assert record["from"] == began and not record["running"] and record["failures"] == []
         began = newest(folder)
 
     # The second SIGTERM ends a rank at once, although it waits in a collective for one that hangs.
@@ -114,7 +115,25 @@ def test_the_same_step_failing_three_times_ends_automatic_restarts_with_its_reas
     # Started by hand it is tried again, and from then on counted anew.
     monkeypatch.setenv("SLURM_RESTART_COUNT", "")
     assert restarts.begin(tmp_path, 12) == []
-    assert restarts.read(tmp_path) == {"running": True, "from": 12, "failures": []}
+    assert restarts.read(tmp_path)["running"] and restarts.read(tmp_path)["failures"] == []
+
+
+def test_a_restarted_job_knows_its_own_checkpoints_from_those_of_others(tmp_path, monkeypatch):
+    old = tmp_path / "checkpoints" / "step_00000005"
+    old.mkdir(parents=True)
+    os.utime(old, (time.time() - 60,) * 2)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not restarts.has_own_checkpoint(tmp_path)
+    restarts.begin(tmp_path, 0)
+    assert not restarts.has_own_checkpoint(tmp_path)
+    (tmp_path / "checkpoints" / "step_00000009").mkdir()
+    assert restarts.has_own_checkpoint(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert not restarts.has_own_checkpoint(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert not restarts.has_own_checkpoint(tmp_path)
 
 
 def test_ten_failures_without_a_new_checkpoint_end_automatic_restarts(tmp_path, monkeypatch):
@@ -131,8 +150,9 @@ def test_ten_failures_without_a_new_checkpoint_end_automatic_restarts(tmp_path, 
 def test_the_program_refuses_a_crash_loop_with_one_line_and_code_2(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "attempts.json").write_text(json.dumps(
-        {"running": True, "from": 0, "failures": [{"from": 0, "at": 1, "error": None}] * 2, "error": "OSError: full"}))
+    failure = {"from": 0, "at": 1, "error": None}
+    (folder / "attempts.json").write_text(json.dumps({"job": None, "began": 0, "running": True, "from": 0,
+                                                      "failures": [failure] * 2, "error": "OSError: full"}))
     outcome = tmp_path / "outcome"
     done = subprocess.run([sys.executable, "launch/sft.py", "--deepspeed", "ds_configs/zero2.json", "--preset",
                            "debug", "--save_dir", str(folder), "--cache_dir", str(tmp_path)], cwd=ROOT, text=True,

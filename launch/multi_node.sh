@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Several machines without SLURM, by DeepSpeed's launcher over ssh:
+#   bash launch/multi_node.sh HOSTFILE sft --deepspeed ds_configs/zero2.json --save_dir /shared/runs/sft [any flag]
+# HOSTFILE has a line for each machine, `name slots=GPUS`, the first one first.  The checkout, its environment, the data
+# and --save_dir must stand under the same paths on all of them.  PREFLIGHT=1 checks all machines first;
+# MASTER_PORT (default 29500) is for a second run on the same machines.
+set -euo pipefail
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+[ $# -ge 2 ] || fail "usage: bash launch/multi_node.sh HOSTFILE sft|pretrain|benchmark [FLAG...]"
+hostfile=$1 program=$2
+shift 2
+[ -r "$hostfile" ] || fail "cannot read the host file $hostfile"
+[ -e "$home/launch/$program.py" ] || fail "no launch/$program.py: name sft, pretrain or benchmark"
+if [ -e "$home/.venv/bin/deepspeed" ]; then export PATH="$home/.venv/bin:$PATH"; fi
+command -v deepspeed >/dev/null || fail "no deepspeed on PATH: bash launch/quickstart.sh installs it into .venv"
+
+number=0 hosts=()
+while read -r host slots rest || [ -n "$host" ]; do
+    number=$((number + 1))
+    case $host in '' | '#'*) continue ;; esac
+    [[ $slots =~ ^slots=[1-9][0-9]*$ ]] || fail "$hostfile line $number: '$host $slots $rest' is not 'name slots=GPUS'"
+    hosts+=("$host")
+done <"$hostfile"
+[ ${#hosts[@]} -gt 0 ] || fail "$hostfile names no machine"
+
+for command in ssh pdsh; do
+    command -v $command >/dev/null || fail "no $command: DeepSpeed's launcher needs it (Debian: apt-get install pdsh)"
+done
+for host in "${hosts[@]}"; do
+    # -n: ssh must not read what is not for it.
+    answer=$(ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "test -e '$home/launch/$program.py' || echo missing" 2>&1) ||
+        fail "ssh $host asks for a password or fails (${answer##*$'\n'}): ssh-copy-id $host, and accept its key once"
+    [ -z "$answer" ] || fail "$host has no $home/launch/$program.py: $answer"
+done
+
+run=(deepspeed --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}")
+if [ "${PREFLIGHT:-0}" = 1 ]; then
+    "${run[@]}" "$home/launch/preflight.py" "$@" || fail "the pre-flight check failed; nothing was started"
+fi
+exec "${run[@]}" "$home/launch/$program.py" "$@"

@@ -1,0 +1,37 @@
+"""Before a long run: are all nodes alike, healthy and connected?  A table; exit code 2 names the node that is not.
+
+    srun --nodes=2 --ntasks-per-node=8 python launch/preflight.py --save_dir /shared/runs/sft
+    deepspeed launch/preflight.py --save_dir runs/sft
+
+launch/slurm/*.sbatch run it by themselves with PREFLIGHT=1.  Flags of the training that it does not know are ignored.
+"""
+
+import argparse
+import pathlib
+import sys
+
+# Works from a checkout that was not installed, and whatever the working directory is.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from minimind_ds import engine, preflight  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--save_dir", default="out", help="the run folder (default: %(default)s)")
+    parser.add_argument("--cache_dir", help="where tokenised data is kept; default: ~/.cache/minimind_ds")
+    for name, (value, meaning) in preflight.LIMITS.items():
+        parser.add_argument(f"--{name}", type=float, default=value, help=meaning + " (default: %(default)s)")
+    args, _ = parser.parse_known_args()
+    layout = engine.read_layout()
+    try:
+        return preflight.main(layout, save_dir=args.save_dir, cache_dir=args.cache_dir,
+                              limits={name: getattr(args, name) for name in preflight.LIMITS})
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+# Sourced by the .sbatch files of this folder, inside a SLURM job: environment, rendezvous, one task per GPU under srun,
+# and what happens when the job is pre-empted, runs out of time or crashes.  launch/slurm/README.md explains its use.
+#
+# Variables that a user may set (sbatch passes the environment on):
+#   MODULES="gcc cuda/12.8"   modules to load             SETUP=FILE          a shell file to source
+#   CONDA_ENV=NAME            conda environment           VENV=FOLDER         virtual environment; default: .venv if there
+#   APPTAINER_IMAGE=X.sif     run inside Apptainer        PYXIS_IMAGE=IMAGE   run inside enroot, through Pyxis
+#   CONTAINER_MOUNTS=A,B      more folders to mount       PYTHON=python3      the interpreter
+#   PREFLIGHT=1               check all nodes first       PREFLIGHT_FLAGS=... of launch/preflight.py
+#   LOG_DIR=FOLDER            default: slurm-logs/<job>   CPU_BIND=cores      srun's --cpu-bind
+#   MASTER_PORT=N             rendezvous port; default: a number made from the job's id
+#
+# Network.  NCCL and gloo find their interfaces by themselves; on machines with several they may need a hint:
+#   export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0     the interface all nodes share (bootstrap, CPU collectives)
+#   export NCCL_IB_HCA=mlx5_0,mlx5_1                         InfiniBand adapters that carry data, not storage
+#   export NCCL_DEBUG=INFO                                   says which of them it took; read it once on a new cluster
+set -euo pipefail
+
+say() { printf '%s %s: %s\n' "$(date +%FT%T)" "${SLURM_JOB_NAME:-job}" "$*"; }
+fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+# A task of an array is named ARRAY_TASK: its plain id may be the whole array's.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+logs=$(realpath -m "${LOG_DIR:-slurm-logs/$job}")
+wrap=() step=() event=
+
+environment() {
+    # Other people's scripts seldom bear -u.
+    set +u
+    if [ -n "${SETUP:-}" ]; then source "$SETUP"; fi
+    if [ -n "${MODULES:-}" ]; then
+        command -v module >/dev/null || fail "MODULES=$MODULES: no module command in this job; SETUP=FILE may define it"
+        # shellcheck disable=SC2086
+        module load $MODULES
+    fi
+    if [ -n "${CONDA_ENV:-}" ]; then
+        command -v conda >/dev/null || fail "CONDA_ENV=$CONDA_ENV: no conda on PATH; MODULES or SETUP=FILE may bring it"
+        eval "$(conda shell.bash hook)"
+        conda activate "$CONDA_ENV"
+    fi
+    set -u
+    local venv=${VENV:-$home/.venv}
+    if [ -e "$venv/bin/python" ]; then
+        export VIRTUAL_ENV=$venv PATH="$venv/bin:$PATH"
+    elif [ -n "${VENV:-}" ]; then
+        fail "VENV=$VENV has no bin/python"
+    fi
+    python=${PYTHON:-python}
+    local mounts="$home,$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+    if [ -n "${APPTAINER_IMAGE:-}" ]; then
+        wrap=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$APPTAINER_IMAGE")
+    elif [ -n "${PYXIS_IMAGE:-}" ]; then
+        local binds
+        binds=$(tr ',' '\n' <<<"$mounts" | sed '/:/!s/.*/&:&/' | paste -sd, -)
+        step=(--container-image="$PYXIS_IMAGE" --container-mounts="$binds" --container-workdir="$PWD")
+    else
+        command -v "$python" >/dev/null || fail "no $python on PATH: set MODULES, CONDA_ENV, VENV, PYTHON or a container"
+    fi
+}
+
+rendezvous() {
+    MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    # Two jobs on one node have different ids, hence different ports; below the range the kernel gives out itself.
+    export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((10000 + 2 * (SLURM_JOB_ID % 11000)))}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
+    export MINIMIND_DS_OUTCOME=$logs/outcome
+    mkdir -p "$logs"
+    rm -f "$MINIMIND_DS_OUTCOME"
+    say "job $job, restart ${SLURM_RESTART_COUNT:-0}: ${SLURM_NTASKS:-all} tasks on $SLURM_JOB_NODELIST," \
+        "rendezvous $MASTER_ADDR:$MASTER_PORT; output of the ranks: $logs"
+}
+
+tasks() { # PROGRAM [FLAG...]: launch/PROGRAM.py, one task per GPU
+    local log
+    log=$logs/$1-rank%4t.log
+    # A rank that fails must not have its exit code drowned by those of ranks killed for it: hence the wait.
+    srun --kill-on-bad-exit=0 --wait=60 --input=none --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+        --cpu-bind="${CPU_BIND:-cores}" --open-mode=append --output="$log" --error="$log" "${step[@]}" \
+        "${wrap[@]}" "$python" "$home/launch/$1.py" "${@:2}"
+}
+
+preflight() { # the flags of the training, of which it reads the folders
+    [ "${PREFLIGHT:-0}" = 1 ] || return 0
+    local code=0
+    # shellcheck disable=SC2086
+    MASTER_PORT=$((MASTER_PORT + 1)) tasks preflight "$@" ${PREFLIGHT_FLAGS:-} || code=$?
+    cat "$logs/preflight-rank0000.log"
+    if [ $code != 0 ] && [ -n "$event" ]; then requeue "stopped by $event"; fi
+    [ $code = 0 ] || fail "the pre-flight check failed (exit code $code); nothing was started"
+}
+
+on_signal() {
+    say "received $1"
+    # Once per event: the warning before a time limit is followed by SIGTERM.
+    [ -z "$event" ] || return 0
+    event=$1
+    # Reaches the tasks, not this script; each finishes its step, writes a checkpoint and ends.  More than once, since
+    # the tasks may not be there yet; a second SIGUSR1 means nothing to them.
+    while :; do scancel --signal=USR1 "$job" || :; sleep 15; done &
+    trap "kill $! 2>/dev/null || :" EXIT
+}
+
+requeue() { # WHY
+    local state
+    state=$(squeue --noheader --jobs="$job" --format=%T || :)
+    # A cancelled job, or one that SLURM itself is about to requeue, is no longer running.
+    if [ "$state" = RUNNING ]; then
+        say "$1: requeued, restart $((${SLURM_RESTART_COUNT:-0} + 1))"
+        scontrol requeue "$job" || say "scontrol requeue failed; the same sbatch command goes on from the checkpoint"
+    else
+        say "$1; the job is ${state:-gone}: not requeued"
+    fi
+    exit 75
+}
+
+train() { # PROGRAM [FLAG...]; %a in a flag is the number of the array's task
+    set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"
+    case " $* " in
+    *" --deepspeed"[\ =]* | *" --config"[\ =]*) ;;
+    *) set -- "$@" --deepspeed "$home/ds_configs/zero2.json" ;;
+    esac
+    environment
+    rendezvous
+    trap 'on_signal USR1' USR1
+    trap 'on_signal TERM' TERM
+    preflight "${@:2}"
+    tasks "$@" &
+    local pid=$! code outcome
+    while :; do
+        code=0
+        wait "$pid" || code=$?
+        # A trapped signal ends the wait early.
+        kill -0 "$pid" 2>/dev/null || break
+    done
+    # Not srun's exit code: it may be 0 after a cancel or a lost node.
+    outcome=$(cat "$MINIMIND_DS_OUTCOME" 2>/dev/null || :)
+    say "srun ended with $code; the training says: ${outcome:-nothing}"
+    if [ "$outcome" = done ]; then exit 0; fi
+    tail -n 20 "$logs/$1-rank0000.log" 2>/dev/null || :
+    if [ -n "$outcome" ]; then rm -f "$logs/failed_starts"; fi
+    if [ -n "$event" ]; then requeue "stopped by $event"; fi
+    case $outcome in
+    stopped) requeue "stopped" ;;
+    # The program itself refuses to go on after three failures at one step.
+    training) requeue "the training failed" ;;
+    esac
+    if [ "$code" = 2 ]; then exit 2; fi
+    # It never came as far as training: a dead node, perhaps; a broken installation would fail for ever.
+    echo "$code" >>"$logs/failed_starts"
+    if [ "$(wc -l <"$logs/failed_starts")" -lt 3 ]; then requeue "the program did not start (exit code $code)"; fi
+    fail "the program did not start, three times; see $logs"
+}

@@ -1,0 +1,186 @@
+"""A real SLURM of two nodes on one machine, for tests: slurmctld, slurmd, munge, and a power switch for each node.
+
+A node is a set of namespaces with its own processes, network, host name and /dev/shm; files are shared, as on NFS.
+Its first process waits on a pipe that this process holds, so that a node ends, and by the kernel's doing everything in
+it, when it is switched off or when this process dies.  Needs root, and the packages named in `missing`.
+
+    with Cluster(folder) as cluster:
+        print(cluster.run("srun", "--nodes=2", "hostname"))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import shutil
+import subprocess
+import time
+
+NETWORK = "10.213.47"
+# Free to choose: SLURM is told not to look at the hardware.
+CPUS, GPUS = 64, 8
+SLURM_CONF = """
+ClusterName=test
+SlurmctldHost=node1
+SlurmUser=root
+AuthType=auth/munge
+CredType=cred/munge
+# A job that is requeued waits until its old credential has run out.
+AuthInfo=socket={home}/munge/socket,cred_expire=5
+StateSaveLocation={home}/state
+SlurmdSpoolDir={home}/spool/%n
+SlurmctldPidFile={home}/slurmctld.pid
+SlurmdPidFile={home}/slurmd-%n.pid
+SlurmctldLogFile={home}/slurmctld.log
+SlurmdLogFile={home}/slurmd-%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+GresTypes=gpu
+SlurmdParameters=config_overrides
+ReturnToService=2
+SlurmdTimeout=9
+MessageTimeout=5
+TCPTimeout=2
+KillWait=10
+SchedulerParameters=sched_interval=2,bf_interval=2
+NodeName=node[1-2] CPUs={cpus} RealMemory=100000 Gres=gpu:{gpus}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE
+"""
+FIRST_PROCESS = """
+mount -n -t proc proc /proc && mount -n -t tmpfs tmpfs /dev/shm && mount -n --bind {home}/hosts /etc/hosts &&
+mount -n --bind {home}/etc /etc/slurm && hostname {name} && ip link set lo up && echo up && read -r until_switched_off
+"""
+
+
+def missing() -> str | None:
+    """Why there can be no cluster here; None when there can."""
+    if os.geteuid() != 0:
+        return "a SLURM test cluster needs root"
+    for command in ("slurmctld", "slurmd", "sbatch", "munged", "ip", "unshare", "nsenter"):
+        if shutil.which(command, path=search_path()) is None:
+            return (f"no {command}: apt-get install --no-install-recommends slurmctld slurmd slurm-client munge "
+                    "iproute2 util-linux")
+    return None
+
+
+def forbidden() -> str | None:
+    """Why this machine allows no namespaces; None when it does."""
+    tried = subprocess.run(["unshare", "--fork", "--pid", "--net", "--uts", "--ipc", "--mount", "true"],
+                           capture_output=True, text=True)
+    return f"no namespaces here: {tried.stderr.strip()}" if tried.returncode else None
+
+
+def search_path() -> str:
+    return os.environ["PATH"] + ":/usr/sbin:/sbin"
+
+
+class Cluster:
+    """Two nodes; node1 is the controller too.  `home` must be short and readable by all: munge wants it so."""
+
+    def __init__(self, home: pathlib.Path):
+        self.home, self.nodes = home, {}
+
+    def __enter__(self) -> Cluster:
+        for name in ("etc", "munge", "state", "spool"):
+            (self.home / name).mkdir()
+        # slurm-client brings the folder that the configuration is mounted on; not every package does.
+        pathlib.Path("/etc/slurm").mkdir(exist_ok=True)
+        key = self.home / "munge" / "key"
+        key.write_bytes(os.urandom(128))
+        key.chmod(0o600)
+        (self.home / "hosts").write_text(f"127.0.0.1 localhost\n{NETWORK}.1 node1\n{NETWORK}.2 node2\n")
+        for number in range(GPUS):
+            (self.home / "etc" / f"gpu{number}").touch()
+        (self.home / "etc" / "gres.conf").write_text(f"Name=gpu File={self.home}/etc/gpu[0-{GPUS - 1}]\n")
+        (self.home / "etc" / "slurm.conf").write_text(SLURM_CONF.format(home=self.home, cpus=CPUS, gpus=GPUS))
+        try:
+            self.switch_on("node1")
+            m = self.home / "munge"
+            self.run("munged", f"--key-file={m}/key", f"--socket={m}/socket", f"--pid-file={m}/pid",
+                     f"--seed-file={m}/seed", f"--log-file={m}/log")
+            self.switch_on("node2")
+            for daemon, node in (("slurmctld", "node1"), ("slurmd", "node1"), ("slurmd", "node2")):
+                self.run(daemon, on=node)
+            self.wait_for(lambda: set(self.run("sinfo", "-hN", "-tidle", "-o%N").split()) == {"node1", "node2"},
+                          "both nodes to be idle", 20)
+        except BaseException:
+            print(*(log.read_text() for log in self.home.glob("*.log")), sep="\n")
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        for name in list(self.nodes):
+            self.switch_off(name)
+
+    def switch_on(self, name: str) -> None:
+        self.nodes[name] = subprocess.Popen(
+            ["unshare", "--fork", "--kill-child", "--pid", "--net", "--uts", "--ipc", "--mount", "bash", "-c",
+             FIRST_PROCESS.format(home=self.home, name=name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            start_new_session=True, env={**os.environ, "PATH": search_path()})
+        if self.nodes[name].stdout.readline() != b"up\n":
+            raise RuntimeError(f"{name} did not come up")
+        self.connect(name)
+
+    def connect(self, name: str) -> None:
+        """A network: node1 has the switch, in which its own address stays when the other's card is gone."""
+        if name == "node1":
+            card, last = "switch", 1
+            self.run("ip", "link", "add", card, "type", "bridge")
+        else:
+            card, last = "card", 2
+            self.run("ip", "link", "add", "to2", "type", "veth", "peer", "name", card, "netns", str(self.pid(name)),
+                     only="net")
+            self.run("ip", "link", "set", "to2", "master", "switch", "up")
+        self.run("ip", "address", "add", f"{NETWORK}.{last}/24", "dev", card, on=name)
+        self.run("ip", "link", "set", card, "up", on=name)
+
+    def switch_off(self, name: str) -> None:
+        """A power cut."""
+        first = None
+        with contextlib.suppress(OSError, ValueError):
+            first = pathlib.Path(f"/proc/{self.pid(name)}")
+        node = self.nodes.pop(name)
+        node.kill()
+        node.wait()
+        node.stdin.close()
+        node.stdout.close()
+        # The kernel ends a node's first process, which unshare's end has killed, after everything else in it.
+        deadline = time.monotonic() + 10
+        while first and first.exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def pid(self, name: str) -> int:
+        """The node's first process."""
+        unshare = self.nodes[name].pid
+        return int(pathlib.Path(f"/proc/{unshare}/task/{unshare}/children").read_text())
+
+    def run(self, *command: str, on: str = "node1", cwd=None, only: str | None = None, **extra: str) -> str:
+        """A command on a node; returns its output.  `only`: enter this namespace and no other."""
+        enter = [f"--{only}"] if only else ["--mount", "--uts", "--ipc", "--net", "--pid"]
+        words = ["nsenter", f"--target={self.pid(on)}", *enter, f"--wd={cwd or self.home}", "--", *command]
+        done = subprocess.run(words, text=True, capture_output=True, timeout=60, stdin=subprocess.DEVNULL,
+                              env={**os.environ, "PATH": search_path(), **extra})
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.returncode}: {done.stdout}{done.stderr}")
+        return done.stdout.strip()
+
+    def processes(self, name: str) -> list[str]:
+        """Command lines of what runs on a node, SLURM's own daemons and zombies left out."""
+        lines = self.run("ps", "-e", "-ww", "-o", "stat=,args=", on=name).splitlines()
+        lines = [line.split(None, 1)[-1] for line in lines if not line.startswith("Z")]
+        return [line for line in lines if not line.split()[0].endswith(("slurmctld", "slurmd", "munged", "ps"))
+                and "until_switched_off" not in line]
+
+    def wait_for(self, true, what: str, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not true():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"waited {seconds} s for {what}\n{self.run('scontrol', 'show', 'jobs')}")
+            time.sleep(0.1)
