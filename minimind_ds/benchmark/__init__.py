@@ -201,7 +201,7 @@ def show(document: dict, folder: pathlib.Path) -> int:
 
 
 def compare(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
-    from minimind_ds.benchmark import compare as comparing
+    from minimind_ds.benchmark import ratios
 
     def say(text: str) -> None:
         if layout.rank == 0:
@@ -209,17 +209,17 @@ def compare(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
 
     timing = dict(warm_up=args.warm_up, steps=args.steps, say=say)
     if args.compare == "padded":
-        result = comparing.compare_padded(train_flags(args, flags), dtypes=args.dtypes.split(","),
+        result = ratios.compare_padded(train_flags(args, flags), dtypes=args.dtypes.split(","),
                                           padded_rows=args.padded_rows, **timing)
     elif args.compare == "moe":
-        result = comparing.compare_moe(train_flags(args, flags, deepspeed=False),
+        result = ratios.compare_moe(train_flags(args, flags, deepspeed=False),
                                        preset=single(args, "preset", "debug"),
                                        file=single(args, "deepspeed", ZERO[0]), **timing)
     else:
-        result = comparing.compare_engines(train_flags(args, flags, deepspeed=False), files=args.deepspeed or ZERO,
+        result = ratios.compare_engines(train_flags(args, flags, deepspeed=False), files=args.deepspeed or ZERO,
                                            ddp=args.compare == "ddp", **timing)
     if layout.rank == 0:
-        print("\n" + comparing.table(result) + "\n")
+        print("\n" + ratios.table(result) + "\n")
         text = json.dumps(result, indent=1, ensure_ascii=False)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)

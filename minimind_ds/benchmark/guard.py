@@ -21,8 +21,8 @@ SIZE = ("--preset", "debug", "--rows", "768x1x1", "--dtype", "fp32")
 RUNS = {
     "plain": ("--compare", "plain", *SIZE, *STEPS),
     "moe": ("--compare", "moe", *SIZE, *STEPS),
-    "padded": ("--compare", "padded", "--preset", "debug", "--dtypes", "fp32", "--pack_len", "768", "--padded_rows", "2",
-               *STEPS),
+    "padded": ("--compare", "padded", "--preset", "debug", "--dtypes", "fp32", "--pack_len", "768",
+               "--padded_rows", "2", *STEPS),
 }
 
 
@@ -40,7 +40,8 @@ def measure() -> dict[str, float]:
             if "pairs" in document:
                 found |= {pair: facts["ratio"] for pair, facts in document["pairs"].items()}
             else:
-                found |= {f"packed / padded {dtype}": r for dtype, r in document["packed_to_padded_same_dtype"].items()}
+                ratios = document["packed_to_padded_same_dtype"]
+                found |= {f"packed / padded {dtype}": ratio for dtype, ratio in ratios.items()}
     return found
 
 

@@ -73,8 +73,8 @@ def table(cells: list[dict]) -> str:
             f"{head} {c['dtype']} | {c['tokens_per_s']:,.0f} ({c['tokens_per_s_min']:,.0f} to "
             f"{c['tokens_per_s_max']:,.0f}) | {c['tokens_per_s_per_device']:,.0f} | "
             f"{c['labelled_tokens_per_s']:,.0f} | {c['step_s']:.3f} | {shares} | {c['mfu']:.1%} | "
-            f"{state(c, 'held') / MB:,.0f} ({state(c, 'planned') / MB:,.0f}) | {peak(c) / MB:,.0f} | {c['sent_bytes_per_step'] / MB:,.1f} | "
-            f"{c['packing_fill']:.2%} |")
+            f"{state(c, 'held') / MB:,.0f} ({state(c, 'planned') / MB:,.0f}) | {peak(c) / MB:,.0f} | "
+            f"{c['sent_bytes_per_step'] / MB:,.1f} | {c['packing_fill']:.2%} |")
     return "\n".join(rows)
 
 

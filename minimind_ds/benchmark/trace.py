@@ -142,8 +142,8 @@ def overlap(a: list[tuple[float, float]], b: list[tuple[float, float]]) -> float
 
 def screen(facts: dict, folder: pathlib.Path) -> list[str]:
     what = "kernels" if facts["device"] == "cuda" else "operators"
-    lines = [f"{facts['preset']}, {pathlib.Path(facts['deepspeed']).name}, {facts['ranks']} rank(s), rank 0: a step of "
-             f"{facts['step_ms']:.1f} ms under the profiler, {facts['operations_per_step']:,.0f} {what}",
+    lines = [f"{facts['preset']}, {pathlib.Path(facts['deepspeed']).name}, {facts['ranks']} rank(s), rank 0: a step "
+             f"of {facts['step_ms']:.1f} ms under the profiler, {facts['operations_per_step']:,.0f} {what}",
              f"host-bound (no {what[:-1]} running): {facts['host_bound_share']:.1%}; mean gap "
              f"{facts['gap_us_mean']:.1f} us", "", f"{'part':<12}{'ms':>10}{'of it gaps':>12}"]
     lines += [f"{part:<12}{p['ms']:>10.2f}{p['gaps_ms']:>12.2f}" for part, p in facts["parts"].items()
