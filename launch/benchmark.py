@@ -1,6 +1,6 @@
 """Throughput, measured on the real training step.
 
-    deepspeed --num_gpus 2 launch/benchmark.py        # the sweep: benchmark/results.json, .md, .csv, .png
+    deepspeed --num_gpus 2 launch/benchmark.py        # the sweep: out/benchmark/results.json, .md, ...
     python launch/benchmark.py --deepspeed ds_configs/zero?.json --preset debug minimind-3 --ranks 1,2 --rows 768x1x1
     python launch/benchmark.py --compare plain                     # each ZeRO stage / PyTorch alone; padded, moe too
     deepspeed --num_gpus 2 launch/benchmark.py --compare ddp

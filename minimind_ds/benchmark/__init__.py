@@ -76,8 +76,8 @@ def parse(doc: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
                         help="default: 1 and as many as there are GPUs, were launched, or 2")
     parser.add_argument("--warm_up", type=int, help="steps that are not counted (default: 2; --compare: 1)")
     parser.add_argument("--steps", type=int, help="steps that are counted (default: 5; --compare: 3; --profile: 2)")
-    parser.add_argument("--out", type=pathlib.Path, help="folder of the sweep (default: benchmark); with --compare: "
-                                                         "also write the JSON document to this file")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of the sweep (default: out/benchmark); with "
+                                                         "--compare: also write the JSON document to this file")
     parser.add_argument("--timeout", type=float, default=900, help="seconds a cell may take (default: %(default)s)")
     parser.add_argument("--retry", action="store_true", help="run cells again that are recorded without a result")
     parser.add_argument("--update", action="store_true", help="with --guard: write the ratios measured now")
@@ -89,7 +89,7 @@ def parse(doc: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         if getattr(args, name):
             setattr(args, name, [word for words in getattr(args, name) for word in words])
     if not args.compare and not args.profile:
-        args.out = args.out or pathlib.Path("benchmark")
+        args.out = args.out or pathlib.Path("out/benchmark")
     args.warm_up = args.warm_up if args.warm_up is not None else 1 if args.compare else 2
     args.steps = args.steps if args.steps is not None else 3 if args.compare else 2 if args.profile else 5
     return args, flags

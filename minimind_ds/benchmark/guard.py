@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 
+from minimind_ds.benchmark import sweep
 from minimind_ds.job import ROOT
 
 # Share of a committed ratio that may be lost before the guard fails: the run-to-run spread of a busy machine.
@@ -32,8 +33,9 @@ def measure() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         for name, words in RUNS.items():
             out = pathlib.Path(folder) / f"{name}.json"
-            done = subprocess.run([sys.executable, str(ROOT / "launch" / "benchmark.py"), *words, "--out", str(out),
-                                   "--save_dir", str(pathlib.Path(folder) / "run")], capture_output=True, text=True)
+            command = [sys.executable, str(ROOT / "launch" / "benchmark.py"), *words, "--out", str(out),
+                       "--save_dir", str(pathlib.Path(folder) / "run")]
+            done = subprocess.run(command, capture_output=True, text=True, env=sweep.clean_environment())
             if done.returncode:
                 raise RuntimeError(f"--compare {name} ended with {done.returncode}: {done.stderr[-2000:]}")
             document = json.loads(out.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """The sweep's pictures.  Imported only where matplotlib is installed.
 
-    python launch/benchmark.py --report --out benchmark
+    python launch/benchmark.py --report
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a sweep found, for people: a Markdown table, a CSV with everything, and plots where matplotlib is installed.
 
-    python launch/benchmark.py --report --out benchmark
+    python launch/benchmark.py --report
 """
 
 from __future__ import annotations

@@ -172,12 +172,10 @@ def run_cell(cell: Cell, folder: pathlib.Path, timeout: float) -> dict:
     log = logs / f"{re.sub(r'[^A-Za-z0-9_.=,-]+', '_', cell.key)}.log"
     command = [*launcher(cell.ranks), str(ROOT / "launch" / "benchmark.py"), "--cell", str(result),
                "--warm_up", str(cell.warm_up), "--steps", str(cell.steps), *cell.train_flags(work)]
-    env = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
-    # ninja of this environment first, for what DeepSpeed compiles.
-    env["PATH"] = str(pathlib.Path(sys.executable).parent) + os.pathsep + env.get("PATH", "")
     began = time.perf_counter()
     with open(log, "w", encoding="utf-8") as out:
-        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        child = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT,
+                                 env=clean_environment(), start_new_session=True)
         try:
             code = child.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -191,6 +189,14 @@ def run_cell(cell: Cell, folder: pathlib.Path, timeout: float) -> dict:
         status, reason = diagnose(log.read_text(encoding="utf-8", errors="replace"), code, timeout)
         record |= {"status": status, "reason": reason}
     return record | {"wall_s": time.perf_counter() - began, "date": time.strftime("%Y-%m-%d %H:%M:%S")}
+
+
+def clean_environment() -> dict[str, str]:
+    """For processes that are ranks of nothing yet."""
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    # ninja of this environment first, for what DeepSpeed compiles.
+    env["PATH"] = str(pathlib.Path(sys.executable).parent) + os.pathsep + env.get("PATH", "")
+    return env
 
 
 def launcher(ranks: int) -> list[str]:
