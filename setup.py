@@ -28,9 +28,13 @@ setup(
         "tqdm>=4.66,<5",
         "wandb>=0.19,<1",
     ],
-    extras_require={"test": [
-        "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4", "ruff>=0.12,<0.18",
-        # The CPU build of torch carries none; the kernels' interpreter and compile tests need it.
-        "triton>=3.6,<3.10; platform_system == 'Linux'",
-    ]},
+    extras_require={
+        "test": [
+            "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.6,<4", "ruff>=0.12,<0.18",
+            # The CPU build of torch carries none; the kernels' interpreter and compile tests need it.
+            "triton>=3.6,<3.10; platform_system == 'Linux'",
+        ],
+        # The benchmark's pictures.
+        "plot": ["matplotlib>=3.9,<3.12"],
+    },
 )

@@ -20,7 +20,7 @@ LAYERS = [
     {"benchmark", "kernel_check"},
 ]
 # deepspeed is imported by these only.
-DEEPSPEED = {"engine", "checkpoint", "train", "job", "benchmark", "ds_config", "kernels/deepspeed_ops",
+DEEPSPEED = {"engine", "checkpoint", "train", "job", "ds_config", "kernels/deepspeed_ops",
              "parallel", "expert_parallel", "whole"}
 
 
