@@ -50,6 +50,18 @@ def gradients_apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float
     return worst if math.isfinite(worst) else math.inf
 
 
+def gradient_apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """|a - b| / |b| of all parameters' gradients as one vector: for half precision, where a token that goes to
+    another expert moves that expert's gradient, and the whole hardly."""
+    moved = whole_norm({name: ours[name].double() - grad.double() for name, grad in theirs.items()})
+    moved /= max(whole_norm(theirs), 1e-12)
+    return moved if math.isfinite(moved) else math.inf
+
+
+def whole_norm(grads: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(grad.double().square().sum().item() for grad in grads.values()))
+
+
 def bits_apart(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> int:
     """How many elements differ; NaNs in one place are equal."""
     return sum(int((~torch.isclose(a, b, rtol=0, atol=0, equal_nan=True)).sum()) for a, b in zip(ours, theirs))

@@ -54,12 +54,18 @@ def leaked_attention():
 
 def mean_of_means():
     """Each micro-batch's own mean, averaged over micro-batches and ranks."""
-    def loss_of(ce_sum, aux, n_real, *, step_labelled, step_real, dp_world):
-        batch = sys._getframe(1).f_locals["batch"]
-        micro_batches = sys._getframe(1).f_locals["run"].accumulation_steps
-        return ce_sum / max(batch.n_labelled, 1) / micro_batches + aux * (n_real * dp_world / max(step_real, 1))
+    fetch, now = train.fetch, {}
 
-    return mock.patch.object(train, "scaled_loss", loss_of)
+    def watched(job, *args):
+        now["micro_batches"] = job.run.accumulation_steps
+        for batch in fetch(job, *args):
+            now["labelled"] = max(batch.n_labelled, 1)
+            yield batch
+
+    def loss_of(ce_sum, aux, n_real, *, step_labelled, step_real, dp_world):
+        return ce_sum / now["labelled"] / now["micro_batches"] + aux * (n_real * dp_world / max(step_real, 1))
+
+    return mock.patch.multiple(train, fetch=watched, scaled_loss=loss_of)
 
 
 def no_moments():
