@@ -15,7 +15,7 @@ LAYERS = [
     {"engine", "whole", "checkpoint", "reshape", "memory"},
     {"job", "export", "planner"},
     {"train", "chat", "score", "padded"},
-    {"benchmark", "kernel_check", "verify"},
+    {"benchmark", "kernel_check", "verify", "plan", "plan_check"},
 ]
 # deepspeed is imported by these only.
 DEEPSPEED = {"engine", "checkpoint", "train", "job", "benchmark", "ds_config", "kernels/deepspeed_ops",

@@ -8,6 +8,8 @@ answer and `<|im_end|>` ends it.  The renderer, which labels by who wrote a piec
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from minimind_ds.data.conversation import Conversation, read_records
@@ -34,14 +36,19 @@ def learnt(labels: np.ndarray) -> np.ndarray:
     return np.concatenate(([False], labels[:-1] != IGNORE))
 
 
+@functools.lru_cache
+def marks(tok: Tokenizer) -> tuple[int, int, list[int], list[int]]:
+    """The start and stop tokens' ids, and those of an answer's header and of a newline."""
+    return tok.special_id("<|im_start|>"), tok.special_id("<|im_end|>"), tok.encode("assistant\n"), tok.encode("\n")
+
+
 def answers(ids: np.ndarray, tok: Tokenizer) -> tuple[np.ndarray, int, int]:
     """The tokens of a conversation that the assistant wrote, by control tokens alone.
 
     Returns:
         (T,) bool, the stop token and the newline after it included; how many answers begin; how many end.
     """
-    start, stop = tok.special_id("<|im_start|>"), tok.special_id("<|im_end|>")
-    header, newline = tok.encode("assistant\n"), tok.encode("\n")
+    start, stop, header, newline = marks(tok)
     mine, begun, ended = np.zeros(len(ids), dtype=bool), 0, 0
     stops = np.flatnonzero(ids == stop)
     for at in np.flatnonzero(ids == start).tolist():

@@ -28,7 +28,7 @@ from .small import STEPS, Bench
 
 # Of a step's rows into micro-batches; the law of gradients takes two.
 SPLITS = (1, 4)
-CURVE = 3
+CURVE = 2
 # Relative differences that rounding explains: of a loss, of a gradient (2-norm; the worst parameter's in fp32, the
 # whole in half precision).
 FP32 = 1e-5

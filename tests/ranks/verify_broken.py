@@ -94,7 +94,7 @@ def main(out: pathlib.Path, cases: list[dict]) -> None:
         yaml = out / f"{case['name']}_{layout.rank}.yaml"
         yaml.write_text("preset: debug\nmodel: " + json.dumps({**TINY, **case["model"]}), encoding="utf-8")
         argv = ["--config", str(yaml), "--save_dir", str(out / case["name"]), "--cache_dir", str(out / "cache"),
-                "--tokens", "400", "--samples", "3", *case["flags"]]
+                "--tokens", "200", "--samples", "3", *case["flags"]]
         options, rest = verify.parse(argv)
         job, kind = verify.prepare_job(rest, layout)
         with globals()[case["breaks"]]() if case["breaks"] else mock.MagicMock():
