@@ -219,6 +219,25 @@ def set_lr(engine, lr: float) -> None:
         group["lr"] = lr
 
 
+def full_gradients(engine, stage: int) -> dict[str, torch.Tensor]:
+    """Every trained parameter's whole gradient in fp32, on all ranks, as the coming update will see it.
+
+    Collective; between the last backward of a step and engine.step(), before clipping.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    grads = {}
+    for name, param in engine.module.named_parameters():
+        if param.requires_grad:
+            grad = safe_get_full_grad(param) if stage > 0 else param.grad
+            if hasattr(param, "ds_zero_placement_family"):
+                from minimind_ds import expert_parallel
+
+                grad = expert_parallel.whole(param, grad)
+            grads[name] = grad.detach().float().clone()
+    return grads
+
+
 def full_weights(engine, stage: int) -> dict[str, torch.Tensor]:
     """Every trained parameter in fp32 (the optimizer's master copy where there is one), on rank 0; {} elsewhere.
 

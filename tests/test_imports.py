@@ -17,7 +17,7 @@ LAYERS = [
     {"restarts", "preflight"},
     {"job", "export", "planner"},
     {"train", "chat", "score", "padded"},
-    {"benchmark", "kernel_check"},
+    {"benchmark", "kernel_check", "verify", "plan", "plan_check"},
 ]
 # deepspeed is imported by these only.
 DEEPSPEED = {"engine", "checkpoint", "train", "job", "ds_config", "kernels/deepspeed_ops",

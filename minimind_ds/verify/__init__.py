@@ -1,0 +1,153 @@
+"""Is this run right, on this machine, with this DeepSpeed, this JSON, this data?  In about a minute, before it starts.
+
+Shows samples with what is learnt, counts, warns of what spoils fine-tuning, then measures each law of
+docs/PLAN_AND_VERIFY.md and compares with its bound; the table is kept as verify.json in the run folder.
+
+    deepspeed --num_gpus 2 launch/verify.py --deepspeed ds_configs/zero2.json --data_path my.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+
+import torch.distributed as dist
+
+from minimind_ds import checkpoint, engine
+from minimind_ds.data.conversation import file_kind
+from minimind_ds.job import PROGRAMS, Job, prepare
+from minimind_ds.run_config import OneLineParser, parse_run_config
+from minimind_ds.train import user_error
+
+from . import data
+from .finding import Finding, worst_over_ranks
+from .laws import LAWS
+from .small import Bench, bench
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    p = OneLineParser(prog="deepspeed launch/verify.py", allow_abbrev=False, description=__doc__.split("\n")[0],
+                      epilog="Every flag of launch/sft.py is taken, too, and means what it means there.")
+    p.add_argument("--samples", type=int, default=10, help="samples to show (default: 10)")
+    p.add_argument("--color", action="store_true", help="colours even where there is no terminal")
+    p.add_argument("--tokens", type=int, default=0,
+                   help="tokens of a law's step, about; 0: what fits a minute here (default: 0)")
+    options, rest = p.parse_known_args(argv)
+    for name in ("samples", "tokens"):
+        if getattr(options, name) < 0:
+            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 0")
+    return options, rest
+
+
+def prepare_job(argv: list[str], layout: engine.Layout) -> tuple[Job, str]:
+    """The run as launch/sft.py (or pretrain.py, for texts) would start it, and the data's kind.
+
+    Bad records are counted here, where training would stop, unless the run says otherwise.
+    """
+    run = parse_run_config(argv, "sft", PROGRAMS["sft"])
+    kind = file_kind(run.data_path)
+    skip = [] if "on_bad_record" in run.given else ["--on_bad_record", "skip"]
+    return prepare("pretrain" if kind == "text" else "sft", [*argv, *skip], layout), kind
+
+
+def main(argv: list[str]) -> int:
+    """The whole of launch/verify.py.  Returns 0, 1 when a law fails, 2 for a user's mistake."""
+    layout = engine.read_layout()
+    try:
+        options, rest = parse(argv)
+        job, kind = prepare_job(rest, layout)
+        say = print_on(layout)
+        engine.start(layout)
+        cut = bench(job, options.tokens)
+    except ValueError as error:
+        return user_error(error, layout)
+    except KeyboardInterrupt:
+        return 130
+    try:
+        report = verify(job, kind, cut, options, say)
+    finally:
+        engine.stop()
+    return 0 if report["ok"] else 1
+
+
+def print_on(layout: engine.Layout) -> Callable[[str], None]:
+    return (lambda line: print(line, flush=True)) if layout.rank == 0 else (lambda line: None)
+
+
+def verify(job: Job, kind: str, b: Bench, options: argparse.Namespace, say: Callable[[str], None]) -> dict:
+    """Everything after the preparations, collective; the report, the same on every rank."""
+    began, report = time.perf_counter(), [None]
+    found, stats, warned = [], {}, []
+    if job.layout.rank == 0:
+        for line in data.show(job, options.samples, color=options.color or sys.stdout.isatty()):
+            say(line)
+        stats = data.statistics(job, kind)
+        warned = data.warnings(job, stats, kind)
+        for line in [*data.describe(stats), *(f"warning: {line}" for line in warned)]:
+            say(line)
+        found = data.labels_law(job, kind)
+    for line in job.notes:
+        say(line)
+    say(f"kernels: {job.kernels.reason}")
+    if b.cut:
+        say(f"the model is too large for a minute here; the laws are measured on {b.cut}")
+    found += measure(b, say)
+    if job.layout.rank == 0:
+        ok = all(finding.ok for finding in found)
+        for line in table(found):
+            say(line)
+        report = [{"ok": ok, "failed": failed(found), "laws": [finding.to_dict() for finding in found],
+                   "warnings": warned, "data": stats, "model": b.config.to_dict(), "cut_down": b.cut,
+                   "deepspeed": job.ds, "dtype": job.run.dtype, "ranks": job.layout.ranks,
+                   "device": job.layout.device.type, "kernels": job.kernels.reason,
+                   "versions": {name: version(name) for name in ("torch", "deepspeed")},
+                   "seconds": time.perf_counter() - began}]
+        path = job.folder / "verify.json"
+        checkpoint.write_durably(path, json.dumps(report[0], indent=1, ensure_ascii=False))
+        verdict = "every law holds" if ok else f"broken: {', '.join(failed(found))}"
+        say(f"{verdict}; {report[0]['seconds']:.0f} s; wrote {path}")
+    dist.broadcast_object_list(report)
+    return report[0]
+
+
+def measure(b: Bench, say: Callable[[str], None]) -> list[Finding]:
+    """All the laws that need the model.  One that ends in an error is broken, and on several ranks the last."""
+    found, scratch = [], b.job.folder / ".verify"
+    try:
+        for law, function in LAWS.items():
+            began = time.perf_counter()
+            try:
+                # Where several ranks compute the same alone, the worst of them counts.
+                found += worst_over_ranks(function(b), b.job.layout.device)
+            except Exception as error:
+                found.append(Finding(law, f"ended with {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                                     math.inf, 0))
+                if b.job.layout.ranks > 1:
+                    break
+            say(f"measured {law}, {time.perf_counter() - began:.1f} s")
+    finally:
+        if b.job.layout.rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return found
+
+
+def failed(found: list[Finding]) -> list[str]:
+    return list(dict.fromkeys(finding.law for finding in found if not finding.ok))
+
+
+def table(found: list[Finding]) -> list[str]:
+    lines = [f"{'law':<10} {'measured':>9}  {'bound':>7}      what"]
+    for f in found:
+        ok = "ok" if f.ok else "NO"
+        lines.append(f"{f.law:<10} {number(f.measured):>9}  {number(f.bound):>7}  {ok}  {f.what}")
+    return lines
+
+
+def number(value: float) -> str:
+    return str(int(value)) if math.isfinite(value) and value == int(value) else f"{value:.1e}"

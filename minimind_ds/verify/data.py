@@ -1,0 +1,215 @@
+"""What is in the data: samples to look at, counts, what would spoil fine-tuning, and the law of the labels.
+
+The law is checked from token ids alone: text never becomes a control token, so `<|im_start|>` and "assistant" begin an
+answer and `<|im_end|>` ends it.  The renderer, which labels by who wrote a piece, has no part in the check.
+
+    python launch/verify.py --deepspeed ds_configs/zero2.json --data_path my.jsonl
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+
+from minimind_ds.data.conversation import Conversation, read_records
+from minimind_ds.data.packing import IGNORE, permutation
+from minimind_ds.data.store import TokenStore
+from minimind_ds.job import Job
+from minimind_ds.tokenizer import Tokenizer
+
+from .finding import Finding
+
+# Samples looked at one by one, and records compared with their text.
+MOST_SAMPLES, MOST_RECORDS = 20_000, 300
+SHOWN_TOKENS = 160
+GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
+
+
+def some(store: TokenStore, most: int, seed: int) -> np.ndarray:
+    """Indices of at most so many samples, drawn by the seed, in the file's order."""
+    return np.sort(permutation(len(store), seed, 8)[:most])
+
+
+def learnt(labels: np.ndarray) -> np.ndarray:
+    """(T,) bool: token j is predicted by the label of token j - 1."""
+    return np.concatenate(([False], labels[:-1] != IGNORE))
+
+
+@functools.lru_cache
+def marks(tok: Tokenizer) -> tuple[int, int, list[int], list[int]]:
+    """The start and stop tokens' ids, and those of an answer's header and of a newline."""
+    return tok.special_id("<|im_start|>"), tok.special_id("<|im_end|>"), tok.encode("assistant\n"), tok.encode("\n")
+
+
+def answers(ids: np.ndarray, tok: Tokenizer) -> tuple[np.ndarray, int, int]:
+    """The tokens of a conversation that the assistant wrote, by control tokens alone.
+
+    Returns:
+        (T,) bool, the stop token and the newline after it included; how many answers begin; how many end.
+    """
+    start, stop, header, newline = marks(tok)
+    mine, begun, ended = np.zeros(len(ids), dtype=bool), 0, 0
+    stops = np.flatnonzero(ids == stop)
+    for at in np.flatnonzero(ids == start).tolist():
+        first = at + 1 + len(header)
+        if ids[at + 1:first].tolist() != header:
+            continue
+        begun += first < len(ids)
+        later = stops[stops >= first]
+        ended += len(later) > 0
+        mine[first:(later[0] + 1 + len(newline)) if len(later) else len(ids)] = True
+    return mine, begun, ended
+
+
+def labels_law(job: Job, kind: str) -> list[Finding]:
+    """labels[i] is the sample's next token; exactly what the assistant wrote is learnt, the stop token with it."""
+    store, tok = job.stores[0], job.tokenizer
+    stop = tok.special_id("<|im_end|>")
+    not_next = outside = missing = no_stop = 0
+    indices = some(store, MOST_SAMPLES, job.run.seed)
+    for index in indices:
+        ids, labels = store.read([int(index)])
+        has_label = labels != IGNORE
+        following = np.append(ids[1:], IGNORE)
+        not_next += int((labels != following)[has_label].sum())
+        told = learnt(labels)
+        mine = np.arange(len(ids)) > 0
+        if kind == "conversations":
+            mine, _, ended = answers(ids, tok)
+            no_stop += ended - int((told & mine & (ids == stop) & (labels_before(labels) == stop)).sum())
+        outside, missing = outside + int((told & ~mine).sum()), missing + int((mine & ~told).sum())
+    n = f"of {len(indices):,} samples"
+    found = [Finding("labels", f"labels {n} that are not the sample's next token", not_next, 0)]
+    if kind == "text":
+        return [*found, Finding("labels", f"tokens {n} without a label", missing, 0)]
+    return [*found, Finding("labels", f"labels {n} outside the assistant's turns", outside, 0),
+            Finding("labels", f"the assistant's tokens {n} without a label", missing, 0),
+            Finding("labels", f"finished answers {n} whose stop token has no label", no_stop, 0),
+            Finding("labels", *lost_answers(job))]
+
+
+def labels_before(labels: np.ndarray) -> np.ndarray:
+    """(T,) the label under which token j is learnt."""
+    return np.concatenate(([IGNORE], labels[:-1]))
+
+
+def lost_answers(job: Job) -> tuple[str, int, int]:
+    """Answers of the first records whose text is not in the text of their labels: what, how many, none allowed."""
+    store, lost, seen = job.stores[0], 0, 0
+    index_of = {int(line): index for index, line in enumerate(store.lines)}
+    for number, (line, item) in enumerate(read_records(job.run.data_path, "conversations", "skip")):
+        if number >= MOST_RECORDS:
+            break
+        index = index_of.get(line)
+        if index is None or store.lengths[index] >= job.run.max_seq_len:
+            continue
+        assert isinstance(item, Conversation)
+        ids, labels = store.read([index])
+        text = job.tokenizer.decode(labels[labels != IGNORE].tolist())
+        for message in item.messages:
+            if message.role == "assistant":
+                seen += 1
+                lost += message.content.rpartition("</think>")[2].strip("\n") not in text
+    return f"of {seen:,} answers in the file, those that are not in the labels' text", lost, 0
+
+
+def statistics(job: Job, kind: str) -> dict:
+    """Counts over the whole file, and over MOST_SAMPLES of it what takes reading."""
+    store, plan = job.stores[0], job.first_plan
+    lengths, stats = store.lengths, store.stats
+    indices = some(store, MOST_SAMPLES, job.run.seed)
+    seen, twice, unstopped, cut_answers = set(), 0, 0, 0
+    stop = job.tokenizer.special_id("<|im_end|>") if kind == "conversations" else job.tokenizer.eos_id
+    for index in indices:
+        ids, labels = store.read([int(index)])
+        twice += ids.tobytes() in seen
+        seen.add(ids.tobytes())
+        unstopped += stop not in labels
+        # Cut while the assistant was speaking: the last token is learnt, and is no end of an answer.
+        full = len(ids) >= job.run.max_seq_len and len(ids) > 1
+        cut_answers += bool(full and kind == "conversations" and answer_is_open(ids, job.tokenizer))
+    return {"path": str(job.run.data_path), "samples": len(store), "tokens": int(lengths.sum()),
+            "labelled_share": float(store.labelled.sum() / max(lengths.sum(), 1)),
+            "length": {"min": int(lengths.min()), "median": float(np.median(lengths)), "mean": float(lengths.mean()),
+                       "p95": float(np.percentile(lengths, 95)), "max": int(lengths.max())},
+            "rows": plan.n_rows, "row_length": job.run.row_len, "packing_fill": plan.fill, "steps": len(plan),
+            "cut": stats["cut"], "dropped": stats["dropped"], "without_label": stats["unlabelled"],
+            "bad_records": stats["skipped"], "looked_at": len(indices), "duplicates": twice,
+            "stop_never_labelled": unstopped, "cut_inside_answer": cut_answers}
+
+
+def answer_is_open(ids: np.ndarray, tok: Tokenizer) -> bool:
+    _, begun, ended = answers(ids, tok)
+    return begun > ended
+
+
+def describe(stats: dict) -> list[str]:
+    length = stats["length"]
+    return [f"data: {stats['path']}: {stats['samples']:,} samples, {stats['tokens']:,} tokens, "
+            f"{stats['labelled_share']:.1%} labelled",
+            f"lengths: {length['min']} to {length['max']} tokens, mean {length['mean']:.0f}, median "
+            f"{length['median']:.0f}, 95 % below {length['p95']:.0f}",
+            f"rows: {stats['rows']:,} of {stats['row_length']} tokens, {stats['packing_fill']:.2%} full; "
+            f"{stats['steps']:,} steps an epoch",
+            f"cut {stats['cut']:,}, dropped {stats['dropped']:,}, without a label {stats['without_label']:,}, bad "
+            f"records {stats['bad_records']:,}"]
+
+
+def warnings(job: Job, stats: dict, kind: str) -> list[str]:
+    """What spoils fine-tuning, one line each, with what to do."""
+    run, tok, n = job.run, job.tokenizer, stats["looked_at"]
+    lines = []
+    if stats["bad_records"]:
+        records = read_records(run.data_path, kind, "skip")
+        for _ in records:
+            pass
+        lines.append(f"{stats['bad_records']:,} bad records, the first: {records.first_skipped}; training stops there "
+                     "unless --on_bad_record skip")
+    if stats["without_label"]:
+        lines.append(f"{stats['without_label']:,} records have no label and are left out: their answer begins after "
+                     f"--max_seq_len {run.max_seq_len}, or is empty")
+    if stats["cut_inside_answer"]:
+        lines.append(f"{stats['cut_inside_answer']:,} of {n:,} samples are cut inside an answer at --max_seq_len "
+                     f"{run.max_seq_len}; raise it, or --too_long drop leaves them out")
+    if stats["dropped"]:
+        lines.append(f"{stats['dropped']:,} samples are longer than --max_seq_len {run.max_seq_len} and dropped")
+    if stats["stop_never_labelled"]:
+        lines.append(f"{stats['stop_never_labelled']:,} of {n:,} samples never label the stop token: from them the "
+                     "model does not learn to end")
+    if tok.pad_id == tok.eos_id:
+        lines.append(f"the tokenizer's pad token is its end token (id {tok.eos_id}): harmless here, where labels do "
+                     "not come from ids; a trainer that masks padding by its id would never learn to end")
+    if stats["duplicates"]:
+        lines.append(f"{stats['duplicates']:,} of {n:,} samples stand there more than once, token for token")
+    if job.model_config.use_moe and run.moe_balance == "batch":
+        lines.append("--moe_balance batch depends on how rows are dealt to micro-batches, as MiniMind's does; the "
+                     "laws are checked with row")
+    return lines
+
+
+def show(job: Job, count: int, *, color: bool) -> list[str]:
+    """Samples as text, what is learnt in green or in [brackets]."""
+    store, tok, lines = job.stores[0], job.tokenizer, []
+    before, after = (GREEN, PLAIN) if color else ("[", "]")
+    for index in some(store, count, job.run.seed):
+        ids, labels = store.read([int(index)])
+        lines.append(f"--- line {store.lines[index]}: {len(ids)} tokens, {(labels != IGNORE).sum()} labelled")
+        told, text = learnt(labels), ""
+        bounds = [0, *(np.flatnonzero(np.diff(told.astype(np.int8))) + 1).tolist(), len(ids)]
+        for first, end in zip(bounds, bounds[1:]):
+            part = shorten(printable(tok.decode(ids[first:end].tolist())))
+            text += f"{before}{part}{after}" if told[first] else part
+        lines.append(text)
+    return lines
+
+
+def shorten(text: str) -> str:
+    """The two ends of a long stretch: where labels begin and end is what is to be seen."""
+    half = 2 * SHOWN_TOKENS
+    return text if len(text) <= 2 * half else f"{text[:half]} …({len(text) - 2 * half} more)… {text[-half:]}"
+
+
+def printable(text: str) -> str:
+    """Text that cannot command a terminal: control characters are written out."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

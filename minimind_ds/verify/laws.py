@@ -1,0 +1,247 @@
+"""The laws, measured: each function gives the differences found, on the installed DeepSpeed and the user's own JSON.
+
+What runs is the trainer itself (train.train_step, train.run_plan, checkpoint.save) around a small model; what it is
+compared with is written here, without it.  In fp32 the bounds are those of rounding; in half precision they are what
+rounding every activation costs.
+
+    deepspeed --num_gpus 2 launch/verify.py --deepspeed ds_configs/zero3.json
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import pathlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minimind_ds import checkpoint, engine, kernels, train
+from minimind_ds.data.packing import IGNORE, collate
+from minimind_ds.data.sample import Sample
+from minimind_ds.job import DTYPES, Job
+from minimind_ds.model import MiniMindForCausalLM
+
+from .finding import Finding, apart, bits_apart, gradient_apart, gradients_apart, whole_norm
+from .small import STEPS, Bench
+
+# Of a step's rows into micro-batches; the law of gradients takes two.
+SPLITS = (1, 4)
+CURVE = 2
+# Relative differences that rounding explains: of a loss, of a gradient (2-norm; the worst parameter's in fp32, the
+# whole in half precision).
+FP32 = 1e-5
+HALF_LOSS, HALF_NORM, HALF_GRADIENT = 1e-2, 5e-2, 1e-1
+
+
+def plain_gradients(model: MiniMindForCausalLM, samples: list[Sample]) -> tuple[float, dict[str, Tensor]]:
+    """A loop as anybody would write it: one sample after the other, no rows, no ranks, sum of losses over all labels.
+
+    Returns:
+        nats per labelled token, and every trained parameter's gradient; the experts' balance loss is a mean over the
+        tokens of all samples and in the gradients only.
+    """
+    device = next(model.parameters()).device
+    labelled = sum(int((sample.labels != IGNORE).sum()) for sample in samples)
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    loss = 0.0
+    for sample in samples:
+        out = model.train()(collate([[sample]], len(sample.input_ids)).to(device), return_logits=True)
+        total = F.cross_entropy(out.logits[0].float(), sample.labels.to(device), ignore_index=IGNORE, reduction="sum")
+        (total / labelled + out.aux_loss * (len(sample.input_ids) / tokens)).backward()
+        loss += total.item() / labelled
+    return loss, gradients(model)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """What backward left, then forgotten there; zeros where nothing came."""
+    found = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            found[name] = torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+            p.grad = None
+    return found
+
+
+def trained(job: Job, steps: int) -> tuple[list[dict], dict[str, Tensor]]:
+    """The first steps of a run: their lines of metrics, and the first step's gradients as the update saw them."""
+    ds_engine = train.build_engine(job)
+    update, seen = ds_engine.step, {}
+
+    def watched_update(*args, **kwargs):
+        if ds_engine.is_gradient_accumulation_boundary() and not seen and job.run.dtype == "fp32":
+            seen.update(engine.full_gradients(ds_engine, job.stage))
+        return update(*args, **kwargs)
+
+    ds_engine.step = watched_update
+    lines, step = [], 0
+    for epoch in range(job.run.epochs):
+        plan = job.plan(epoch)
+        here = range(min(len(plan), steps - step))
+        batches = train.fetch(job, epoch, plan, here)
+        for epoch_step in here:
+            step += 1
+            if "scheduler" not in job.ds:
+                engine.set_lr(ds_engine, job.run.learning_rate)
+            lines.append(train.train_step(job, ds_engine, plan, train.Position(step, epoch, epoch_step), batches))
+    forget(ds_engine)
+    return lines, seen
+
+
+def forget(ds_engine) -> None:
+    """Engines are large, and hold themselves in circles."""
+    ds_engine.destroy()
+    gc.collect()
+
+
+def gradients_law(b: Bench) -> list[Finding]:
+    """The engine's loss and gradients are the plain loop's, over all ranks and two micro-batches."""
+    job = b.layout(accumulation=2, dtype="fp32", moe_balance="document", grad_clip=0.0)
+    lines, ours = trained(job, 1)
+    samples = [sample for row in b.rows() for sample in row]
+    loss, theirs = plain_gradients(b.model("reference", torch.float32), samples)
+    how = f"{len(samples)} samples in {b.row_len}-token rows, {job.layout.ranks} ranks x 2 micro-batches"
+    found = [Finding("gradients", f"fp32 loss against a plain loop's, {how}", apart(lines[0]["loss"], loss), FP32),
+             Finding("gradients", "fp32 gradients against the plain loop's", gradients_apart(ours, theirs), FP32)]
+    dtype = b.job.run.dtype
+    if dtype != "fp32":
+        job = b.layout(accumulation=2, dtype=dtype, moe_balance="document", grad_clip=0.0)
+        lines, _ = trained(job, 1)
+        found.append(Finding("gradients", f"{dtype} loss against the fp32 loop's", apart(lines[0]["loss"], loss),
+                             HALF_LOSS))
+        # With fp16 the first updates may overflow, and have no norm.
+        if "skipped" not in lines[0]:
+            found.append(Finding("gradients", f"{dtype} gradient norm against the fp32 loop's",
+                                 apart(lines[0]["grad_norm"], whole_norm(theirs)), HALF_NORM))
+    return found
+
+
+def layout_law(b: Bench) -> list[Finding]:
+    """However a step's rows are cut into micro-batches, losses, norms and gradients are the same."""
+    balance = "row" if b.job.run.moe_balance == "batch" else b.job.run.moe_balance
+    runs = {split: trained(b.layout(accumulation=split, dtype="fp32", moe_balance=balance), CURVE) for split in SPLITS}
+    control, grads = runs[SPLITS[0]]
+    ranks, worst = b.job.layout.ranks, {"loss": 0.0, "aux_loss": 0.0, "grad_norm": 0.0}
+    for lines, _ in runs.values():
+        for key in worst:
+            worst[key] = max([worst[key], *(apart(a[key], c[key]) for a, c in zip(lines, control))])
+    how = f"{ranks} ranks x {', '.join(map(str, SPLITS))} micro-batches"
+    moved = max(gradients_apart(other, grads) for _, other in runs.values())
+    found = [Finding("layout", f"fp32 losses of {CURVE} steps, {how}", worst["loss"], FP32),
+             Finding("layout", "gradient norms of these steps", worst["grad_norm"], FP32),
+             Finding("layout", "gradients of the first", moved, FP32)]
+    if b.config.use_moe:
+        found.append(Finding("layout", f"balance losses of these steps ({balance})", worst["aux_loss"], FP32))
+    return found
+
+
+def run_rows(model: MiniMindForCausalLM, rows: list[list[Sample]], row_len: int) -> tuple[float, dict[str, Tensor]]:
+    """Summed cross-entropy of rows in one batch, and its gradients, the balance loss weighted by tokens with them."""
+    batch = collate(rows, row_len).to(next(model.parameters()).device)
+    out = model.train()(batch)
+    (out.loss_sum + out.aux_loss * batch.n_tokens).backward()
+    return out.loss_sum.item(), gradients(model)
+
+
+def packing_law(b: Bench) -> list[Finding]:
+    """Rows give the loss and gradients of their samples alone; what one sample holds moves no bit of another."""
+    rows = [row for row in b.rows() if row]
+    model = b.model(b.spec32, torch.float32)
+    loss, packed = run_rows(model, rows, b.row_len)
+    alone_loss, alone = 0.0, None
+    for sample in (sample for row in rows for sample in row):
+        one_loss, one = run_rows(model, [[sample]], len(sample.input_ids))
+        alone_loss += one_loss
+        alone = one if alone is None else {name: alone[name] + grad for name, grad in one.items()}
+    what = f"{sum(map(len, rows))} samples in {len(rows)} rows against each alone"
+    found = [Finding("packing", f"fp32 loss, {what}", apart(loss, alone_loss), FP32),
+             Finding("packing", f"fp32 gradients, {what}", gradients_apart(packed, alone), FP32)]
+    dtype = b.job.run.dtype
+    spec, kept = b.spec, ""
+    if b.config.use_moe:
+        # Where fast kernels sort tokens by expert, another sample's routing changes the shapes of products.
+        spec, kept = only_moe(b, "reference"), ", experts by reference"
+        moved, _ = probe(b.model(b.spec32, torch.float32), rows)
+        found.append(Finding("packing", "the same through the run's own experts, relative, fp32", moved, FP32))
+    _, bits = probe(b.model(spec, DTYPES[dtype]), rows)
+    found.insert(2, Finding("packing", f"elements of a sample's outputs and gradients that move with its neighbours' "
+                            f"tokens, {dtype}{kept}", bits, 0))
+    return found
+
+
+def only_moe(b: Bench, backend: str) -> str:
+    chosen = kernels.parse(b.spec)
+    return ",".join(f"{key}={backend if key == 'moe' else name}" for key, name in chosen.items())
+
+
+def probe(model: MiniMindForCausalLM, rows: list[list[Sample]]) -> tuple[float, int]:
+    """The middle one of three samples, while its neighbours' tokens change: largest relative move, elements moved."""
+    three = sorted((sample for row in rows for sample in row), key=lambda sample: len(sample.input_ids))[-3:]
+    first, middle, last = three[0], three[-1], three[len(three) // 2]
+    generator, results = torch.Generator().manual_seed(0), []
+    device, vocab = next(model.parameters()).device, model.config.vocab_size
+    for change in (False, True):
+        row = []
+        for sample in (first, middle, last):
+            ids = torch.randint(0, vocab, sample.input_ids.shape, generator=generator)
+            own = sample is middle
+            row.append(Sample(sample.input_ids if own or not change else ids,
+                              sample.labels if own else torch.full_like(sample.labels, IGNORE)))
+        out = model.eval()(collate([row], sum(len(s.input_ids) for s in row)).to(device), return_logits=True)
+        out.loss_sum.backward()
+        start = len(first.input_ids)
+        logits = out.logits[0, start:start + len(middle.input_ids)].detach().clone()
+        results.append(({"logits": logits, "loss": out.loss_sum.detach()}, gradients(model)))
+    (one, one_grads), (other, other_grads) = results
+    relative = max(gradients_apart(one_grads, other_grads), *(gradients_apart({key: one[key]}, {key: other[key]})
+                                                              for key in one))
+    return relative, bits_apart([*one.values(), *one_grads.values()], [*other.values(), *other_grads.values()])
+
+
+def kernels_law(b: Bench) -> list[Finding]:
+    """The run's kernels and the readable reference, in the run's precision."""
+    dtype, rows = b.job.run.dtype, [row for row in b.rows() if row]
+    reference_loss, reference = run_rows(b.model("reference", DTYPES[dtype]), rows, b.row_len)
+    loss, ours = run_rows(b.model(b.spec, DTYPES[dtype]), rows, b.row_len)
+    bounds = (FP32, FP32) if dtype == "fp32" else (HALF_LOSS, HALF_GRADIENT)
+    moved = (gradients_apart if dtype == "fp32" else gradient_apart)(ours, reference)
+    return [Finding("kernels", f"{dtype} loss against the reference kernels'", apart(loss, reference_loss), bounds[0]),
+            Finding("kernels", f"{dtype} gradients against the reference kernels'", moved, bounds[1])]
+
+
+class Lines(list):
+    """Takes metrics lines, as metrics.Metrics does."""
+
+    def write(self, line: dict) -> None:
+        self.append(line)
+
+
+def resume_law(b: Bench) -> list[Finding]:
+    """A run that stops half-way and goes on in a new engine ends as one that never stopped, bit for bit."""
+    folder = pathlib.Path(b.job.run.save_dir) / ".verify"
+    job = b.layout(accumulation=2, dtype=b.job.run.dtype, save_dir=str(folder), save_interval=STEPS // 2, keep=2,
+                   keep_dropout=True)
+    whole, resumed = Lines(), Lines()
+    ds_engine = train.build_engine(job)
+    train.run_plan(job, ds_engine, train.Start(), whole)
+    ends = [engine.full_weights(ds_engine, job.stage)]
+    forget(ds_engine)
+    path = checkpoint.folder_of(folder) / checkpoint.name_of(STEPS // 2)
+    facts = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    start = train.Start(path, facts["step"], facts["epoch"], facts["epoch_step"])
+    ds_engine = train.build_engine(job)
+    train.load_checkpoint(job, ds_engine, start)
+    train.run_plan(job, ds_engine, start, resumed)
+    ends.append(engine.full_weights(ds_engine, job.stage))
+    forget(ds_engine)
+    assert len(whole) == STEPS and len(resumed) == STEPS - STEPS // 2, (len(whole), len(resumed))
+    keys = ("loss", "aux_loss", "grad_norm", "lr")
+    worst = max(apart(a[key] or 0.0, c[key] or 0.0) for a, c in zip(resumed, whole[STEPS // 2:]) for key in keys)
+    return [Finding("resume", f"losses, norms and rates of {len(resumed)} steps after a checkpoint, {job.run.dtype}",
+                    worst, 0),
+            Finding("resume", "elements of the last weights that differ", bits_apart(*(e.values() for e in ends)), 0)]
+
+
+LAWS = {"gradients": gradients_law, "packing": packing_law, "layout": layout_law, "kernels": kernels_law,
+        "resume": resume_law}

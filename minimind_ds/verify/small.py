@@ -1,0 +1,137 @@
+"""A run cut down to what a minute can prove: some of its samples, and its model or one of the same architecture.
+
+    python launch/verify.py --deepspeed ds_configs/zero2.json --preset minimind-3
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minimind_ds import kernels, lora, weights
+from minimind_ds.config import ModelConfig
+from minimind_ds.data.packing import permutation
+from minimind_ds.data.sample import Sample
+from minimind_ds.data.store import TokenStore
+from minimind_ds.job import DTYPES, Job, plan_epoch
+from minimind_ds.model import MiniMindForCausalLM, needs
+
+# What is taken of data and model.  Parameters and tokens of a law's step, on a CPU and on a GPU.
+MOST_PARAMETERS = {"cpu": 8e6, "cuda": 300e6}
+TOKENS = {"cpu": 2048, "cuda": 16384}
+LONGEST = {"cpu": 512, "cuda": 4096}
+# Rows of a step for each rank, so that it can be cut into 1, 2 or 4 micro-batches.
+ROWS = 4
+STEPS = 4
+
+
+def count(config: ModelConfig) -> int:
+    return sum(math.prod(shape) for shape in weights.expected_shapes(config).values())
+
+
+def cut_down(config: ModelConfig, most: float) -> tuple[ModelConfig, str | None]:
+    """The configuration, or a smaller one of the same architecture, and what was cut.
+
+    Heads, head size, experts, vocabulary and everything without a size stay; layers go first, then widths.
+    """
+    if count(config) <= most:
+        return config, None
+    small = dataclasses.replace(config, num_hidden_layers=min(2, config.num_hidden_layers))
+    while count(small) > most and small.hidden_size > 64:
+        halves = {name: max(32, getattr(small, name) // 2 // 16 * 16)
+                  for name in ("hidden_size", "intermediate_size", "moe_intermediate_size")}
+        small = dataclasses.replace(small, **halves)
+    said = f"{small.num_hidden_layers} of {config.num_hidden_layers} layers"
+    if small.hidden_size != config.hidden_size:
+        said += f", hidden size {small.hidden_size} instead of {config.hidden_size}"
+    return small, f"{said}: {count(small) / 1e6:.1f} M parameters instead of {count(config) / 1e6:.1f} M"
+
+
+def choose_samples(store: TokenStore, *, tokens: int, longest: int, seed: int) -> TokenStore:
+    """Samples of about so many tokens together: drawn from those short enough, or the shortest four."""
+    fitting = np.flatnonzero(store.lengths <= longest)
+    if len(fitting) < 4:
+        fitting = np.argsort(store.lengths, kind="stable")[:4]
+    drawn = fitting[permutation(len(fitting), seed, 9)]
+    enough = int(np.searchsorted(np.cumsum(store.lengths[drawn]), tokens)) + 1
+    return store.subset(np.sort(drawn[:max(4, enough)]), "verify")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The user's run, its small model, the samples the laws are proved on, and what they are proved with.
+
+    cut: what was cut off the model, or None.  spec32: the run's kernels, or auto if they have no fp32.
+    """
+
+    job: Job
+    config: ModelConfig
+    cut: str | None
+    store: TokenStore
+    row_len: int
+    spec: str
+    spec32: str
+
+    def layout(self, *, accumulation: int, dtype: str, **changes) -> Job:
+        """The small run with this split of a step's rows, in this precision; other RunConfig fields as changed.
+
+        Dropout is off unless the run keeps it: two runs are compared that draw apart.
+        """
+        job, ds = self.job, copy.deepcopy(self.job.ds)
+        dropout = {} if changes.pop("keep_dropout", False) else {"dropout": 0.0}
+        run = job.run.replace(**{
+            "batch_size": ROWS // accumulation, "accumulation_steps": accumulation, "pack_len": self.row_len,
+            "max_seq_len": self.row_len, "dtype": dtype, "kernels": self.spec if dtype == job.run.dtype
+            else self.spec32, "compile": False, "epochs": STEPS, "max_steps": STEPS, "eval_interval": 0, **changes})
+        ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"] = ROWS // accumulation, accumulation
+        ds["gradient_clipping"] = float(run.grad_clip)
+        for name in ("bf16", "fp16"):
+            ds[name]["enabled"] = dtype == name
+        adapters = job.lora and dataclasses.replace(job.lora, **dropout)
+        stores = [self.store] * STEPS
+        return dataclasses.replace(
+            job, run=run, ds=ds, model_config=dataclasses.replace(self.config, **dropout), stores=stores,
+            eval_store=None, eval_plan=None, first_plan=plan_epoch(self.store, run, job.rows_ranks, 0), lora=adapters,
+            start_weights=None if self.cut else job.start_weights, notes=[])
+
+    def model(self, spec: str, dtype: torch.dtype, *, balance: str = "document") -> MiniMindForCausalLM:
+        """The small model outside DeepSpeed, with the weights build_engine gives it."""
+        job = self.layout(accumulation=1, dtype="fp32")
+        torch.manual_seed(job.run.seed)
+        model = MiniMindForCausalLM(job.model_config, kernels=spec, balance=balance)
+        if job.start_weights is not None:
+            model.load_weights(job.start_weights)
+        if job.lora:
+            lora.attach(model, job.lora, lora.fresh(job.model_config, job.lora, seed=job.run.seed))
+        return model.to(job.layout.device, dtype)
+
+    def rows(self) -> list[list[Sample]]:
+        """The samples of a run's first step, row by row."""
+        plan = self.layout(accumulation=1, dtype="fp32").first_plan
+        return [[self.store[index] for index in row] for row in plan.rows(0)]
+
+
+def bench(job: Job, tokens: int) -> Bench:
+    """tokens: of a law's step, about; 0: what fits this machine."""
+    kind = job.layout.device.type
+    config, cut = cut_down(job.model_config, MOST_PARAMETERS[kind])
+    store = choose_samples(job.stores[0], tokens=tokens or TOKENS[kind], longest=LONGEST[kind], seed=job.run.seed)
+    rows = ROWS * job.rows_ranks
+    # Rows that fill about two steps, whose length can be cut over the ranks that share a row.
+    enough = max(int(store.lengths.max()), math.ceil(int(store.lengths.sum()) / (2 * rows)))
+    multiple = 8 * job.degrees.sequence
+    spec = kernels.with_compiled(job.run.kernels) if job.run.compile else job.run.kernels
+    return Bench(job, config, cut, store, math.ceil(enough / multiple) * multiple, spec, in_fp32(spec, job))
+
+
+def in_fp32(spec: str, job: Job) -> str:
+    try:
+        kernels.resolve(spec, job.layout.device, DTYPES["fp32"], needs(job.model_config))
+    except ValueError:
+        return "auto"
+    return spec
