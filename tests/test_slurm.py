@@ -118,7 +118,7 @@ def control(early):
 
 def same(batch: Batch, control: Batch, restarts: int) -> None:
     facts = batch.wait("COMPLETED")
-    assert int(facts["Restarts"]) == restarts and facts["ExitCode"] == "0:0"
+    assert int(facts["Restarts"]) == restarts and facts["ExitCode"] == "0:0", batch.said()[-6000:]
     assert curve(batch.folder) == curve(control.folder) and weights(batch.folder) == weights(control.folder)
     assert not (batch.folder / "attempts.json").exists()
 
@@ -216,8 +216,10 @@ def test_a_lost_node_is_survived(cluster, control, chain, benchmark):
     lost = Batch(cluster, "lost", *TWO_NODES, flags=("--save_interval", "3"))
     lost.wait_for_step(7)
     cluster.switch_off("node2")
+    cluster.give_up_after(6)
     lost.wait("PENDING")
     assert lost.show()["Restarts"] == "1"
+    cluster.give_up_after(60)
     cluster.switch_on("node2")
     cluster.run("slurmd", on="node2")
     same(lost, control, restarts=1)

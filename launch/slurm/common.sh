@@ -96,8 +96,9 @@ on_signal() {
     [ -z "$event" ] || return 0
     event=$1
     # Reaches the tasks, not this script; each finishes its step, writes a checkpoint and ends.  More than once, since
-    # the tasks may not be there yet; a second SIGUSR1 means nothing to them.
-    while :; do scancel --signal=USR1 "$job" || :; sleep 15; done &
+    # the tasks may not be there yet; a second SIGUSR1 means nothing to them.  Never longer than this script lives, be
+    # it killed: the next start of the job has the same id.
+    while kill -0 $$ 2>/dev/null; do scancel --signal=USR1 "$job" || :; sleep 5; done &
     trap "kill $! 2>/dev/null || :" EXIT
 }
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import time
@@ -44,7 +45,7 @@ SelectTypeParameters=CR_CPU
 GresTypes=gpu
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=9
+SlurmdTimeout=60
 MessageTimeout=5
 TCPTimeout=2
 KillWait=10
@@ -140,6 +141,12 @@ class Cluster:
             self.run("ip", "link", "set", "to2", "master", "switch", "up")
         self.run("ip", "address", "add", f"{NETWORK}.{last}/24", "dev", card, on=name)
         self.run("ip", "link", "set", card, "up", on=name)
+
+    def give_up_after(self, seconds: int) -> None:
+        """How long a node may be silent before it counts as lost.  Busy machines are silent at times."""
+        conf = self.home / "etc" / "slurm.conf"
+        conf.write_text(re.sub(r"SlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", conf.read_text()))
+        self.run("scontrol", "reconfigure")
 
     def switch_off(self, name: str) -> None:
         """A power cut."""
