@@ -212,6 +212,31 @@ def test_the_guard_fails_below_its_floor_and_for_what_was_not_measured():
     assert judged == {"same": True, "lower": False, "gone": False}
 
 
+def test_the_engine_starts_no_process_during_a_step(tmp_path):
+    """Without LOCAL_SIZE in the environment DeepSpeed's stage 3 asked numactl at every bucket of gradients."""
+    code = f"""
+import subprocess, sys
+from minimind_ds import engine
+from minimind_ds.benchmark.cell import prepare_cell
+from minimind_ds.benchmark.loops import packed_loop
+job = prepare_cell(["--deepspeed", {str(ROOT / "ds_configs" / "zero3.json")!r}, "--preset", "debug", "--pack_len", "128",
+                    "--max_seq_len", "128", "--save_dir", {str(tmp_path)!r}, "--cache_dir", {str(tmp_path)!r}],
+                   engine.read_layout())
+engine.start(job.layout)
+loop = packed_loop(job, "zero3")
+started = []
+sys.addaudithook(lambda event, _: started.append(event) if event == "subprocess.Popen" else None)
+loop.step()
+# The hook sees processes: this one.
+subprocess.run(["true"])
+print("started", len(started))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True,
+                          timeout=200)
+    # The first bucket may ask once.
+    assert int(done.stdout.split("started")[-1]) <= 2, done.stdout + done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("words, complaint", [
     (["--rows", "4096x0"], "--rows"), (["--preset", "huge"], "--preset huge"), (["--ranks", "two"], "--ranks two"),
     (["--deepspeed", "absent.json"], "absent.json")])
