@@ -10,6 +10,7 @@ loss undoes the second.
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 import warnings
@@ -76,6 +77,9 @@ def start(layout: Layout) -> None:
     if layout.device.type == "cpu":
         # The shared-memory all-reduce is compiled at first use (about 45 s) and gains nothing at these sizes.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Stage 3 asks for it at every gradient bucket, and each time a process (numactl) is started to find out.
+        accelerator = deepspeed.get_accelerator()
+        accelerator.device_count = functools.cache(accelerator.device_count)
     deepspeed.init_distributed(dist_backend="gloo" if layout.device.type == "cpu" else "nccl", verbose=False,
                                timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES))
 

@@ -163,19 +163,41 @@ def test_each_task_of_an_srun_is_a_rank_of_one_cell(swept, tmp_path):
     assert sum("tokens/s" in text for text in said) == 1
 
 
-def test_pytorch_alone_trains_as_the_engine_does(tmp_path):
-    """The baseline of every ratio: same batches, same weights, and so the same losses."""
-    out = tmp_path / "plain.json"
-    command = [sys.executable, PROGRAM, "--compare", "plain", "--deepspeed", str(ROOT / "ds_configs" / "zero2.json"),
-               "--preset", "debug", "--rows", "128x1x2", "--dtype", "fp32", "--steps", "3", "--out", str(out),
-               "--save_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200)
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, swept):
+    """--compare plain in a process that counts how often numactl is started in it."""
+    out = tmp_path_factory.mktemp("plain")
+    files = [str(ROOT / "ds_configs" / f"zero{stage}.json") for stage in (2, 3)]
+    argv = ["--compare", "plain", "--deepspeed", *files, "--preset", "debug", "--rows", "128x1x2", "--steps", "3",
+            "--out", str(out / "plain.json"), "--save_dir", str(out / "run"), *swept[1]]
+    code = f"""
+import sys
+asked = []
+sys.addaudithook(lambda event, args: asked.append(1) if event == "subprocess.Popen" and "numactl" in args[1] else None)
+from minimind_ds import benchmark
+code = benchmark.main("", {argv!r})
+print("numactl:", len(asked))
+sys.exit(code)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True,
+                          timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(out.read_text())
-    facts = found["pairs"]["zero2 / plain"]
-    assert facts["largest_loss_difference"] < 1e-5 and facts["rounds"] == 3
-    assert facts["ratio_q1"] <= facts["ratio"] <= facts["ratio_q3"] and facts["goal"] == ratios.GOALS["zero2"]
-    assert "| zero2 / plain |" in done.stdout
+    return json.loads((out / "plain.json").read_text()), done.stdout
+
+
+def test_pytorch_alone_trains_as_the_engine_does(compared):
+    """The baseline of every ratio: same batches, same weights, and so the same losses."""
+    found, said = compared
+    for stage in (2, 3):
+        facts = found["pairs"][f"zero{stage} / plain"]
+        assert facts["largest_loss_difference"] < 1e-5 and facts["rounds"] == 3
+        assert facts["ratio_q1"] <= facts["ratio"] <= facts["ratio_q3"]
+        assert facts["goal"] == ratios.GOALS[f"zero{stage}"] and f"| zero{stage} / plain |" in said
+
+
+def test_stage_3_asks_numactl_at_most_once(compared):
+    # Unless LOCAL_SIZE is set, DeepSpeed on a CPU starts it at every bucket of gradients.
+    assert int(compared[1].split("numactl:")[-1]) <= 1
 
 
 def test_a_pair_takes_its_ratio_round_by_round():

@@ -24,6 +24,9 @@ GUARD = ROOT / "docs" / "results" / "ratios.json"
 
 def main(doc: str, argv: list[str]) -> int:
     """Exit code: 0, 1 for a guard that fails, 2 for a user's mistake."""
+    if "SLURM_STEP_ID" not in os.environ:
+        # A batch script is told it is task 0 of all; only what srun starts is one.
+        os.environ.pop("SLURM_PROCID", None)
     layout = engine.read_layout()
     args, flags = parse(doc, argv)
     # Every started process is a rank of the one measurement; otherwise one process starts the others.
@@ -176,7 +179,12 @@ def run_here(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
         engine.start(layout)
         found = cell.run(job, warm_up=args.warm_up, steps=args.steps)
     except Exception as error:
-        if job is None and isinstance(error, ValueError):
+        refused = job is None and isinstance(error, ValueError)
+        if record and (layout.rank == 0 or not refused):
+            text = " ".join(str(error if refused else f"{type(error).__name__}: {error}").split())
+            status, reason = sweep.diagnose(f"error: {text}", 2 if refused else 1, args.timeout)
+            sweep.append(path, {**record, "status": status, "reason": reason})
+        if refused:
             raise
         # One line for the record; the traceback for whoever reads the log.
         import traceback

@@ -22,8 +22,8 @@ SIZE = ("--preset", "debug", "--rows", "768x1x1", "--dtype", "fp32")
 RUNS = {
     "plain": ("--compare", "plain", *SIZE, *STEPS),
     "moe": ("--compare", "moe", *SIZE, *STEPS),
-    "padded": ("--compare", "padded", "--preset", "debug", "--dtypes", "fp32", "--pack_len", "768",
-               "--padded_rows", "2", *STEPS),
+    "padded": ("--compare", "padded", "--preset", "debug", "--dtypes", "fp32", "--max_seq_len", "128",
+               "--pack_len", "768", "--padded_rows", "6", *STEPS),
 }
 
 

@@ -69,7 +69,7 @@ def tokens_by_file(cells: list[dict]):
                       [c["tokens_per_s_max"] - r for r, c in zip(rate, chosen)]]
             axis.bar(at, rate, width, yerr=spread, capsize=3, label=line)
         axis.set(title=preset, ylabel="real tokens/s, all ranks", xticks=range(len(files)), xticklabels=files)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -89,8 +89,9 @@ def memory_by_file(cells: list[dict]):
                     axis.bar([i + offset for i in range(len(files))], heights, 0.36, bottom=bottom, color=colour,
                              hatch=hatch, edgecolor="white", label=label)
                 bottom = [b + h for b, h in zip(bottom, heights)]
+        axis.margins(y=0.08)
         axis.set(title=name, ylabel="MiB on a rank", xticks=range(len(files)), xticklabels=files)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -108,7 +109,7 @@ def scaling(cells: list[dict]):
         axis.set(title=preset, xlabel="ranks", ylabel="real tokens/s")
         axis.set_xticks(sorted({c["cell"]["ranks"] for c in mine}))
         axis.set_ylim(bottom=0)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
@@ -124,5 +125,5 @@ def step_parts(cells: list[dict]):
         axis.set(title=preset, xlabel="seconds of a step taken apart", yticks=range(len(mine)), yticklabels=labels)
         axis.invert_yaxis()
         axis.tick_params(axis="y", labelsize=7)
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
