@@ -2,8 +2,8 @@
 
 States follow the ZeRO papers and what DeepSpeed 0.19 adds (memory.py counts them in a run).  Activations are the
 tensors that the forward pass saves for backward, written down operation by operation for the backend `sdpa`, which
-`--kernels auto` takes on a CPU; tests/test_planner.py counts them in real runs.  For the `triton` backend the formula is
-an estimate that no GPU has confirmed.
+`--kernels auto` takes on a CPU; tests/test_planner.py counts them in real runs.  For the `triton` backend the formula
+is an estimate that no GPU has confirmed.
 
     python launch/plan.py --preset minimind-3 --ranks 8 --memory 80
 """
