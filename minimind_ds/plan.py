@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import pathlib
 import subprocess
@@ -209,8 +208,8 @@ def compare_with_run(files: dict[str, str], rest: list[str], ranks: int) -> dict
         by_rank = [json.loads(path.read_text()) for path in results]
     for name in files:
         off = [plan_check.compare(rank[name]) for rank in by_rank]
-        # Of the ranks, the one that holds most is the one that is planned for.
-        found[name] = {kind: max((o[kind] for o in off if kind in o), key=lambda v: -v) for kind in off[0]}
+        # Planned is the rank that holds most.
+        found[name] = {kind: min(o[kind] for o in off) for kind in off[0]}
         print(f"plan against run, {name}: " + ", ".join(f"{kind} {share:+.1%}" for kind, share in found[name].items()))
     return found
 
@@ -234,7 +233,7 @@ def measure_here(folder: pathlib.Path, rest: list[str]) -> int:
     jobs = {name: prepare("sft", [*rest, "--deepspeed", path], layout) for name, path in files.items()}
     start(layout)
     for name, job in jobs.items():
-        found[name] = plan_check.measure(dataclasses.replace(job))
+        found[name] = plan_check.measure(job)
     plan_check.write(folder / f"rank{layout.rank}.json", found)
     stop()
     return 0

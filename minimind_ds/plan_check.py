@@ -77,12 +77,14 @@ def measure(job: Job) -> dict:
     ds_engine.step()
     peak = allocated_peak(job, ds_engine, batch) if job.layout.device.type == "cpu" else None
     s = setting(job, batch.n_labelled / batch.labels.numel())
-    plan = planner.activations(s)
+    plan, states = planner.activations(s), planner.states(s)
+    # Without a GPU the host is the device.
+    host = sum(states["host"].values()) if s.on_cpu else 0
     ds_engine.destroy()
     gc.collect()
     return {"held": held, "forward": forward, "saved": sum(saved.values()), "peak": peak,
-            "planned": {"states": planner.states(s), "saved": sum(plan.values()) - plan["logits"],
-                        "peak": planner.peak(s), "activations": plan}}
+            "planned": {"states": states, "saved": sum(plan.values()) - plan["logits"],
+                        "peak": planner.peak(s) + host, "activations": plan}}
 
 
 def allocated_peak(job: Job, ds_engine, batch) -> int:
@@ -105,8 +107,8 @@ def compare(found: dict) -> dict[str, float]:
     states = found["planned"]["states"]
     off = {kind: (states["device"][kind] + states["host"][kind]) / found["held"][kind] - 1 if found["held"][kind]
            else 0.0 for kind in memory.KINDS}
-    return {**off, "saved": found["planned"]["saved"] / found["saved"] - 1,
-            **({"peak": found["planned"]["peak"] / found["peak"] - 1} if found["peak"] else {})}
+    off["saved"] = found["planned"]["saved"] / found["saved"] - 1
+    return {**off, "peak": found["planned"]["peak"] / found["peak"] - 1} if found["peak"] else off
 
 
 def write(path, found: dict) -> None:

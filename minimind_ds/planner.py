@@ -1,8 +1,9 @@
 """What a run needs on each rank, worked out before it starts: states, activations, buckets, bytes sent, rows that fit.
 
-States follow the ZeRO papers and what DeepSpeed 0.19 adds (memory.py counts them in a run); activations are the
-tensors that the forward pass saves for backward, written down operation by operation for the backends `sdpa` and
-`reference`'s router and losses, that is for `--kernels auto` on a CPU; tests/test_planner.py counts them in real runs.
+States follow the ZeRO papers and what DeepSpeed 0.19 adds (memory.py counts them in a run).  Activations are the
+tensors that the forward pass saves for backward, written down operation by operation for the backend `sdpa`, which
+`--kernels auto` takes on a CPU; tests/test_planner.py counts them in real runs.  For the `triton` backend the formula
+is an estimate that no GPU has confirmed.
 
     python launch/plan.py --preset minimind-3 --ranks 8 --memory 80
 """
@@ -123,7 +124,8 @@ def gradient_bytes(s: Setting, part: Part) -> float:
     if s.stage == 0:
         return s.width * part.total
     if s.stage == 3:
-        return s.width * part.total / part.ranks
+        # Offloaded, they lie in DeepSpeed's flat buffer and beside the masters.
+        return (s.width + (4 if optimizer_device(s.ds) != "none" else 0)) * part.total / part.ranks
     if s.stage == 1 and s.accumulation > 1:
         # Reduced at the step's last backward; until then each rank holds its own.
         return s.width * part.total

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from minimind_ds import load_tokenizer
+from minimind_ds import load_tokenizer, verify
 from minimind_ds.config import PRESETS
 from minimind_ds.verify import data, small
 from minimind_ds.verify.finding import Finding, apart, bits_apart, gradients_apart
@@ -105,10 +105,13 @@ def test_the_program_warns_keeps_its_table_beside_the_run_and_ends_with_0(tmp_pa
     ([], "--deepspeed is missing"), ([*ZERO[2], "--data_path", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
     ([*ZERO[2], "--tokens", "-1"], "--tokens is -1"), ([*ZERO[2], "--colour"], "unrecognized arguments"),
 ])
-def test_a_mistake_is_one_line_and_exit_code_2(flags, word, tmp_path):
-    done = subprocess.run([sys.executable, "launch/verify.py", "--save_dir", str(tmp_path), *flags], cwd=ROOT,
-                          env=environment(), text=True, capture_output=True)
-    assert done.returncode == 2 and word in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+def test_a_mistake_is_one_line_and_exit_code_2(flags, word, tmp_path, capsys):
+    try:
+        code = verify.main(["--save_dir", str(tmp_path), *flags])
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2 and word in said and len(said.strip().splitlines()) == 1, said
 
 
 def test_answers_are_found_from_ids_whatever_users_type():
