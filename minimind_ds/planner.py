@@ -211,6 +211,8 @@ def peak(s: Setting) -> float:
     # Gradients come as activations go; those of later micro-batches find the first's there.
     still = held["gradients"] if s.accumulation > 1 or s.stage == 3 else 0
     head = 0 if s.adapters else s.config.vocab_size * s.config.hidden_size * s.width
+    # Stage 0 sends a flattened copy of all gradients.
+    head = max(head, held["gradients"]) if s.stage == 0 and s.ranks > 1 else head
     return held["parameters"] + held["optimizer"] + held["buckets"] + gathered(s) + max(
         sum(made.values()) + still + max(logits, before), held["gradients"] + head)
 
@@ -231,7 +233,8 @@ def gathered(s: Setting) -> float:
     DeepSpeed keeps what it gathered as long as stage3_max_live_parameters and stage3_max_reuse_distance allow; their
     defaults (1e9) are more than models of these sizes have.
     """
-    if s.stage < 3:
+    # One rank's share is the whole.
+    if s.stage < 3 or s.ranks == 1:
         return 0.0
     shapes = weights.expected_shapes(s.config)
     layer = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0."))

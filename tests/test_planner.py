@@ -70,7 +70,10 @@ def check(ranks: list[dict]) -> None:
     # Where experts are shared out, tokens go where the router sends them.
     saved = sum(rank["saved"] for rank in ranks) / sum(rank["planned"]["saved"] for rank in ranks)
     assert abs(saved - 1) <= 0.05, saved
-    assert all(abs(o["peak"]) <= 0.1 for o in off), off
+    # Never more than a tenth too low.  Too high by the buckets where DeepSpeed had made none yet at the peak.
+    for o, rank in zip(off, ranks):
+        spare = rank["planned"]["states"]["device"]["buckets"] / rank["peak"]
+        assert -0.1 <= o["peak"] <= 0.1 + spare, off
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
