@@ -34,7 +34,8 @@ def check_kernels(out, *flags):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
-@pytest.mark.parametrize("groups", ["attention,router", "leaks"])
+@pytest.mark.parametrize("groups", ["router", *(pytest.param(groups, marks=pytest.mark.slow)
+                                                 for groups in ("attention,router", "leaks"))])
 def test_correctness_compares_every_kernel_with_fp64_and_finds_no_leak(tmp_path, groups):
     document = check_kernels(tmp_path, "--parts", "correctness", "--groups", groups)
     found = document["results"]
@@ -61,6 +62,7 @@ def test_timings_stand_beside_their_floor_and_absent_ones_say_why(tmp_path):
             assert timed["of_floor"] == pytest.approx(timed["floor_ms"] / timed["ms"])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
 def test_a_model_trains_along_the_same_curve_with_our_kernels(tmp_path):
     document = check_kernels(tmp_path, "--parts", "curve", "--groups", "dense")

@@ -30,9 +30,11 @@ OFFLOADED = {"zero2_offload": SHORT, "zero3_offload": SHORT, "zero3_offload_para
 compiler = bool(shutil.which("g++") and shutil.which("ninja"))
 
 
-def cases_of(out, ranks: int) -> list[dict]:
+def cases_of(out, ranks: int, slow: bool) -> list[dict]:
     cases = []
     for model, fields in MODELS.items():
+        if model.startswith("debug") and not slow:
+            continue
         for stage in range(4):
             path = out / f"zero{stage}_{ranks}.json"
             ds = read_json(str(ROOT / "ds_configs" / f"zero{stage}.json"))
@@ -49,12 +51,13 @@ def cases_of(out, ranks: int) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, deepspeed):
+def found(request, tmp_path_factory, deepspeed):
     """{case: [a rank's measurements]}"""
     results = {}
     for ranks in (1, 2):
         out = tmp_path_factory.mktemp(f"plan{ranks}")
-        deepspeed(ranks, "tests/ranks/plan.py", str(out), json.dumps(cases_of(out, ranks)))
+        deepspeed(ranks, "tests/ranks/plan.py", str(out),
+                  json.dumps(cases_of(out, ranks, request.config.getoption("--slow"))))
         for rank in range(ranks):
             for name, measured in json.loads((out / f"rank{rank}.json").read_text()).items():
                 results.setdefault(name, []).append(measured)
@@ -78,7 +81,8 @@ def check(ranks: list[dict]) -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [pytest.param(model, marks=pytest.mark.slow if model.startswith("debug") else ())
+                                   for model in MODELS])
 def test_the_plan_is_what_a_step_holds(model, stage, ranks, found):
     check(found[f"{model} {stage} {ranks}"])
 
