@@ -75,7 +75,8 @@ def weights(folder: pathlib.Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("stage, moments", [
     (0, ["while writing a checkpoint"]), (1, ["between checkpoints"]),
-    (2, ["before the first checkpoint", "while writing a checkpoint", "near the end"]), (3, ["right after a checkpoint"]),
+    (2, ["before the first checkpoint", "while writing a checkpoint", "near the end"]),
+    (3, ["right after a checkpoint"]),
     *[pytest.param(stage, list(MOMENTS), marks=pytest.mark.slow) for stage in range(4)],
 ])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, stage, moments):
