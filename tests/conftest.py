@@ -50,10 +50,25 @@ def deepspeed_command(ranks: int, *words: str) -> list[str]:
     return [str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port()), *words]
 
 
+# What makes a process a rank: programs that run inside the tests' own process set these for themselves.
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture(autouse=True)
+def unchanged_environment():
+    """A test leaves the environment as it found it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 def environment(**extra: str) -> dict:
     """The environment of a started program: the tests' own, with the venv's ninja and python first."""
     bin_dir = str(pathlib.Path(sys.executable).parent)
-    return {**os.environ, "PATH": bin_dir + os.pathsep + os.environ["PATH"], "DS_ACCELERATOR": "cpu", **extra}
+    inherited = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
+    return {**inherited, "PATH": bin_dir + os.pathsep + os.environ["PATH"], "DS_ACCELERATOR": "cpu", **extra}
 
 
 @pytest.fixture(scope="session")
