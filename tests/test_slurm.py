@@ -116,9 +116,10 @@ def control(early):
     return early[0]
 
 
-def same(batch: Batch, control: Batch, restarts: int) -> None:
+def same(batch: Batch, control: Batch, restarts: int, at_most: int | None = None) -> None:
     facts = batch.wait("COMPLETED")
-    assert int(facts["Restarts"]) == restarts and facts["ExitCode"] == "0:0", batch.said()[-6000:]
+    assert restarts <= int(facts["Restarts"]) <= (at_most or restarts), batch.said()[-6000:]
+    assert facts["ExitCode"] == "0:0", batch.said()[-6000:]
     assert curve(batch.folder) == curve(control.folder) and weights(batch.folder) == weights(control.folder)
     assert not (batch.folder / "attempts.json").exists()
 
@@ -222,7 +223,8 @@ def test_a_lost_node_is_survived(cluster, control, chain, benchmark):
     cluster.give_up_after(60)
     cluster.switch_on("node2")
     cluster.run("slurmd", on="node2")
-    same(lost, control, restarts=1)
+    # The rank that is left says that the other is gone before SLURM knows of the node, which may cost one start more.
+    same(lost, control, restarts=1, at_most=2)
 
 
 def test_a_chain_of_jobs_ends_in_a_hugging_face_folder(cluster, chain):
