@@ -173,6 +173,7 @@ def test_a_part_whose_time_is_over_is_stopped(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the tests run")
+@pytest.mark.slow
 def test_test_files_that_all_skip_are_no_proof(tmp_path):
     file = tmp_path / "tests.json"
     group = kernel_check.Group("correctness", "tests", file, kernel_check.pytest_command(file.with_suffix(".xml")))

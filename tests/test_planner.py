@@ -54,7 +54,7 @@ def cases_of(out, ranks: int, slow: bool) -> list[dict]:
 def found(request, tmp_path_factory, deepspeed):
     """{case: [a rank's measurements]}"""
     results = {}
-    for ranks in (1, 2):
+    for ranks in (1, 2) if request.config.getoption("--slow") else (2,):
         out = tmp_path_factory.mktemp(f"plan{ranks}")
         deepspeed(ranks, "tests/ranks/plan.py", str(out),
                   json.dumps(cases_of(out, ranks, request.config.getoption("--slow"))))
@@ -79,7 +79,7 @@ def check(ranks: list[dict]) -> None:
         assert -0.1 <= o["peak"] <= 0.1 + spare, off
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("stage", range(4))
 @pytest.mark.parametrize("model", [pytest.param(model, marks=pytest.mark.slow if model.startswith("debug") else ())
                                    for model in MODELS])
@@ -140,6 +140,7 @@ def test_the_program_recommends_a_file_and_says_why():
     assert wrong.returncode == 2 and wrong.stderr == "error: --ranks is 0; it must be at least 1\n"
 
 
+@pytest.mark.slow
 def test_measure_says_how_far_off_the_plan_is_for_each_file(tmp_path):
     done = run("--config", str(tiny_yaml(tmp_path)), "--pack_len", "256", "--max_seq_len", "128", "--dtype", "fp32",
                "--cache_dir", str(tmp_path), "--measure", "--json")

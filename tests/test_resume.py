@@ -74,7 +74,7 @@ def weights(folder: pathlib.Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("stage, moments", [
-    (0, ["while writing a checkpoint"]), (1, ["between checkpoints"]),
+    (0, ["while writing a checkpoint"]),
     (2, ["before the first checkpoint", "while writing a checkpoint", "near the end"]),
     (3, ["right after a checkpoint"]),
     *[pytest.param(stage, list(MOMENTS), marks=pytest.mark.slow) for stage in range(4)],

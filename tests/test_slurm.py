@@ -241,6 +241,7 @@ def test_the_benchmark_ends_with_one_json_document_inside_a_container_too(benchm
     assert json.loads(said[said.index("\n{\n"):])["loops"]["packed fp32"]["tokens_per_s"] > 0
 
 
+@pytest.mark.slow
 def test_a_node_with_another_checkout_is_named_before_the_training_begins(cluster):
     other = cluster.home / "other"
     shutil.copytree(ROOT / "minimind_ds", other)
