@@ -6,6 +6,7 @@ CASES is a JSON list of {name, flags, model, breaks}; `model` are fields of a ti
 this file or is null.  Rank 0 writes OUT_DIR/<name>.json.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -97,7 +98,7 @@ def main(out: pathlib.Path, cases: list[dict]) -> None:
                 "--tokens", "200", "--samples", "3", *case["flags"]]
         options, rest = verify.parse(argv)
         job, kind = verify.prepare_job(rest, layout)
-        with globals()[case["breaks"]]() if case["breaks"] else mock.MagicMock():
+        with globals()[case["breaks"]]() if case["breaks"] else contextlib.nullcontext():
             report = verify.verify(job, kind, bench(job, options.tokens), options, verify.print_on(layout))
         if layout.rank == 0:
             (out / f"{case['name']}.json").write_text(json.dumps(report))
