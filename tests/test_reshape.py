@@ -167,6 +167,7 @@ def shared_out(tmp_path_factory, deepspeed):
     return read(out / "shared_2.json")
 
 
+@pytest.mark.slow
 def test_experts_and_rows_over_ranks_resume_bit_for_bit_and_each_as_the_other(shared_out):
     assert len(shared_out) == 12
     for name, found in shared_out.items():

@@ -257,6 +257,7 @@ def test_a_node_with_another_checkout_is_named_before_the_training_begins(cluste
     assert "pre-flight: all well" in alike.said() and re.search(r"all-reduce over 2 ranks: .* GB/s", alike.said())
 
 
+@pytest.mark.slow
 def test_a_plain_host_file_trains_as_slurm_does(cluster, control):
     """launch/multi_node.sh and DeepSpeed's launcher as they are; ssh and pdsh enter the test's nodes instead."""
     tools = cluster.home / "bin"

@@ -2,7 +2,7 @@
 
     deepspeed --num_gpus 2 tests/ranks/layouts.py OUT_DIR ACCUMULATION [extra run flags]
 
-Runs every ZeRO stage on a small dense and a small MoE model: the gradients of the first step, then ten steps.
+Runs every ZeRO stage on a small dense and a small MoE model: the gradients of the first step, then six steps.
 Rank 0 writes OUT_DIR/<model>_<stage>.safetensors (gradients) and OUT_DIR/losses.json.
 """
 
@@ -26,7 +26,7 @@ from minimind_ds.model import MiniMindForCausalLM  # noqa: E402
 from minimind_ds.train import Position, build_engine, fetch, train_step  # noqa: E402
 
 MODELS = {"dense": {}, "moe": {"use_moe": True, "moe_intermediate_size": 48}}
-STEPS = 10
+STEPS = 6
 
 
 def make_job(layout, out: pathlib.Path, model: str, stage: int, accumulation: int, extra: list[str],
