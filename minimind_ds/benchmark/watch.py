@@ -7,6 +7,7 @@ Collectives counts what torch.distributed moves, whoever calls it; Stopwatch dea
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 import time
@@ -47,14 +48,14 @@ def sizes(value) -> int:
     return sum(map(sizes, value))
 
 
-class Parts:
+class Parts(abc.ABC):
     """Something that is told when a part of a step begins and ends."""
 
-    def enter(self, part: str) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def enter(self, part: str) -> None: ...
 
-    def leave(self) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def leave(self) -> None: ...
 
     def around(self, part: str, call):
         @functools.wraps(call)
