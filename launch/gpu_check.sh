@@ -8,7 +8,7 @@
 # anything is wrong or missing.  Runs on the python of the PATH where that has torch and triton, else in .venv.
 # Without a GPU: the same at tiny sizes, kernels in Triton's interpreter.
 #   GPU_CHECK_DATA  conversations for the throughput; default: made from the bundled sample, about 300 tokens each
-#   GPU_CHECK_FLAGS more flags for launch/check_kernels.py, for example "--no_pytest --without ompiled"
+#   GPU_CHECK_FLAGS more flags for launch/check_kernels.py, for example "--no_pytest --without compiled"
 set -uo pipefail
 [ $# -eq 1 ] || { printf 'usage: bash launch/gpu_check.sh OUT_DIR\n' >&2; exit 2; }
 mkdir -p "$1" || exit 2

@@ -18,7 +18,8 @@ from minimind_ds import kernels, memory, planner
 from minimind_ds.job import DTYPES, Job
 from minimind_ds.loss import scaled_loss
 from minimind_ds.model import needs
-from minimind_ds.train import build_engine, fetch
+from minimind_ds.step import fetch
+from minimind_ds.train import build_engine
 
 
 def setting(job: Job, labelled: float) -> planner.Setting:

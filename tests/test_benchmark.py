@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from minimind_ds import memory, train
+from minimind_ds import memory, step, train
 from minimind_ds.benchmark import cell, guard, loops, ratios, report, sweep, trace
 from minimind_ds.benchmark.watch import PARTS
 
@@ -131,7 +131,7 @@ def test_without_matplotlib_one_line_says_so(cells, tmp_path, monkeypatch):
 
 def test_what_is_timed_is_the_trainers_own_step():
     for module in (cell, loops, trace):
-        assert module.train_step is train.train_step and module.build_engine is train.build_engine
+        assert module.train_step is step.train_step is train.train_step and module.build_engine is train.build_engine
 
 
 @pytest.mark.parametrize("log, code, status, words", [

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from minimind_ds import reshape
 from minimind_ds.engine import Layout
-from minimind_ds.train import look_for_start, my_rows
+from minimind_ds.step import my_rows
+from minimind_ds.train import look_for_start
 from tests.ranks.reshape import BEFORE, COMPILED, SPLITS, job_of
 
 PROGRAM = "tests/ranks/reshape.py"

@@ -1,6 +1,6 @@
 """One cell of a sweep: the trainer's own step on real packed data, timed and taken apart, on the ranks at hand.
 
-Runs on every rank.  Warm-up and timed steps are train.train_step as the trainer calls it, prefetching and all.  What
+Runs on every rank.  Warm-up and timed steps are step.train_step as the trainer calls it, prefetching and all.  What
 disturbs the clock comes after them: one step that counts memory and traffic, then steps taken apart.
 
     deepspeed --num_gpus 2 launch/benchmark.py --append out.json --deepspeed ds_configs/zero2.json --preset debug
@@ -24,7 +24,8 @@ from minimind_ds.data import loader
 from minimind_ds.engine import Layout
 from minimind_ds.job import DTYPES, Job, prepare
 from minimind_ds.metrics import flops_per_token
-from minimind_ds.train import Position, build_engine, fetch, train_step
+from minimind_ds.step import Position, fetch, train_step
+from minimind_ds.train import build_engine
 
 MFU = ("6 x matmul parameters (tied head included) + 12 x layers x heads x head_dim x mean keys attended FLOPs a real "
        "token, nothing for recomputation; over the rate of a square matrix product of the same dtype, measured in the "

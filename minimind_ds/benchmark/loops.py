@@ -22,7 +22,8 @@ from minimind_ds.job import DTYPES, Job
 from minimind_ds.loss import scaled_loss
 from minimind_ds.model import MiniMindForCausalLM
 from minimind_ds.padded import PaddedMiniMind
-from minimind_ds.train import Position, build_engine, fetch, train_step
+from minimind_ds.step import Position, fetch, train_step
+from minimind_ds.train import build_engine
 
 
 @dataclasses.dataclass

@@ -20,7 +20,8 @@ from minimind_ds import engine
 from minimind_ds.benchmark.cell import full_steps, prepare_cell
 from minimind_ds.benchmark.watch import PARTS, Parts, parted
 from minimind_ds.engine import Layout
-from minimind_ds.train import Position, build_engine, fetch, train_step
+from minimind_ds.step import Position, fetch, train_step
+from minimind_ds.train import build_engine
 
 STEP = "benchmark: step"
 TOP = 12

@@ -23,7 +23,8 @@ from minimind_ds.data.sample import Sample  # noqa: E402
 from minimind_ds.job import prepare  # noqa: E402
 from minimind_ds.loss import scaled_loss  # noqa: E402
 from minimind_ds.model import MiniMindForCausalLM  # noqa: E402
-from minimind_ds.train import Position, build_engine, fetch, train_step  # noqa: E402
+from minimind_ds.step import Position, fetch, train_step  # noqa: E402
+from minimind_ds.train import build_engine  # noqa: E402
 
 MODELS = {"dense": {}, "moe": {"use_moe": True, "moe_intermediate_size": 48}}
 STEPS = 6

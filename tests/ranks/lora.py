@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from minimind_ds import checkpoint, engine, train, weights  # noqa: E402
-from minimind_ds.train import Position, fetch, train_step  # noqa: E402
+from minimind_ds.step import Position, fetch, train_step  # noqa: E402
 from tests.ranks.layouts import MODELS, fresh_engine, make_job  # noqa: E402
 
 STEPS, HALF = 10, 5

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from minimind_ds import engine, memory  # noqa: E402
 from minimind_ds.loss import scaled_loss  # noqa: E402
-from minimind_ds.train import fetch  # noqa: E402
+from minimind_ds.step import fetch  # noqa: E402
 from tests.ranks.layouts import fresh_engine, make_job  # noqa: E402
 
 

@@ -18,7 +18,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from minimind_ds import engine  # noqa: E402
 from minimind_ds.engine import NonFinite  # noqa: E402
 from minimind_ds.guard import Guard  # noqa: E402
-from minimind_ds.train import Position, build_engine, fetch, train_step  # noqa: E402
+from minimind_ds.step import Position, fetch, train_step  # noqa: E402
+from minimind_ds.train import build_engine  # noqa: E402
 from tests.ranks.layouts import make_job  # noqa: E402
 
 

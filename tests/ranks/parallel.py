@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from minimind_ds import engine  # noqa: E402
 from minimind_ds.loss import scaled_loss  # noqa: E402
-from minimind_ds.train import Position, evaluate, fetch, train_step  # noqa: E402
+from minimind_ds.step import Position, evaluate, fetch, train_step  # noqa: E402
 from tests.ranks.layouts import fresh_engine, full_gradients, make_job  # noqa: E402
 
 DEFAULTS = {"accumulation": 1, "sequence": 1, "experts": 1, "flags": ["--eval_fraction", "0.02"], "fields": {},

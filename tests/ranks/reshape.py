@@ -25,17 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 from minimind_ds import checkpoint, engine, reshape  # noqa: E402
 from minimind_ds.model import MiniMindForCausalLM  # noqa: E402
-from minimind_ds.train import (  # noqa: E402
-    Position,
-    build_engine,
-    fetch,
-    identity,
-    layout_facts,
-    load_checkpoint,
-    look_for_start,
-    main,
-    train_step,
-)
+from minimind_ds.step import Position, fetch, train_step  # noqa: E402
+from minimind_ds.train import build_engine, identity, layout_facts, load_checkpoint, look_for_start, main  # noqa: E402
 from tests.ranks.layouts import make_job  # noqa: E402
 
 BEFORE, AFTER = 2, 3

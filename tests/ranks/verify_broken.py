@@ -19,7 +19,7 @@ import torch.distributed as dist
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from minimind_ds import engine, train, verify  # noqa: E402
+from minimind_ds import engine, step, train, verify  # noqa: E402
 from minimind_ds.data.packing import IGNORE  # noqa: E402
 from minimind_ds.data.store import TokenStore  # noqa: E402
 from minimind_ds.kernels import sdpa  # noqa: E402
@@ -53,6 +53,7 @@ def leaked_attention():
     return mock.patch.object(sdpa, "attention", leaky)
 
 
+@contextlib.contextmanager
 def mean_of_means():
     """Each micro-batch's own mean, averaged over micro-batches and ranks."""
     fetch, now = train.fetch, {}
@@ -66,7 +67,8 @@ def mean_of_means():
     def loss_of(ce_sum, aux, n_real, *, step_labelled, step_real, dp_world):
         return ce_sum / now["labelled"] / now["micro_batches"] + aux * (n_real * dp_world / max(step_real, 1))
 
-    return mock.patch.multiple(train, fetch=watched, scaled_loss=loss_of)
+    with mock.patch.object(train, "fetch", watched), mock.patch.object(step, "scaled_loss", loss_of):
+        yield
 
 
 def no_moments():
