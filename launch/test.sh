@@ -5,4 +5,4 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" "[test]"
 # Ranks of one test share the cores; more threads than cores is several times slower.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Three workers on two cores: much of starting ranks, and of a cluster, is waiting.
-exec python -m pytest -q -n 3 --dist loadfile "${@:-tests}"
+exec python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder --durations 40 "${@:-tests}"

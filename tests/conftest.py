@@ -13,6 +13,10 @@ SHARED = ROOT.parent / "shared"
 # Ranks of one test share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# First, so that no worker is left with minutes of work when the others have none.
+LONGEST = ["test_slurm", "test_layouts", "test_parallel", "test_verify", "test_lora", "test_resume", "test_zero_files",
+           "test_triton_moe", "test_faults", "test_reshape", "test_planner", "test_benchmark", "test_triton_attention",
+           "test_triton_model", "test_watchdog", "test_saving"]
 
 
 def pytest_addoption(parser):
@@ -24,6 +28,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if config.getoption("--slow"):
         return
     for item in items:

@@ -2,10 +2,11 @@
 
     deepspeed --num_gpus 2 tests/ranks/layouts.py OUT_DIR ACCUMULATION [extra run flags]
 
-Runs every ZeRO stage on a small dense and a small MoE model: the gradients of the first step, then six steps.
+Runs every ZeRO stage on a small dense and a small MoE model: ten steps, and the gradients of the first one.
 Rank 0 writes OUT_DIR/<model>_<stage>.safetensors (gradients) and OUT_DIR/losses.json.
 """
 
+import contextlib
 import json
 import pathlib
 import sys
@@ -27,7 +28,7 @@ from minimind_ds.step import Position, fetch, train_step  # noqa: E402
 from minimind_ds.train import build_engine  # noqa: E402
 
 MODELS = {"dense": {}, "moe": {"use_moe": True, "moe_intermediate_size": 48}}
-STEPS = 6
+STEPS = 10
 
 
 def make_job(layout, out: pathlib.Path, model: str, stage: int, accumulation: int, extra: list[str],
@@ -57,17 +58,21 @@ def full_gradients(ds_engine, stage: int) -> dict:
     return grads
 
 
-def first_gradients(job, ds_engine) -> dict:
-    """Gradients of the plan's first step, by the same calls as train_step."""
-    facts = job.first_plan.facts(0)
-    for batch in fetch(job, 0, job.first_plan, range(1)):
-        out = ds_engine(batch)
-        ds_engine.backward(scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
-                                       step_real=facts.n_tokens, dp_world=job.layout.ranks), scale_wrt_gas=False)
-        if ds_engine.is_gradient_accumulation_boundary():
-            return full_gradients(ds_engine, job.stage)
-        ds_engine.step()
-    raise AssertionError("the step never ended")
+@contextlib.contextmanager
+def watched_gradients(stage: int):
+    """The gradients of the first step under `with`, as the trainer has them before it clips."""
+    clip, seen = engine.clip_gradients, {}
+
+    def watched(ds_engine, most: float):
+        if not seen:
+            seen.update(full_gradients(ds_engine, stage))
+        return clip(ds_engine, most)
+
+    engine.clip_gradients = watched
+    try:
+        yield seen
+    finally:
+        engine.clip_gradients = clip
 
 
 def constant_rows(model: MiniMindForCausalLM) -> list[int]:
@@ -120,11 +125,11 @@ def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
     for model in MODELS:
         for stage in range(4):
             job = make_job(layout, out, model, stage, accumulation, extra)
-            grads = first_gradients(job, fresh_engine(job))
             ds_engine = fresh_engine(job)
             batches = fetch(job, 0, job.first_plan, range(STEPS))
-            lines = [train_step(job, ds_engine, job.first_plan, Position(step + 1, 0, step), batches)
-                     for step in range(STEPS)]
+            with watched_gradients(stage) as grads:
+                lines = [train_step(job, ds_engine, job.first_plan, Position(step + 1, 0, step), batches)
+                         for step in range(STEPS)]
             case = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
                     "norm": [line["grad_norm"] for line in lines]}
             if model == "moe":
