@@ -83,6 +83,11 @@ class Job:
         return ds_config.stage_of(self.ds)
 
     @property
+    def keeps_checkpoints(self) -> bool:
+        """False where nothing could go on from one."""
+        return ds_config.optimizer_device(self.ds) != "nvme"
+
+    @property
     def rows_ranks(self) -> int:
         """How many ranks, or groups of ranks that share rows, the rows of a step are dealt to."""
         return self.layout.ranks // self.degrees.sequence
@@ -214,6 +219,10 @@ def check_machine(run: RunConfig, ds: dict, layout: Layout) -> None:
     for block in ("offload_optimizer", "offload_param"):
         if (zero.get(block) or {}).get("device") == "nvme":
             check_nvme(f"{path}: zero_optimization.{block}", zero[block])
+    if ds_config.optimizer_device(ds) == "nvme" and run.save_interval:
+        raise ValueError(f"{path}: no checkpoints with optimizer states on NVMe: DeepSpeed forgets Adam's moments "
+                         "when it loads them; --save_interval 0 trains without, offload_optimizer to \"cpu\" keeps "
+                         "them")
 
 
 def check_nvme(where: str, block: dict) -> None:

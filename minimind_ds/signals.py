@@ -23,10 +23,12 @@ SAME_REQUEST_SECONDS = 2.0
 
 
 class Stopped(Exception):
-    """The run was asked to stop and did, after writing the checkpoint of `step`."""
+    """The run was asked to stop and did, after writing the checkpoint of `step` unless there are none."""
 
-    def __init__(self, step: int):
-        super().__init__(f"stopped as asked; the checkpoint of step {step} is written, the same command goes on")
+    def __init__(self, step: int, *, kept: bool = True):
+        super().__init__(f"stopped as asked; the checkpoint of step {step} is written, the same command goes on"
+                         if kept else f"stopped as asked after step {step}; with optimizer states on NVMe there is no "
+                         "checkpoint, the same command starts over")
         self.step = step
 
 

@@ -307,6 +307,8 @@ def run_plan(job: Job, ds_engine, start: Start, metrics: Metrics) -> int:
                     metrics.write({"step": step, "epoch": epoch, **evaluate(job, ds_engine)})
                 # At the very end finishing takes no longer than a checkpoint.
                 stopping = job.stop.agreed and step != job.total_steps
+                if stopping and not job.keeps_checkpoints:
+                    raise Stopped(step, kept=False)
                 if stopping or (run.save_interval and step % run.save_interval == 0):
                     job.beat(f"step {step}: checkpoint")
                     facts = {"step": step, "epoch": epoch, "epoch_step": epoch_step + 1,

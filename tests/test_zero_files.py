@@ -70,8 +70,9 @@ needs_compiler = pytest.mark.skipif(not (shutil.which("g++") and shutil.which("n
 
 
 def curves(deepspeed, ranks: int, out, cases: dict) -> dict:
+    out.mkdir(exist_ok=True)
     listed = [{"name": name, **case} for name, case in cases.items()]
-    deepspeed(ranks, "tests/ranks/parallel.py", str(out), json.dumps(listed), timeout=600)
+    deepspeed(ranks, "tests/ranks/parallel.py", str(out), json.dumps(listed), timeout=900)
     return json.loads((out / "cases.json").read_text())
 
 
@@ -110,12 +111,53 @@ def test_every_shipped_file_is_trained_or_refused_by_a_test():
     assert {path.stem for path in FILES.glob("*.json")} == {*OURS, *REFUSED, *ELSEWHERE}
 
 
-def prepare(tmp_path, path):
+def has_libaio() -> bool:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    return AsyncIOBuilder().is_compatible(verbose=False)
+
+
+def on_nvme(folder) -> dict:
+    config = read_json(str(FILES / "zero3_nvme.json"))
+    for block in ("offload_optimizer", "offload_param"):
+        config["zero_optimization"][block]["nvme_path"] = str(folder)
+    return config
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_states_and_parameters_on_nvme_train_as_one_rank_at_stage_0(tmp_path, deepspeed):
+    # Compiling DeepSpeed's libaio operation takes minutes.
+    if not has_libaio():
+        pytest.skip("needs libaio (Debian: libaio-dev)")
+    # Under 1 MiB a rank's states stay in memory.
+    case = dict(model="dense", steps=10, fields={"hidden_size": 128})
+    flags = ["--eval_fraction", "0.02", "--save_interval", "0"]
+    control = curves(deepspeed, 1, tmp_path / "control", {"control": dict(case, stage=0, accumulation=2)})["control"]
+    found = curves(deepspeed, 2, tmp_path / "nvme", {
+        "nvme": dict(case, stage=3, file=on_nvme(tmp_path), flags=flags),
+        "memory": dict(case, stage=3, file=OURS["zero3_offload_param"])})
+    assert list(tmp_path.rglob("exp_avg-*.tensor.swp"))
+    assert found["nvme"] == found["memory"]
+    for key in ("loss", "labelled"):
+        assert found["nvme"][key] == pytest.approx(control[key], rel=1e-5), key
+
+
+def prepare(tmp_path, path, *flags):
     import torch
 
     return job_module.prepare("sft", ["--deepspeed", str(path), "--preset", "debug", "--save_dir",
-                                      str(tmp_path / "run"), "--cache_dir", str(tmp_path)],
+                                      str(tmp_path / "run"), "--cache_dir", str(tmp_path), *flags],
                               Layout(0, 8, 0, 8, torch.device("cpu")))
+
+
+def test_checkpoints_that_nothing_could_go_on_from_are_refused(tmp_path):
+    if not has_libaio():
+        pytest.skip("needs libaio (Debian: libaio-dev)")
+    (tmp_path / "ds.json").write_text(json.dumps(on_nvme(tmp_path)))
+    with pytest.raises(ValueError, match="no checkpoints with optimizer states on NVMe.*--save_interval 0"):
+        prepare(tmp_path, tmp_path / "ds.json")
+    assert not prepare(tmp_path, tmp_path / "ds.json", "--save_interval", "0").keeps_checkpoints
 
 
 @pytest.mark.parametrize("name", REFUSED)
