@@ -20,7 +20,7 @@ import time
 
 NETWORK = "10.213.47"
 # Free to choose: SLURM is told not to look at the hardware.
-CPUS, GPUS = 64, 8
+CPUS, GPUS = 64, 32
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost=node1
@@ -45,13 +45,20 @@ SelectTypeParameters=CR_CPU
 GresTypes=gpu
 SlurmdParameters=config_overrides
 ReturnToService=2
+# How long a finished job can be asked about.
+MinJobAge=3600
 SlurmdTimeout=60
 MessageTimeout=5
 TCPTimeout=2
 KillWait=10
 SchedulerParameters=sched_interval=2,bf_interval=2
 NodeName=node[1-2] CPUs={cpus} RealMemory=100000 Gres=gpu:{gpus}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PreemptMode=OFF
+# Jobs of `low` are asked to leave, and have to within GraceTime seconds, when one of `high` needs what they hold.
+PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=2
 """
 FIRST_PROCESS = """
 mount -n -t proc proc /proc && mount -n -t tmpfs tmpfs /dev/shm && mount -n --bind {home}/hosts /etc/hosts &&
