@@ -77,7 +77,8 @@ class Batch:
 
     def resumed(self) -> list[int]:
         """The steps of the checkpoints that it went on from."""
-        return [int(step) for step in re.findall(r"resuming from \S+ after step (\d+)", self.said())]
+        log = self.cluster.home / f"{self.name}.logs" / "sft-rank0000.log"
+        return [int(step) for step in re.findall(r"resuming from \S+ after step (\d+)", log.read_text())]
 
     def wait_for(self, true, what: str, seconds: float = 150) -> None:
         try:
@@ -97,19 +98,23 @@ class Batch:
         path = self.folder / "metrics.jsonl"
 
         def reached():
-            facts, resumed = self.show(), self.resumed()
+            facts = self.show()
             assert facts["JobState"] not in ("FAILED", "COMPLETED"), self.said()[-5000:]
-            return (int(facts["Restarts"]) == len(resumed) == restarts and path.exists()
-                    and path.read_text().count("\n") >= step + sum(resumed[-1:]))
+            return (int(facts["Restarts"]) == restarts and path.exists() and len(self.resumed()) == restarts
+                    and path.read_text().count("\n") >= step + sum(self.resumed()[-1:]))
         self.wait_for(reached, f"{step} steps after {restarts} restarts")
 
     def freeze(self, step: int, restarts: int = 0) -> None:
         """Stops the rank on node2, for which the other then waits: what comes next comes amidst the training."""
         self.wait_for_step(step, restarts)
-        self.cluster.run("pkill", "-STOP", "-f", str(self.folder), on="node2")
+        self.signal("STOP")
 
-    def thaw(self) -> None:
-        self.cluster.run("pkill", "-CONT", "-f", str(self.folder), on="node2")
+    def signal(self, name: str) -> None:
+        """To the rank on node2."""
+        try:
+            self.cluster.run("pkill", f"-{name}", "-f", rf"^\S*python\S* \S*sft.py.*{self.folder}", on="node2")
+        except RuntimeError as error:
+            raise AssertionError(f"{error}\n{self.said()[-5000:]}") from None
 
 
 def few(cluster: Cluster) -> list[str]:
@@ -141,14 +146,14 @@ def disturb(busy: Batch) -> str:
     busy.freeze(5)
     cluster.run("scancel", "--signal=USR1", "--batch", busy.id)
     busy.wait_for(lambda: "received USR1" in busy.said(), "the warning")
-    busy.thaw()
+    busy.signal("CONT")
     busy.wait_for_step(3, restarts=1)
-    cluster.run("pkill", "-KILL", "-f", rf"^\S*python\S* \S*sft.py.*{busy.folder}", on="node2")
+    busy.signal("KILL")
     busy.freeze(3, restarts=2)
     high = cluster.run("sbatch", "--parsable", "--partition=high", "--gpus-per-node=20", "--output=/dev/null",
                        "--wrap", "sleep 1")
     busy.wait_for(lambda: "SIGTERM: a checkpoint after this step" in busy.said(), "the pre-emption")
-    busy.thaw()
+    busy.signal("CONT")
     return high
 
 
@@ -160,7 +165,7 @@ def run_out_of_time(limit: Batch) -> None:
     limit.wait_for(lambda: "received USR1" in limit.said(), "SLURM's warning")
     # Its next start has time enough.
     limit.cluster.run("scontrol", "update", f"JobId={limit.id}", "TimeLimit=60")
-    limit.thaw()
+    limit.signal("CONT")
     limit.freeze(3, restarts=1)
 
 
