@@ -98,10 +98,11 @@ class Batch:
         path = self.folder / "metrics.jsonl"
 
         def reached():
-            facts = self.show()
-            assert facts["JobState"] not in ("FAILED", "COMPLETED"), self.said()[-5000:]
-            return (int(facts["Restarts"]) == restarts and path.exists() and len(self.resumed()) == restarts
-                    and path.read_text().count("\n") >= step + sum(self.resumed()[-1:]))
+            if path.exists() and len(self.resumed()) == restarts:
+                if path.read_text().count("\n") >= step + sum(self.resumed()[-1:]):
+                    return True
+            assert self.show()["JobState"] not in ("FAILED", "COMPLETED"), self.said()[-5000:]
+            return False
         self.wait_for(reached, f"{step} steps after {restarts} restarts")
 
     def freeze(self, step: int, restarts: int = 0) -> None:
@@ -267,20 +268,24 @@ def chain(cluster):
 
 @pytest.fixture(scope="module")
 def broken(cluster):
-    """A job whose program cannot start, whatever the node."""
-    return Batch(cluster, "broken", *ONE_TASK, PYTHON="false")
+    """A job whose program fails before any training: on node2 at once, on node1 when the file `dark` is there."""
+    tool = cluster.home / "broken.sh"
+    shim(tool, f"""while [ $SLURMD_NODENAME = node1 ] && [ ! -e {cluster.home}/dark ]; do sleep 0.1; done
+        exit 3""")
+    return Batch(cluster, "broken", *TWO_NODES, PYTHON=str(tool))
 
 
-def test_a_lost_node_is_survived_with_one_restart_which_is_slurms_own(cluster, control, busy, early, chain, benchmark,
-                                                                      broken):
+def test_a_lost_node_costs_one_restart_which_is_slurms_own(cluster, control, busy, early, chain, benchmark, broken):
     lost = early[2]
     early[4].result()
+    broken.wait_for(lambda: "node2: task 1: Exited with exit code 3" in broken.said(), "the failure on node2")
     cluster.switch_off("node2")
-    # The rank that is left says that the other is gone long before SLURM knows of the node.
-    lost.wait_for(lambda: "no answer from node2: waiting for SLURM to notice" in lost.said(), "the look at its nodes")
+    (cluster.home / "dark").touch()
+    # A script that finds a node dark before SLURM knows of it does not requeue the job.
+    broken.wait_for(lambda: "no answer from node2: waiting for SLURM to notice" in broken.said(), "the look at node2")
     cluster.give_up_after(6)
     lost.wait("PENDING")
-    assert lost.show()["Restarts"] == "2"
+    broken.wait("PENDING")
     cluster.give_up_after(60)
     cluster.switch_on("node2")
     cluster.run("slurmd", on="node2")
@@ -288,17 +293,18 @@ def test_a_lost_node_is_survived_with_one_restart_which_is_slurms_own(cluster, c
     assert lost.requeued() == [("stopped by USR1", "1")] and lost.resumed()[1] > 0
 
 
+def test_a_program_that_never_starts_is_tried_three_times_and_once_more_for_a_lost_node(broken):
+    ended = broken.wait("FAILED")
+    why = "the program did not start (exit code 3)"
+    assert broken.requeued() == [(why, "2"), (why, "3")] and ended["Restarts"] == "3" and ended["ExitCode"] == "2:0"
+    assert "error: the program did not start, three times; see " in broken.said()
+
+
 def test_a_chain_of_jobs_ends_in_a_hugging_face_folder(cluster, chain):
     cluster.wait_for(lambda: facts(cluster, chain[-1])["JobState"] == "COMPLETED", "the end of the chain", 120)
     assert (cluster.home / "chain" / "hf" / "config.json").exists()
     times = [facts(cluster, job) for job in chain]
     assert all(a["EndTime"] <= b["StartTime"] for a, b in zip(times, times[1:]))
-
-
-def test_a_program_that_never_starts_is_tried_three_times(broken):
-    ended = broken.wait("FAILED")
-    assert ended["ExitCode"] == "2:0" and ended["Restarts"] == "2"
-    assert "error: the program did not start, three times; see " in broken.said()
 
 
 def test_the_benchmark_ends_with_one_json_document_inside_a_container_too(benchmark):

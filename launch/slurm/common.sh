@@ -98,8 +98,9 @@ on_signal() {
     event=$1
     # Reaches the tasks, not this script; each finishes its step, writes a checkpoint and ends.  More than once, since
     # the tasks may not be there yet; a second SIGUSR1 means nothing to them.  Never longer than this script lives, be
-    # it killed: the next start of the job has the same id.
-    while kill -0 $$ 2>/dev/null; do scancel --signal=USR1 "$job" || :; sleep 5; done &
+    # it killed: the next start of the job has the same id.  For the same reason scancel must not live on: it tries
+    # again, after 5 s and more, while SLURM is about to requeue the job.
+    while kill -0 $$ 2>/dev/null; do timeout 3 scancel --signal=USR1 "$job" || :; sleep 5; done &
     trap "kill $! 2>/dev/null || :" EXIT
 }
 
