@@ -129,10 +129,10 @@ await_verdict() { # A rank is gone, and perhaps its node: ranks notice at once w
     # SLURM requeues a job that has lost a node by itself; one that requeues itself before may be given the dead node
     # again.
     while [ "$(state)" = RUNNING ]; do
+        # SLURM knows, and leaves the job as it is: sbatch --no-kill.
+        if sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --format=%t | grep '^down' >/dev/null; then return 0; fi
         silent=$(silent_nodes | paste -sd, -)
         [ -n "$silent" ] || return 0
-        # SLURM knows, and leaves the job as it is: sbatch --no-kill.
-        if sinfo --noheader --nodes="$silent" --format=%t | grep -q '^down'; then return 0; fi
         if [ $SECONDS -ge $deadline ]; then
             say "SLURM has not noticed within ${NODE_WAIT:-600} s (NODE_WAIT) that $silent is gone"
             return 0
