@@ -124,8 +124,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_) -> None:
-        for name in list(self.nodes):
-            self.switch_off(name)
+        self.switch_off(*self.nodes)
 
     def switch_on(self, name: str) -> None:
         self.nodes[name] = subprocess.Popen(
@@ -155,19 +154,20 @@ class Cluster:
         conf.write_text(re.sub(r"SlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", conf.read_text()))
         self.run("scontrol", "reconfigure")
 
-    def switch_off(self, name: str) -> None:
+    def switch_off(self, *names: str) -> None:
         """A power cut."""
-        first = None
-        with contextlib.suppress(OSError, ValueError):
-            first = pathlib.Path(f"/proc/{self.pid(name)}")
-        node = self.nodes.pop(name)
-        node.kill()
-        node.wait()
-        node.stdin.close()
-        node.stdout.close()
+        firsts = []
+        for name in names:
+            with contextlib.suppress(OSError, ValueError):
+                firsts.append(pathlib.Path(f"/proc/{self.pid(name)}"))
+            node = self.nodes.pop(name)
+            node.kill()
+            node.wait()
+            node.stdin.close()
+            node.stdout.close()
         # The kernel ends a node's first process, which unshare's end has killed, after everything else in it.
         deadline = time.monotonic() + 10
-        while first and first.exists() and time.monotonic() < deadline:
+        while any(first.exists() for first in firsts) and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def pid(self, name: str) -> int:
