@@ -128,8 +128,8 @@ def few(cluster: Cluster) -> list[str]:
 def early(cluster):
     """All that takes long, at the same time: a run on one node that nobody disturbs, and two on two nodes.
 
-    Of these one, the only task of an array, is warned, then loses a rank, then has to make room for a job of higher
-    priority; the other comes to its time limit, and after its restart is kept waiting for the loss of a node.
+    Of these one, the only task of an array, is warned, then has to make room for a job of higher priority; the other
+    comes to its time limit, then loses a rank, and after that is kept waiting for the loss of a node.
     """
     control = Batch(cluster, "control", *ONE_NODE)
     busy = Batch(cluster, "busy7", *TWO_NODES, "--partition=low", "--gpus-per-node=20", "--array=7",
@@ -148,9 +148,7 @@ def disturb(busy: Batch) -> str:
     cluster.run("scancel", "--signal=USR1", "--batch", busy.id)
     busy.wait_for(lambda: "received USR1" in busy.said(), "the warning")
     busy.signal("CONT")
-    busy.wait_for_step(3, restarts=1)
-    busy.signal("KILL")
-    busy.freeze(3, restarts=2)
+    busy.freeze(3, restarts=1)
     high = cluster.run("sbatch", "--parsable", "--partition=high", "--gpus-per-node=20", "--output=/dev/null",
                        "--wrap", "sleep 1")
     busy.wait_for(lambda: "SIGTERM: a checkpoint after this step" in busy.said(), "the pre-emption")
@@ -159,6 +157,7 @@ def disturb(busy: Batch) -> str:
 
 
 def run_out_of_time(limit: Batch) -> None:
+    """And then lose a rank."""
     limit.freeze(5)
     # SLURM looks at time limits every 30 seconds.
     end = time.strftime("%FT%T", time.localtime(time.time() + 100))
@@ -167,7 +166,9 @@ def run_out_of_time(limit: Batch) -> None:
     # Its next start has time enough.
     limit.cluster.run("scontrol", "update", f"JobId={limit.id}", "TimeLimit=60")
     limit.signal("CONT")
-    limit.freeze(3, restarts=1)
+    limit.wait_for_step(3, restarts=1)
+    limit.signal("KILL")
+    limit.freeze(3, restarts=2)
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +181,7 @@ def control(early):
 
 @pytest.fixture(scope="module")
 def busy(early):
-    """The run that was disturbed three times; finished."""
+    """The run that was warned and then pre-empted; finished."""
     early[3].result()
     early[1].wait("COMPLETED")
     return early[1]
@@ -214,27 +215,23 @@ def test_jobs_side_by_side_meet_at_places_of_their_own(control, early):
     assert len(set(places)) == 3
 
 
-def test_each_event_requeues_a_job_on_two_nodes_once_and_it_ends_as_one_node_undisturbed(control, busy):
-    same(busy, control, restarts=3)
-    assert busy.requeued() == [("stopped by USR1", "1"), ("the training failed", "2"), ("stopped", "3")]
-    assert busy.show()["NumNodes"] == "2" and "restarted 3 times, failed 1 times" in busy.said()
-    # No node was gone, and none was waited for.
-    assert "waiting for SLURM" not in busy.said()
-
-
-def test_a_warned_or_preempted_job_goes_on_from_the_step_it_had_reached(cluster, early, busy):
-    warned, killed, preempted = busy.resumed()
-    for step in (warned, preempted):
-        assert step % 20 and f"the checkpoint of step {step} is written" in busy.said()
-    assert warned <= killed < preempted
+def test_a_warned_and_then_preempted_job_on_two_nodes_ends_as_one_node_undisturbed(cluster, control, early, busy):
+    same(busy, control, restarts=2)
+    # Once for each event.
+    assert busy.requeued() == [("stopped by USR1", "1"), ("stopped", "2")] and busy.show()["NumNodes"] == "2"
     high = facts(cluster, early[3].result())
     assert high["JobState"] == "COMPLETED" and high["EndTime"] <= busy.show()["StartTime"]
+    # The checkpoints were not periodic ones.
+    for step in busy.resumed():
+        assert step % 20 and f"the checkpoint of step {step} is written" in busy.said()
 
 
-def test_a_job_at_its_time_limit_is_requeued_once(early):
+def test_a_time_limit_and_a_crash_requeue_a_job_once_each_and_at_once_while_its_nodes_are_well(early):
     limit = early[2]
     early[4].result()
-    assert limit.requeued() == [("stopped by USR1", "1")] and limit.show()["Restarts"] == "1"
+    assert limit.requeued() == [("stopped by USR1", "1"), ("the training failed", "2")]
+    assert limit.show()["Restarts"] == "2" and "restarted 2 times, failed 1 times" in limit.said()
+    assert "waiting for SLURM" not in limit.said()
 
 
 def shim(path: pathlib.Path, text: str) -> None:
@@ -289,8 +286,8 @@ def test_a_lost_node_costs_one_restart_which_is_slurms_own(cluster, control, bus
     cluster.give_up_after(60)
     cluster.switch_on("node2")
     cluster.run("slurmd", on="node2")
-    same(lost, control, restarts=2)
-    assert lost.requeued() == [("stopped by USR1", "1")] and lost.resumed()[1] > 0
+    same(lost, control, restarts=3)
+    assert len(lost.requeued()) == 2 and len(lost.resumed()) == 3
 
 
 def test_a_program_that_never_starts_is_tried_three_times_and_once_more_for_a_lost_node(broken):
