@@ -12,28 +12,45 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 [ $# -ge 2 ] || fail "usage: bash launch/multi_node.sh HOSTFILE sft|pretrain|benchmark [FLAG...]"
 hostfile=$1 program=$2
 shift 2
-[ -r "$hostfile" ] || fail "cannot read the host file $hostfile"
+[ -f "$hostfile" ] && [ -r "$hostfile" ] || fail "cannot read the host file $hostfile (lines 'name slots=GPUS')"
 [ -e "$home/launch/$program.py" ] || fail "no launch/$program.py: name sft, pretrain or benchmark"
 if [ -e "$home/.venv/bin/deepspeed" ]; then export PATH="$home/.venv/bin:$PATH"; fi
 command -v deepspeed >/dev/null || fail "no deepspeed on PATH: bash launch/quickstart.sh installs it into .venv"
+
+no_way_to() { # HOST, ssh's last line
+    case $2 in
+    *resolve* | *"timed out"* | *"No route"* | *refused* | *unreachable*)
+        fail "cannot reach $1 ($2): is its name in $hostfile right, and does it run sshd?" ;;
+    esac
+    fail "ssh $1 asks for a password or fails ($2): ssh-copy-id $1, and accept its key once"
+}
 
 number=0 hosts=()
 while read -r host slots rest || [ -n "$host" ]; do
     number=$((number + 1))
     case $host in '' | '#'*) continue ;; esac
+    case $slots$rest in *$'\r') fail "$hostfile has Windows line ends: sed -i 's/\\r\$//' $hostfile" ;; esac
     [[ $slots =~ ^slots=[1-9][0-9]*$ ]] || fail "$hostfile line $number: '$host $slots $rest' is not 'name slots=GPUS'"
+    case " ${hosts[*]} " in *" $host "*) fail "$hostfile line $number names $host a second time" ;; esac
     hosts+=("$host")
 done <"$hostfile"
 [ ${#hosts[@]} -gt 0 ] || fail "$hostfile names no machine"
 
 for command in ssh pdsh; do
-    command -v $command >/dev/null || fail "no $command: DeepSpeed's launcher needs it (Debian: apt-get install pdsh)"
+    command -v $command >/dev/null ||
+        fail "no $command: DeepSpeed's launcher needs it (Debian: apt-get install openssh-client pdsh)"
 done
+# DeepSpeed's launcher starts its own interpreter on all machines, in this folder.
+python=$(sed -n '1s/^#!\([^ ]*\).*/\1/p' "$(command -v deepspeed)")
+needed=("$home/launch/$program.py" "$PWD" "${python:-/}")
 for host in "${hosts[@]}"; do
     # -n: ssh must not read what is not for it.
-    answer=$(ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" "test -e '$home/launch/$program.py' || echo missing" 2>&1) ||
-        fail "ssh $host asks for a password or fails (${answer##*$'\n'}): ssh-copy-id $host, and accept its key once"
-    [ -z "$answer" ] || fail "$host has no $home/launch/$program.py: $answer"
+    answer=$(ssh -n -o BatchMode=yes -o ConnectTimeout=10 "$host" \
+        "for file in$(printf " '%s'" "${needed[@]}"); do test -e \"\$file\" || echo \"missing: \$file\"; done" 2>&1) ||
+        no_way_to "$host" "${answer##*$'\n'}"
+    # Only these lines: machines greet.
+    missing=$(sed -n 's/^missing: //p' <<<"$answer")
+    [ -z "$missing" ] || fail "$host has no ${missing//$'\n'/, no }: all machines need it at the same place"
 done
 
 run=(deepspeed --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}")

@@ -7,11 +7,15 @@ launch/slurm/*.sbatch run it by themselves with PREFLIGHT=1.  Flags of the train
 """
 
 import argparse
+import os
 import pathlib
 import sys
 
 # Works from a checkout that was not installed, and whatever the working directory is.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+# A node that does not answer is this program's to name; PyTorch would add its C++ stacks.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 from minimind_ds import engine, preflight  # noqa: E402
 

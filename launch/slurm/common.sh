@@ -9,6 +9,7 @@
 #   PREFLIGHT=1               check all nodes first       PREFLIGHT_FLAGS=... of launch/preflight.py
 #   LOG_DIR=FOLDER            default: slurm-logs/<job>   CPU_BIND=cores      srun's --cpu-bind
 #   MASTER_PORT=N             rendezvous port; default: a number made from the job's id
+#   NODE_WAIT=600             seconds to wait for SLURM to notice a lost node; default: twice its usual SlurmdTimeout
 #
 # Network.  NCCL and gloo find their interfaces by themselves; on machines with several they may need a hint:
 #   export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0     the interface all nodes share (bootstrap, CPU collectives)
@@ -97,21 +98,67 @@ on_signal() {
     event=$1
     # Reaches the tasks, not this script; each finishes its step, writes a checkpoint and ends.  More than once, since
     # the tasks may not be there yet; a second SIGUSR1 means nothing to them.  Never longer than this script lives, be
-    # it killed: the next start of the job has the same id.
-    while kill -0 $$ 2>/dev/null; do scancel --signal=USR1 "$job" || :; sleep 5; done &
+    # it killed: the next start of the job has the same id.  For the same reason scancel must not live on: it tries
+    # again, after 5 s and more, while SLURM is about to requeue the job.
+    while kill -0 $$ 2>/dev/null; do timeout 3 scancel --signal=USR1 "$job" || :; sleep 5; done &
     trap "kill $! 2>/dev/null || :" EXIT
 }
 
+state() { # of the job.  The script runs, hence SLURM knows the job: no answer means a busy controller.
+    local tries
+    for tries in 1 2 3 4 5 6; do
+        squeue --noheader --jobs="$job" --format=%T 2>/dev/null && return
+        sleep $((tries * 5))
+    done
+}
+
+silent_nodes() { # those of the job's nodes on which no task can be started
+    local answered
+    # --overlap: the training's own step may not have ended everywhere.
+    answered=$(timeout --kill-after=2 10 srun --overlap --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+        --ntasks="$SLURM_JOB_NUM_NODES" --input=none printenv SLURMD_NODENAME 2>/dev/null || :)
+    # No answer from this very node says nothing of the others.
+    grep -qxF "$SLURMD_NODENAME" <<<"$answered" || return 0
+    scontrol show hostnames "$SLURM_JOB_NODELIST" | grep -vxF "$answered" || :
+}
+
+await_verdict() { # A rank is gone, and perhaps its node: ranks notice at once what SLURM sees after minutes
+    local silent told='' deadline=$((SECONDS + ${NODE_WAIT:-600}))
+    # A lone node is this one.
+    [ "${SLURM_JOB_NUM_NODES:-1}" -gt 1 ] || return 0
+    # SLURM requeues a job that has lost a node by itself; one that requeues itself before may be given the dead node
+    # again.
+    while [ "$(state)" = RUNNING ]; do
+        # SLURM knows, and leaves the job as it is: sbatch --no-kill.
+        if sinfo --noheader --nodes="$SLURM_JOB_NODELIST" --format=%t | grep '^down' >/dev/null; then return 0; fi
+        silent=$(silent_nodes | paste -sd, -)
+        [ -n "$silent" ] || return 0
+        if [ $SECONDS -ge $deadline ]; then
+            say "SLURM has not noticed within ${NODE_WAIT:-600} s (NODE_WAIT) that $silent is gone"
+            return 0
+        fi
+        if [ -z "$told" ]; then
+            told="no answer from $silent: waiting for SLURM to notice, up to ${NODE_WAIT:-600} s (NODE_WAIT)"
+            say "$told"
+        fi
+        sleep 1
+    done
+}
+
 requeue() { # WHY
-    local state
-    state=$(squeue --noheader --jobs="$job" --format=%T || :)
-    # A cancelled job, or one that SLURM itself is about to requeue, is no longer running.
-    if [ "$state" = RUNNING ]; then
+    local state tries
+    for tries in 1 2 3; do
+        state=$(state)
+        # A cancelled job, or one that SLURM itself has requeued or is about to, is no longer running.
+        if [ "$state" != RUNNING ]; then
+            say "$1; the job is ${state:-gone}: not requeued"
+            exit 75
+        fi
         say "$1: requeued, restart $((${SLURM_RESTART_COUNT:-0} + 1))"
-        scontrol requeue "$job" || say "scontrol requeue failed; the same sbatch command goes on from the checkpoint"
-    else
-        say "$1; the job is ${state:-gone}: not requeued"
-    fi
+        if scontrol requeue "$job"; then exit 75; fi
+        sleep $((tries * 5))
+    done
+    say "scontrol requeue failed; the same sbatch command goes on from the checkpoint"
     exit 75
 }
 
@@ -140,6 +187,7 @@ train() { # PROGRAM [FLAG...]; %a in a flag is the number of the array's task
     if [ "$outcome" = done ]; then exit 0; fi
     tail -n 20 "$logs/$1-rank0000.log" 2>/dev/null || :
     if [ -n "$outcome" ]; then rm -f "$logs/failed_starts"; fi
+    if [ "$outcome" != stopped ]; then await_verdict; fi
     if [ -n "$event" ]; then requeue "stopped by $event"; fi
     case $outcome in
     stopped) requeue "stopped" ;;

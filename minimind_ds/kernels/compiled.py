@@ -8,6 +8,7 @@ half a minute on a CPU, where it is g++).
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import torch
@@ -15,11 +16,32 @@ import torch
 from . import reference
 from .needs import Needs
 
-# Compilation happens at the first call, for the dtype and shape it comes with.
-rms_norm = torch.compile(reference.rms_norm, dynamic=True)
-swiglu = torch.compile(reference.swiglu, dynamic=True)
-add_rms_norm = torch.compile(reference.add_rms_norm, dynamic=True)
-norm_rope = torch.compile(reference.norm_rope, dynamic=True)
+
+@functools.cache
+def compiled(name: str):
+    """The reference's function; compilation happens at its first call, for the dtype and shape it comes with.
+
+    Not at import: torch.compile itself loads the compiler, two seconds of every program's start.
+    """
+    return torch.compile(getattr(reference, name), dynamic=True)
+
+
+def rms_norm(*args):
+    return compiled("rms_norm")(*args)
+
+
+def swiglu(*args):
+    return compiled("swiglu")(*args)
+
+
+def add_rms_norm(*args):
+    return compiled("add_rms_norm")(*args)
+
+
+def norm_rope(*args):
+    return compiled("norm_rope")(*args)
+
+
 token_losses = reference.token_losses
 
 LACKS = dict.fromkeys(("attention", "moe", "router"), "only the elementwise operations are compiled")

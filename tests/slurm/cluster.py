@@ -20,7 +20,7 @@ import time
 
 NETWORK = "10.213.47"
 # Free to choose: SLURM is told not to look at the hardware.
-CPUS, GPUS = 64, 8
+CPUS, GPUS = 64, 32
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost=node1
@@ -45,13 +45,20 @@ SelectTypeParameters=CR_CPU
 GresTypes=gpu
 SlurmdParameters=config_overrides
 ReturnToService=2
+# How long a finished job can be asked about.
+MinJobAge=3600
 SlurmdTimeout=60
 MessageTimeout=5
 TCPTimeout=2
 KillWait=10
 SchedulerParameters=sched_interval=2,bf_interval=2
 NodeName=node[1-2] CPUs={cpus} RealMemory=100000 Gres=gpu:{gpus}
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PreemptMode=OFF
+# Jobs of `low` are asked to leave, and have to within GraceTime seconds, when one of `high` needs what they hold.
+PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=2
 """
 FIRST_PROCESS = """
 mount -n -t proc proc /proc && mount -n -t tmpfs tmpfs /dev/shm && mount -n --bind {home}/hosts /etc/hosts &&
@@ -117,8 +124,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_) -> None:
-        for name in list(self.nodes):
-            self.switch_off(name)
+        self.switch_off(*self.nodes)
 
     def switch_on(self, name: str) -> None:
         self.nodes[name] = subprocess.Popen(
@@ -148,19 +154,20 @@ class Cluster:
         conf.write_text(re.sub(r"SlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", conf.read_text()))
         self.run("scontrol", "reconfigure")
 
-    def switch_off(self, name: str) -> None:
+    def switch_off(self, *names: str) -> None:
         """A power cut."""
-        first = None
-        with contextlib.suppress(OSError, ValueError):
-            first = pathlib.Path(f"/proc/{self.pid(name)}")
-        node = self.nodes.pop(name)
-        node.kill()
-        node.wait()
-        node.stdin.close()
-        node.stdout.close()
+        firsts = []
+        for name in names:
+            with contextlib.suppress(OSError, ValueError):
+                firsts.append(pathlib.Path(f"/proc/{self.pid(name)}"))
+            node = self.nodes.pop(name)
+            node.kill()
+            node.wait()
+            node.stdin.close()
+            node.stdout.close()
         # The kernel ends a node's first process, which unshare's end has killed, after everything else in it.
         deadline = time.monotonic() + 10
-        while first and first.exists() and time.monotonic() < deadline:
+        while any(first.exists() for first in firsts) and time.monotonic() < deadline:
             time.sleep(0.02)
 
     def pid(self, name: str) -> int:

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Pretraining, then fine-tuning of its weights, then an export: three jobs, each waiting for the one before.
+#   PRETRAIN="--data_path /shared/pretrain.jsonl" SFT="--data_path /shared/sft.jsonl" \
+#       bash launch/slurm/chain.sh /shared/runs/mine --partition=gpu --nodes=2
+# Writes pretrain, sft and hf below the folder.  What follows the folder goes to sbatch, for all three; PRETRAIN, SFT
+# and FLAGS hold flags of pretrain.py, of sft.py and of both, separated by blanks.  The same command again goes on after a
+# failure: what is finished ends at once.
+set -euo pipefail
+MINIMIND_DS_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+export MINIMIND_DS_HOME
+
+if [ $# = 0 ] || [[ $1 = -* ]]; then
+    echo "error: usage: bash launch/slurm/chain.sh FOLDER [OPTION OF SBATCH...]" >&2
+    exit 2
+fi
+folder=$(realpath -m "$1")
+shift
+
+submit() { # FILE, the job to wait for or nothing, flags
+    local after=()
+    # Without kill-on-invalid-dep a job waits for ever for one that has failed.
+    if [ -n "$2" ]; then after=("--dependency=afterok:$2" --kill-on-invalid-dep=yes); fi
+    # A federation's answer is JOB;CLUSTER.
+    sbatch --parsable "${options[@]}" "${after[@]}" "$MINIMIND_DS_HOME/launch/slurm/$1.sbatch" "${@:3}" | cut -d';' -f1
+}
+
+options=("$@")
+# shellcheck disable=SC2086
+pretrain=$(submit pretrain "" ${FLAGS:-} ${PRETRAIN:-} --save_dir "$folder/pretrain")
+# shellcheck disable=SC2086
+sft=$(submit sft "$pretrain" ${FLAGS:-} ${SFT:-} --from_weight "$folder/pretrain" --save_dir "$folder/sft")
+options+=(--nodes=1 --ntasks-per-node=1)
+export=$(submit export "$sft" --weight "$folder/sft" --to hf --out "$folder/hf" --overwrite)
+echo "pretraining $pretrain, fine-tuning $sft, export $export into $folder/hf"
