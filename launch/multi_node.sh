@@ -53,7 +53,8 @@ for host in "${hosts[@]}"; do
     [ -z "$missing" ] || fail "$host has no ${missing//$'\n'/, no }: all machines need it at the same place"
 done
 
-run=(deepspeed --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}")
+# --force_multi: DeepSpeed would run a file of one machine on this one, whatever its name.
+run=(deepspeed --force_multi --hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}")
 if [ "${PREFLIGHT:-0}" = 1 ]; then
     "${run[@]}" "$home/launch/preflight.py" "$@" || fail "the pre-flight check failed; nothing was started"
 fi
