@@ -28,6 +28,8 @@ def held(ds_engine) -> dict[str, int]:
         "optimizer": [*masters, *(t for state in basic.state.values() for t in state.values())],
         "gradients": [*(p.grad for p in params), *(p.grad for p in masters),
                       *flatten(getattr(optimizer, "averaged_gradients", {})),
+                      # Stage 2's, between micro-batches.
+                      *flatten(getattr(optimizer, "all_grad_tensors", {})),
                       getattr(optimizer, "grad_partitions_flat_buffer", None)],
         "buckets": [t for bucket in getattr(optimizer, "ipg_buckets", {}).values() for t in flatten(vars(bucket))],
     }
