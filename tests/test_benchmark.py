@@ -242,9 +242,10 @@ def test_trl_trains_on_the_same_rows_as_the_engine_does(tmp_path, deepspeed):
 
 
 @needs_trl
-def test_the_leak_probe_sees_samples_that_see_each_other(tmp_path):
+@pytest.mark.parametrize("preset", ["debug", "debug-moe"])
+def test_the_leak_probe_sees_samples_that_see_each_other(preset, tmp_path):
     # An attention mask takes from transformers the only sign that samples end within a row.
-    flags = ["--deepspeed", *CELLS["files"], "--preset", "debug", "--pack_len", "256", "--max_seq_len", "128",
+    flags = ["--deepspeed", *CELLS["files"], "--preset", preset, "--pack_len", "256", "--max_seq_len", "128",
              "--dtype", "fp32", "--cache_dir", str(tmp_path), "--save_dir", str(tmp_path / "run")]
     code = f"""
 import json, torch
@@ -257,13 +258,21 @@ trainer = trl_loop.build(job, dict(weights.fresh(job.model_config)), 1)
 found = [trl_loop.leak(job, trainer)]
 collate = trainer.data_collator
 trainer.data_collator = lambda rows: (b := collate(rows)) | {{"attention_mask": torch.ones_like(b["input_ids"])}}
-print(json.dumps([*found, trl_loop.leak(job, trainer)]))
+found.append(trl_loop.leak(job, trainer))
+trainer.data_collator = collate
+trainer.begin()
+trainer.one_step()
+found.append([type(trainer.model_wrapped).__name__, trainer.args.n_gpu, trainer.model.is_gradient_checkpointing])
+trainer.end()
+print(json.dumps(found))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True,
                           timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    apart, together = json.loads(done.stdout.splitlines()[-1])
+    apart, together, plain = json.loads(done.stdout.splitlines()[-1])
     assert apart[0] > 0 and apart[1] == 0 and together[1] > 0
+    # One rank is not slowed down by what only several need, nor by checkpointing, which TRL turns on.
+    assert plain[0].startswith("Qwen3") and plain[1] <= 1 and plain[2] is False
 
 
 def test_stage_3_asks_numactl_at_most_once(compared):

@@ -7,10 +7,13 @@ Imports trl: benchmark/trl_ratio.py looks first whether it is there.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 import pathlib
 import tempfile
 import threading
+from collections.abc import Iterator
 
 import datasets
 import numpy as np
@@ -64,6 +67,8 @@ class Stepwise(trl.SFTTrainer):
         """Everything that train() does before its first step.  Raises whatever train() raises."""
         self.turns, self.failed = Turns(), None
         self.add_callback(self.turns)
+        # It prints a summary at the end.
+        self.remove_callback(transformers.PrinterCallback)
         self.thread = threading.Thread(target=self.run, daemon=True, name="trl")
         self.thread.start()
         self.wait()
@@ -107,7 +112,8 @@ def build(job: Job, start: dict, steps: int) -> Stepwise:
     """
     run, layout = job.run, job.layout
     half = {"bf16": run.dtype == "bf16", "fp16": run.dtype == "fp16"}
-    with tempfile.TemporaryDirectory() as folder:
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder, alone(layout.ranks):
         exported = pathlib.Path(folder) / "hf"
         export.export_hf(start, job.model_config, job.tokenizer, exported, dtype=torch.float32)
         # TRL's own precision: fp32 weights, autocast.
@@ -126,8 +132,21 @@ def build(job: Job, start: dict, steps: int) -> Stepwise:
             # DistributedDataParallel's search for parameters without a gradient costs time, and there are none.
             ddp_find_unused_parameters=False, seed=run.seed, save_strategy="no", eval_strategy="no",
             logging_strategy="no", report_to="none", disable_tqdm=True)
+        # Otherwise one process would take every GPU it sees.
+        arguments._n_gpu = min(1, arguments.n_gpu)
         return Stepwise(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows_of(job, steps)),
                         processing_class=tokenizer, optimizers=(adamw(job, model.parameters()), None))
+
+
+@contextlib.contextmanager
+def alone(ranks: int) -> Iterator[None]:
+    """One rank without a launcher's variables: accelerate would wrap the model in DistributedDataParallel."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE") if ranks == 1 else ()
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def attention(device: torch.device, dtype: str) -> str:
@@ -179,10 +198,11 @@ def loop(job: Job, trainer: Stepwise, name: str) -> Loop:
 
 @torch.no_grad()
 def leak(job: Job, trainer: Stepwise) -> tuple[int, int] | None:
-    """Elements of a batch's last hidden states that move when its first sample's tokens change: (its own, others').
+    """Elements of a batch's outputs that move when its first sample's tokens change: (its own, other samples').
 
     Of the first batch with two samples, as TRL's collator lays it out, in the run's precision, by the model that is
-    trained; None if no batch has two.
+    trained; None if no batch has two.  Outputs are the last hidden states; of a mixture of experts those of the first
+    layer's attention, since an expert's rounding depends on how many tokens it has.
     """
     device, rows, size = job.layout.device, trainer.train_dataset, job.run.batch_size
     batches = ([rows[at + i] for i in range(size)] for at in range(0, len(rows), size))
@@ -194,12 +214,15 @@ def leak(job: Job, trainer: Stepwise) -> tuple[int, int] | None:
     inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
     first, changed = batch[0]["seq_lengths"][0], inputs["input_ids"].clone()
     changed[:, :first] = (changed[:, :first] + 1) % job.model_config.vocab_size
-    trainer.model.eval()
+    model, attended, found = trainer.model.eval().base_model, [], []
+    hook = model.layers[0].self_attn.register_forward_hook(lambda module, args, out: attended.append(out[0]))
     with torch.autocast(device.type, torch.float16 if job.run.dtype == "fp16" else torch.bfloat16,
                         enabled=job.run.dtype != "fp32"):
-        before, after = (trainer.model.base_model(**{**inputs, "input_ids": ids}, use_cache=False).last_hidden_state
-                         for ids in (inputs["input_ids"], changed))
+        for ids in (inputs["input_ids"], changed):
+            found.append(model(**{**inputs, "input_ids": ids}, use_cache=False).last_hidden_state)
+    hook.remove()
     trainer.model.train()
+    before, after = attended if job.model_config.use_moe else found
     moved = (before != after)[0]
     return int(moved[:first].sum()), int(moved[first:].sum())
 

@@ -63,7 +63,7 @@ def compare(program_flags: list[str], *, files: list[str], warm_up: int, steps: 
     if layout.device.type == "cpu":
         # Otherwise accelerate chooses again, and for both.
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
-    warnings.filterwarnings("ignore", category=FutureWarning, module="trl")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="trl|transformers")
     pairs, notes = {}, []
     for job in jobs:
         name = pathlib.Path(job.run.deepspeed).stem
