@@ -94,11 +94,14 @@ def compare_one(job: Job, name: str, *, warm_up: int, steps: int, say) -> tuple[
               "attention": trainer.model.config._attn_implementation, "liger": trainer.args.use_liger_kernel,
               "leak": leak and dict(zip(("changed_sample", "others"), leak)),
               "trl_own_packing_fill": trl_loop.own_fill(job)}
-    leaks = leak is not None and leak[1] > 0
-    same = job.run.dtype == "fp32" and not job.model_config.use_moe and not leaks
+    config, leaks = job.model_config, leak is not None and leak[1] > 0
+    same = job.run.dtype == "fp32" and not config.use_moe and not config.dropout and not leaks
     if same and not found["largest_loss_difference"] < 1e-3:
         raise RuntimeError(f"{name} and TRL do not train the same model: their losses differ by "
                            f"{found['largest_loss_difference']:.1e}")
+    if config.use_moe:
+        # Their balance losses are not meant to agree.
+        del found["largest_loss_difference"]
     return found, describe(job, found)
 
 
