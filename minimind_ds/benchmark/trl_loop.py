@@ -113,6 +113,7 @@ def build(job: Job, start: dict, steps: int) -> Stepwise:
     run, layout = job.run, job.layout
     half = {"bf16": run.dtype == "bf16", "fp16": run.dtype == "fp16"}
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as folder, alone(layout.ranks):
         exported = pathlib.Path(folder) / "hf"
         export.export_hf(start, job.model_config, job.tokenizer, exported, dtype=torch.float32)
