@@ -36,5 +36,7 @@ setup(
         ],
         # The benchmark's pictures.
         "plot": ["matplotlib>=3.9,<3.12"],
+        # benchmark.py --compare trl.
+        "trl": ["trl>=1.16,<1.17", "datasets>=5.2,<6", "accelerate>=1.15,<2"],
     },
 )

@@ -2,7 +2,7 @@
 
     deepspeed --num_gpus 2 launch/benchmark.py        # the sweep: out/benchmark/results.json, .md, ...
     python launch/benchmark.py --deepspeed ds_configs/zero?.json --preset debug minimind-3 --ranks 1,2 --rows 768x1x1
-    python launch/benchmark.py --compare plain                     # each ZeRO stage / PyTorch alone; padded, moe too
+    python launch/benchmark.py --compare plain                     # each ZeRO stage / PyTorch alone; padded, moe, trl
     deepspeed --num_gpus 2 launch/benchmark.py --compare ddp
     python launch/benchmark.py --profile out/profile --deepspeed ds_configs/zero2.json
     python launch/benchmark.py --guard                             # do the committed ratios still hold?

@@ -1,4 +1,4 @@
-"""What one rank holds, counted tensor by tensor, and what the ZeRO papers say it should hold.
+"""What one rank holds, counted tensor by tensor; planner.states says beforehand what it should be.
 
     python -m pytest tests/test_memory.py
 """
@@ -28,6 +28,8 @@ def held(ds_engine) -> dict[str, int]:
         "optimizer": [*masters, *(t for state in basic.state.values() for t in state.values())],
         "gradients": [*(p.grad for p in params), *(p.grad for p in masters),
                       *flatten(getattr(optimizer, "averaged_gradients", {})),
+                      # Stage 2's, between micro-batches.
+                      *flatten(getattr(optimizer, "all_grad_tensors", {})),
                       getattr(optimizer, "grad_partitions_flat_buffer", None)],
         "buckets": [t for bucket in getattr(optimizer, "ipg_buckets", {}).values() for t in flatten(vars(bucket))],
     }
@@ -53,18 +55,3 @@ def flatten(value) -> Iterable:
             yield from flatten(item)
     else:
         yield value
-
-
-def expected(n_parameters: int, *, stage: int, ranks: int, half: bool) -> dict[str, float]:
-    """Bytes a rank needs for n_parameters under ZeRO (arXiv:1910.02054, section 5), AdamW and fp32 masters.
-
-    Masters and moments are cut over the ranks from stage 1 on, gradients from stage 2, parameters at stage 3.  In fp32
-    stage 0 updates the parameters themselves; the others keep masters apart, which is 4 bytes more (DeepSpeed spares
-    them at stage 3 on a GPU).  What DeepSpeed adds: at stage 2 the whole gradient of a parameter that lies across two
-    ranks' shares, and alignment.
-    """
-    width = 2 if half else 4
-    masters = 0 if stage == 0 and not half else 4
-    return {"parameters": width * n_parameters / (ranks if stage == 3 else 1),
-            "optimizer": (masters + 8) * n_parameters / (ranks if stage >= 1 else 1),
-            "gradients": width * n_parameters / (ranks if stage >= 2 else 1)}

@@ -62,14 +62,18 @@ def backward(job: Job, ds_engine, out, batch) -> None:
 def measure(job: Job) -> dict:
     """One micro-batch's forward and backward, counted on this rank: states, saved tensors, and the plan's figures.
 
-    A step goes before, so that everything an engine makes at its first is there.
+    A step goes before, so that everything an engine makes at its first is there: in fp16 the first that is not skipped
+    while the loss scale is sought.
     """
     ds_engine = build_engine(job)
     ds_engine.train()
     batch = next(fetch(job, 0, job.first_plan, range(1))).to(job.layout.device)
-    for _ in range(job.run.accumulation_steps):
-        backward(job, ds_engine, ds_engine(batch), batch)
-        ds_engine.step()
+    skipped = -1
+    while skipped != ds_engine.skipped_steps:
+        skipped = ds_engine.skipped_steps
+        for _ in range(job.run.accumulation_steps):
+            backward(job, ds_engine, ds_engine(batch), batch)
+            ds_engine.step()
     with saved_for_backward(batch) as saved:
         out = ds_engine(batch)
     forward = memory.held(ds_engine)

@@ -21,6 +21,8 @@ from minimind_ds.ds_config import optimizer_device, stage_of
 from minimind_ds.loss import CHUNK
 
 GIB = 2**30
+# Elements that DeepSpeed reduces at once at stage 0.
+ALL_REDUCED = 500_000_000
 WIDTH = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -129,12 +131,21 @@ def gradient_bytes(s: Setting, part: Part) -> float:
     if s.stage == 1 and s.accumulation > 1:
         # Reduced at the step's last backward; until then each rank holds its own.
         return s.width * part.total
-    # Stages 1 and 2 cut the flattened parameters into equal shares; both sides of a cut hold its gradient whole.
+    if optimizer_device(s.ds) != "none":
+        # On the host as the fp32 gradient of this rank's masters.
+        return 4 * part.total / part.ranks
+    return s.width * owned(part)
+
+
+def owned(part: Part) -> int:
+    """Elements of the gradients that the rank with most of them keeps at stages 1 and 2.
+
+    They cut the flattened parameters into equal shares; both sides of a cut hold its parameter's gradient whole.
+    """
     ends = np.cumsum(part.sizes)
     starts, share = ends - part.sizes, math.ceil(part.total / part.ranks)
-    held = [sum(size for size, first, end in zip(part.sizes, starts, ends)
-                if first < (rank + 1) * share and end > rank * share) for rank in range(part.ranks)]
-    return s.width * max(held)
+    return max(sum(size for size, first, end in zip(part.sizes, starts, ends)
+                   if first < (rank + 1) * share and end > rank * share) for rank in range(part.ranks))
 
 
 def offloads_parameters(s: Setting) -> bool:
@@ -195,36 +206,78 @@ def activations(s: Setting) -> dict[str, float]:
         ranks = sum(shape[0] for name, shape in lora.shapes(c, s.adapters).items() if name.endswith("A.weight"))
         found["rest"] += T * ranks * w
     if w > s.width:
-        found["copies of weights"] = w * sum(math.prod(shape) for name, shape in weights.expected_shapes(c).items()
-                                             if ".layers." in name and len(shape) > 1)
-    found["logits"] = min(labelled, CHUNK) * c.vocab_size * (w + 4)
+        found["copies of weights"] = w * sum(
+            math.prod(shape) // (s.degrees.experts if ".experts." in name else 1)
+            for name, shape in weights.expected_shapes(c).items() if ".layers." in name and len(shape) > 1)
+    # Logits and their exponentials; then their gradient, its product with the hidden states, which becomes the head's
+    # gradient, and a head that is wider than its parameter.
+    rows, head = min(labelled, CHUNK), 0 if s.adapters else c.vocab_size * c.hidden_size * max(w, 4)
+    found["logits"] = rows * c.vocab_size * w + max(rows * c.vocab_size * 4, head)
+    if w > s.width:
+        found["logits"] += c.vocab_size * c.hidden_size * w
     return found
 
 
 def peak(s: Setting) -> float:
-    """Bytes of one rank's device at its fullest: where backward begins, or at its end where gradients are the larger.
+    """Bytes of one rank's device at its fullest."""
+    held = states(s)["device"]
+    return held["parameters"] + held["optimizer"] + gathered(s) + max(moments(s).values())
 
-    Buckets are made when the first gradient comes, while all activations are there.
+
+def moments(s: Setting) -> dict[str, float]:
+    """Bytes beside parameters and optimizer at the moments of a step's last micro-batch that may be the fullest.
+
+    Stages 1 and 2 make their buckets when the first gradient comes and let go of them when backward has ended; stage 3
+    keeps its bucket, and stage 1 those of the micro-batch before.
     """
-    held, made, before = states(s)["device"], activations(s), backward_begins(s)
-    logits = made.pop("logits")
-    # Gradients come as activations go; those of later micro-batches find the first's there.
+    held, made = states(s)["device"], activations(s)
+    logits, travel = made.pop("logits"), held["buckets"]
+    saved = sum(made.values())
+    # Gradients come as activations go; those of earlier micro-batches are there already.
     still = held["gradients"] if s.accumulation > 1 or s.stage == 3 else 0
+    standing = travel if s.stage == 3 or (s.stage == 1 and s.accumulation > 1) else 0
+    # The tied head's gradient waits for the embedding's.
     head = 0 if s.adapters else s.config.vocab_size * s.config.hidden_size * s.width
-    # Stage 0 sends a flattened copy of all gradients.
-    head = max(head, held["gradients"]) if s.stage == 0 and s.ranks > 1 else head
-    return held["parameters"] + held["optimizer"] + held["buckets"] + gathered(s) + max(
-        sum(made.values()) + still + max(logits, before), held["gradients"] + head)
+    found = {"forward ends": still + standing + saved + logits,
+             "backward begins": still + saved + max(standing + head, travel + last_mlp(s))}
+    if s.stage in (1, 2):
+        return found | reductions(s, made, still, travel, head)
+    # Stage 0 flattens a copy of all gradients to send it, even on one rank.
+    more = max(head, min(held["gradients"], s.width * ALL_REDUCED)) if s.stage == 0 else head
+    return found | {"backward ends": held["gradients"] + standing + more}
 
 
-def backward_begins(s: Setting) -> float:
-    """What backward has made when it has gone through the head and the last layer's MLP: gradients of both."""
+def reductions(s: Setting, made: dict[str, float], still: float, travel: float, head: float) -> dict[str, float]:
+    """The moments at which stages 1 and 2 empty a bucket: they copy what is in it to send it, and make room for all
+    gradients this rank keeps when the first of them comes, which on the last rank is early."""
+    parts, size = trained_parts(s), int(s.zero.get("reduce_bucket_size", 5e8))
+    sizes, embedding = [n for part in parts for n in part.sizes], int(head / s.width)
+    kept = 0 if optimizer_device(s.ds) != "none" else s.width * sum(owned(part) for part in parts)
+    # The embedding's gradient is the last.
+    layers, total = sum(sizes) - embedding, sum(sizes)
+    early = size < layers and travel > 0
+    # What the last bucket holds; a gradient larger than a bucket goes by itself.
+    last = total if total <= size else max(total % size, embedding)
+    found = {"embedding": travel + early * kept + 2 * head, "backward ends": travel + kept + s.width * last}
+    if early:
+        largest = max(n for n in sizes if n != embedding)
+        gone = max(0, size - largest) / layers * sum(made.get(kind, 0) for kind in ("attention", "mlp", "experts"))
+        found["first bucket"] = (still + sum(made.values()) - gone + travel + kept
+                                 + s.width * (largest if largest > size else 0))
+    if s.stage == 1:
+        # Gradients larger than a bucket stay until the end even where they are not kept.
+        found["backward ends"] += s.width * sum(n for n in sizes if n > size) * (1 - 1 / s.ranks)
+    return found
+
+
+def last_mlp(s: Setting) -> float:
+    """What backward makes in the last layer's MLP: gradients of its activations and weights."""
     c, w = s.config, s.active
     experts, intermediate, K = 1, c.intermediate_size, 1
     if c.use_moe:
         experts, intermediate, K = c.num_experts // s.degrees.experts, c.moe_intermediate_size, c.num_experts_per_tok
     made = s.tokens * K * (2 * c.hidden_size + 3 * intermediate) * w
-    return made if s.adapters else made + (c.vocab_size + 3 * experts * intermediate) * c.hidden_size * w
+    return made if s.adapters else made + 3 * experts * intermediate * c.hidden_size * w
 
 
 def gathered(s: Setting) -> float:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from minimind_ds import memory, step, train
-from minimind_ds.benchmark import cell, guard, loops, ratios, report, sweep, trace
+from minimind_ds import step, train
+from minimind_ds.benchmark import cell, guard, loops, ratios, report, sweep, trace, trl_ratio
 from minimind_ds.benchmark.watch import PARTS
 
 from .conftest import ROOT, environment, free_port
@@ -66,7 +66,9 @@ def test_a_cell_holds_every_figure(cells):
 
 def test_measured_memory_is_what_the_papers_plan(cells):
     facts = next(c for c in cells if c["status"] == "ok")["memory"]
-    assert facts["planned"] == memory.expected(facts["parameters"], stage=1, ranks=2, half=False)
+    # arXiv:1910.02054: fp32 parameters whole; masters and two moments cut over the ranks.
+    assert facts["planned"]["parameters"] == 4 * facts["parameters"]
+    assert facts["planned"]["optimizer"] == 12 * facts["parameters"] / 2
     for kind in ("parameters", "optimizer"):
         assert facts["held"][kind] == pytest.approx(facts["planned"][kind], rel=0.01)
 
@@ -193,6 +195,84 @@ def test_pytorch_alone_trains_as_the_engine_does(compared):
         assert facts["largest_loss_difference"] < 1e-5 and facts["rounds"] == 3
         assert facts["ratio_q1"] <= facts["ratio"] <= facts["ratio_q3"]
         assert facts["goal"] == ratios.GOALS[f"zero{stage}"] and f"| zero{stage} / plain |" in said
+
+
+@pytest.mark.parametrize("needs, words", [({"no_such_trl": ">=1,<2"}, "no_such_trl is not installed; pip install "
+                                           "'no_such_trl>=1,<2'"),
+                                          ({"numpy": ">=1000"}, "is not one of the tested >=1000; pip install ")])
+def test_what_a_comparison_with_trl_lacks_is_one_line(needs, words, capsys, monkeypatch):
+    from minimind_ds import benchmark
+
+    monkeypatch.setattr(trl_ratio, "NEEDS", needs)
+    assert benchmark.main("", ["--compare", "trl", "--preset", "debug"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: --compare trl: ") and words in said and said.count("\n") == 1
+
+
+def test_the_extra_trl_installs_what_was_tested():
+    text = (ROOT / "setup.py").read_text()
+    assert f'"trl": [{", ".join(json.dumps(name + tested) for name, tested in trl_ratio.NEEDS.items())}]' in text
+
+
+def trl_missing() -> str:
+    try:
+        trl_ratio.require()
+        return ""
+    except ValueError as error:
+        return str(error)
+
+
+needs_trl = pytest.mark.skipif(bool(trl_missing()), reason=trl_missing())
+
+
+@needs_trl
+def test_trl_trains_on_the_same_rows_as_the_engine_does(tmp_path, deepspeed):
+    """Two ranks, two micro-batches of two rows: rows that went to other ranks or steps would give other losses."""
+    out = tmp_path / "trl.json"
+    done = deepspeed(2, PROGRAM, "--compare", "trl", "--deepspeed", *CELLS["files"], "--preset", "debug", "--rows",
+                     "256x2x2", "--max_seq_len", "128", "--steps", "2", "--dtype", "fp32", "--out", str(out),
+                     "--cache_dir", str(tmp_path), "--save_dir", str(tmp_path / "run"))
+    found = json.loads(out.read_text())
+    facts = found["pairs"]["zero1 / trl"]
+    assert facts["largest_loss_difference"] < 1e-5 and facts["rounds"] == 2 and found["ranks"] == 2
+    assert facts["leak"]["changed_sample"] > 0 and facts["leak"]["others"] == 0
+    for who, rate in facts["labelled_tokens_per_s"].items():
+        assert 0 < rate < facts["tokens_per_s"][who]
+    assert 0.9 < facts["trl_own_packing_fill"] <= 1 and "its packed samples are apart" in done.stdout
+
+
+@needs_trl
+@pytest.mark.parametrize("preset", ["debug", "debug-moe"])
+def test_the_leak_probe_sees_samples_that_see_each_other(preset, tmp_path):
+    # An attention mask takes from transformers the only sign that samples end within a row.
+    flags = ["--deepspeed", *CELLS["files"], "--preset", preset, "--pack_len", "256", "--max_seq_len", "128",
+             "--dtype", "fp32", "--cache_dir", str(tmp_path), "--save_dir", str(tmp_path / "run")]
+    code = f"""
+import json, torch
+from minimind_ds import engine, weights
+from minimind_ds.benchmark import cell, trl_loop
+layout = engine.read_layout()
+job = cell.prepare_cell({flags!r}, layout)
+engine.start(layout)
+trainer = trl_loop.build(job, dict(weights.fresh(job.model_config)), 1)
+found = [trl_loop.leak(job, trainer)]
+collate = trainer.data_collator
+trainer.data_collator = lambda rows: (b := collate(rows)) | {{"attention_mask": torch.ones_like(b["input_ids"])}}
+found.append(trl_loop.leak(job, trainer))
+trainer.data_collator = collate
+trainer.begin()
+trainer.one_step()
+found.append([type(trainer.model_wrapped).__name__, trainer.args.n_gpu, trainer.model.is_gradient_checkpointing])
+trainer.end()
+print(json.dumps(found))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True,
+                          timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    apart, together, plain = json.loads(done.stdout.splitlines()[-1])
+    assert apart[0] > 0 and apart[1] == 0 and together[1] > 0
+    # One rank is not slowed down by what only several need, nor by checkpointing, which TRL turns on.
+    assert plain[0].startswith("Qwen3") and plain[1] <= 1 and plain[2] is False
 
 
 def test_stage_3_asks_numactl_at_most_once(compared):

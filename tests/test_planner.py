@@ -35,7 +35,7 @@ def cases_of(out, ranks: int, slow: bool) -> list[dict]:
     for model, fields in MODELS.items():
         if model.startswith("debug") and not slow:
             continue
-        for stage in range(4) if slow else (0, 3):
+        for stage in range(4) if slow else (0, 1, 3):
             path = out / f"zero{stage}_{ranks}.json"
             ds = read_json(str(ROOT / "ds_configs" / f"zero{stage}.json"))
             path.write_text(json.dumps({**ds, "zero_optimization": {**ds["zero_optimization"], **SMALL}}))
@@ -73,14 +73,12 @@ def check(ranks: list[dict]) -> None:
     # Where experts are shared out, tokens go where the router sends them.
     saved = sum(rank["saved"] for rank in ranks) / sum(rank["planned"]["saved"] for rank in ranks)
     assert abs(saved - 1) <= 0.05, saved
-    # Never more than a tenth too low.  Too high by the buckets where DeepSpeed had made none yet at the peak.
-    for o, rank in zip(off, ranks):
-        spare = rank["planned"]["states"]["device"]["buckets"] / rank["peak"]
-        assert -0.1 <= o["peak"] <= 0.1 + spare, off
+    # Of the fullest rank, too.
+    assert abs(min(o["peak"] for o in off)) <= 0.1, off
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
-@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
+@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("model", [pytest.param(model, marks=pytest.mark.slow if model.startswith("debug") else ())
                                    for model in MODELS])
 def test_the_plan_is_what_a_step_holds(model, stage, ranks, found):

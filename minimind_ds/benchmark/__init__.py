@@ -62,7 +62,8 @@ def parse(doc: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--compare", choices=["padded", "plain", "ddp", "moe"], help="ratios, in turns in one process")
+    what.add_argument("--compare", choices=["padded", "plain", "ddp", "moe", "trl"],
+                      help="ratios, in turns in one process")
     what.add_argument("--profile", type=pathlib.Path, metavar="FOLDER", help="a torch profiler trace and its summary")
     what.add_argument("--guard", action="store_true", help="do the committed ratios still hold?")
     what.add_argument("--report", action="store_true", help="table, CSV and plots of --out again, measuring nothing")
@@ -209,7 +210,7 @@ def show(document: dict, folder: pathlib.Path) -> int:
 
 
 def compare(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
-    from minimind_ds.benchmark import ratios
+    from minimind_ds.benchmark import ratios, trl_ratio
 
     def say(text: str) -> None:
         if layout.rank == 0:
@@ -223,6 +224,9 @@ def compare(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
         result = ratios.compare_moe(train_flags(args, flags, deepspeed=False),
                                        preset=single(args, "preset", "debug"),
                                        file=single(args, "deepspeed", ZERO[0]), **timing)
+    elif args.compare == "trl":
+        result = trl_ratio.compare(train_flags(args, flags, deepspeed=False), files=args.deepspeed or ZERO[:1],
+                                   **timing)
     else:
         result = ratios.compare_engines(train_flags(args, flags, deepspeed=False), files=args.deepspeed or ZERO,
                                            ddp=args.compare == "ddp", **timing)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from minimind_ds import engine, kernels, memory
+from minimind_ds import engine, kernels, memory, plan_check, planner
 from minimind_ds.benchmark.watch import PARTS, Collectives, Stopwatch, parted
 from minimind_ds.data import loader
 from minimind_ds.engine import Layout
@@ -147,13 +147,22 @@ def peak_memory(layout: Layout) -> dict:
 
 
 def memory_facts(job: Job, ds_engine, everyone: list[dict]) -> dict:
-    """Bytes of the rank that holds most, beside what the ZeRO papers plan."""
+    """Bytes of the rank that holds most, beside what launch/plan.py plans."""
     n = sum(getattr(p, "ds_numel", p.numel()) for p in ds_engine.module.parameters())
     most = {key: max((r[key] for r in everyone if r[key] is not None), default=None)
             for key in ("peak_rss", "peak_allocated", "peak_reserved", "rss_before_engine")}
     return {"parameters": n, "held": {kind: max(r["held"][kind] for r in everyone) for kind in memory.KINDS},
-            "planned": memory.expected(n, stage=job.stage, ranks=job.layout.ranks, half=job.run.dtype != "fp32"),
+            "planned": planned(job),
             **most}
+
+
+def planned(job: Job) -> dict[str, float]:
+    """States by kind as planner.states has them, on device and host together, as memory.held counts them.
+
+    Without buckets: stages 1 and 2 have let go of them before the update, when `held` is counted.
+    """
+    states = planner.states(plan_check.setting(job, labelled=0.0))
+    return {kind: states["device"][kind] + states["host"][kind] for kind in memory.KINDS if kind != "buckets"}
 
 
 def matmul_rate(job: Job) -> float:

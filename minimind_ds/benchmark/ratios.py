@@ -9,7 +9,6 @@ Only real tokens count.
 from __future__ import annotations
 
 import gc
-import importlib.util
 import pathlib
 import statistics
 import time
@@ -93,7 +92,7 @@ def compare_engines(program_flags: list[str], *, files: list[str], ddp: bool, wa
         del base
         gc.collect()
     return {"what": f"{layout.ranks} rank(s): each DeepSpeed file / {base_name}, real tokens/s, in turns",
-            **facts(jobs[0]), "pairs": pairs, "absent": absent(), "machine": machine(layout)}
+            **facts(jobs[0]), "pairs": pairs, "machine": machine(layout)}
 
 
 def compare_moe(program_flags: list[str], *, preset: str, file: str, warm_up: int, steps: int, say) -> dict:
@@ -126,12 +125,6 @@ def facts(job: Job) -> dict:
     return {"preset": run.preset, "data": pathlib.Path(run.data_path).name, "dtype": run.dtype,
             "rows": f"{run.row_len}x{run.batch_size}x{run.accumulation_steps}", "ranks": job.layout.ranks,
             "kernels": job.kernels.reason, "packing_fill": job.first_plan.fill}
-
-
-def absent() -> dict:
-    """Other trainers that are not measured here, and why."""
-    why = "installed, but no loop for it is written" if importlib.util.find_spec("trl") else "not installed"
-    return {"Hugging Face TRL with packing and Liger": why}
 
 
 def compare_padded(program_flags: list[str], *, dtypes: list[str], padded_rows: int, warm_up: int, steps: int,
@@ -179,7 +172,7 @@ def table(result: dict) -> str:
         for name, p in result["pairs"].items():
             goal = f"{p['goal']:.2f} {'met' if p['ratio'] >= p['goal'] else 'missed'}" if "goal" in p else ""
             rows.append(f"| {name} | {p['ratio']:.3f} | {p['ratio_q1']:.3f} to {p['ratio_q3']:.3f} | {goal} |")
-        return "\n".join(rows)
+        return "\n".join([*rows, *(f"\n{note}" for note in result.get("notes", []))])
     first = next(iter(result["loops"]))
     rows = [f"| loop ({result['preset']}, {result['data']}) | real tokens/s | min to max | × {first} |",
             "|---|---:|---:|---:|"]

@@ -51,7 +51,7 @@ def peak(cell: dict) -> float:
 
 
 def state(cell: dict, which: str) -> float:
-    """Bytes of training state, "held" or "planned", buckets left out: no paper plans those."""
+    """Bytes of training state, "held" or "planned", buckets left out: they are not there at the update."""
     return sum(cell["memory"][which].get(kind, 0) for kind in KINDS[:3])
 
 

@@ -12,14 +12,14 @@ import torch.distributed as dist
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from minimind_ds import engine, memory  # noqa: E402
+from minimind_ds import engine, memory, plan_check, planner  # noqa: E402
 from minimind_ds.loss import scaled_loss  # noqa: E402
 from minimind_ds.step import fetch  # noqa: E402
 from tests.ranks.layouts import fresh_engine, make_job  # noqa: E402
 
 
 def measure(job) -> dict:
-    """Bytes before the step, when gradients are reduced, and after it."""
+    """Bytes before the step, when gradients are reduced, and after it; and the plan."""
     ds_engine, facts = fresh_engine(job), job.first_plan.facts(0)
     batch = next(fetch(job, 0, job.first_plan, range(1)))
     out = ds_engine(batch)
@@ -28,7 +28,9 @@ def measure(job) -> dict:
     before = memory.held(ds_engine)
     ds_engine.step()
     sizes = [getattr(p, "ds_numel", p.numel()) for p in ds_engine.module.parameters()]
-    return {"before": before, "after": memory.held(ds_engine), "parameters": sum(sizes), "largest": max(sizes)}
+    states = planner.states(plan_check.setting(job, labelled=0.0))["device"]
+    return {"planned": states, "before": before, "after": memory.held(ds_engine), "parameters": sum(sizes),
+            "largest": max(sizes)}
 
 
 def main(out: pathlib.Path) -> None:
