@@ -4,8 +4,9 @@
 #   bash launch/gpu_check.sh OUT_DIR
 #
 # Kernels against the reference, leak probes, training curves, kernel timings beside their floors and beside others'
-# kernels, training throughput: a JSON file each in OUT_DIR, one JSON document printed last.  The exit status is 1 if
-# anything is wrong or missing.  Runs on the python of the PATH where that has torch and triton, else in .venv.
+# kernels; training throughput against the padded loop, and of each ZeRO stage against PyTorch alone: JSON files in
+# OUT_DIR, one JSON document printed last.  The exit status is 1 if anything is wrong or missing.  Runs on the python
+# of the PATH where that has torch and triton, else in .venv.
 # Without a GPU: the same at tiny sizes, kernels in Triton's interpreter.
 #   GPU_CHECK_DATA  conversations for the throughput; default: made from the bundled sample, about 300 tokens each
 #   GPU_CHECK_FLAGS more flags for launch/check_kernels.py, for example "--no_pytest --without compiled"
@@ -32,17 +33,17 @@ PY
                        exit 2; }
 
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    sizes="--pack_len 4096 --batch_size 8 --padded_rows 64 --warm_up 3 --steps 10"
-    presets="minimind-3 minimind-3-moe" stretch=1
+    sizes="--rows 4096x8 --padded_rows 64 --warm_up 3 --steps 10"
+    dense=minimind-3 stretch=1
 else
-    sizes="--pack_len 768 --batch_size 1 --padded_rows 1 --warm_up 0 --steps 1"
-    presets="debug debug-moe" stretch=5
+    sizes="--rows 768 --padded_rows 1 --warm_up 0 --steps 1"
+    dense=debug stretch=5
 fi
 
 status=0
 step() { printf '\n== %s (%s s since the start)\n' "$*" "$SECONDS"; }
 run() { timeout --kill-after=5 $((stretch * $1)) "${@:2}" || { printf '== failed (%s): %s\n' "$?" "${*:2}"; status=1; }; }
-rm -f "$out"/{correctness,curve,timings,throughput,throughput_moe,summary}.json
+rm -f "$out"/{correctness,curve,timings,throughput,throughput_moe,throughput_stages,summary}.json
 
 step "kernels: right, how fast, the same training curve"
 # shellcheck disable=SC2086
@@ -53,15 +54,17 @@ work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
 data=${GPU_CHECK_DATA:-$work/conversations.jsonl}
 [ -n "${GPU_CHECK_DATA:-}" ] || run 20 python -m minimind_ds.kernel_check.long_data "$data"
-for preset in $presets; do
-    name=throughput
-    case $preset in *-moe) name=throughput_moe ;; esac
-    # The one place where throughput is measured.
+# The one place where throughput is measured.
+measure() { # SECONDS NAME PRESET flags: launch/benchmark.py's, into NAME.json
     # shellcheck disable=SC2086
-    run 70 python launch/benchmark.py --compare padded --preset "$preset" --dtypes bf16 --data_path "$data" \
-        --save_dir "$work/run" --cache_dir "$work/cache" --out "$out/$name.json" $sizes
-done
+    run "$1" python launch/benchmark.py "${@:4}" --preset "$3" --data_path "$data" --save_dir "$work/run" \
+        --cache_dir "$work/cache" --out "$out/$2.json" $sizes
+}
+measure 50 throughput "$dense" --compare padded --dtypes bf16
+measure 60 throughput_moe "$dense-moe" --compare padded --dtypes bf16
+measure 70 throughput_stages "$dense" --compare plain --dtype bf16
 
 step "summary"
-python launch/check_kernels.py "$out" --summary correctness,curve,timings,throughput,throughput_moe || status=1
+files=correctness,curve,timings,throughput,throughput_moe,throughput_stages
+python launch/check_kernels.py "$out" --summary $files || status=1
 exit $status
