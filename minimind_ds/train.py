@@ -8,6 +8,7 @@ numbers, and the loss the same on any layout.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -32,9 +33,13 @@ from minimind_ds.job import Job, prepare
 from minimind_ds.loss import scaled_loss
 from minimind_ds.metrics import Metrics
 from minimind_ds.model import MiniMindForCausalLM
+from minimind_ds.saving import SaveFailed
 from minimind_ds.signals import STOPPED, Stopped
 from minimind_ds.stragglers import Stopwatch, slowest
 from minimind_ds.watchdog import Watchdog, lost_contact
+
+# What a disk says that is full, failing or gone.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def main(program: str, argv: list[str]) -> int:
@@ -54,6 +59,13 @@ def main(program: str, argv: list[str]) -> int:
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except (SaveFailed, OSError) as error:
+        if not isinstance(error, SaveFailed) and error.errno not in DISK:
+            raise
+        print(f"error: rank {layout.rank} on {socket.gethostname()}: {error}; look at the disk of {job.folder}; "
+              "--from_resume auto goes on from the last checkpoint", file=sys.stderr, flush=True)
+        # As below: the others may be waiting for this one.
+        os._exit(1)
     except RuntimeError as error:
         if layout.ranks == 1 or not lost_contact(error):
             raise
