@@ -49,7 +49,9 @@ def main(program: str, argv: list[str]) -> int:
         job = prepare(program, argv, layout)
         engine.start(layout)
         start = find_start(job)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK:
+            raise
         return user_error(error, layout)
     except KeyboardInterrupt:
         return 130
@@ -84,14 +86,14 @@ def main(program: str, argv: list[str]) -> int:
     return 0
 
 
-def user_error(error: ValueError, layout: Layout) -> int:
-    """One line from one rank, exit code 2."""
+def user_error(error: ValueError | OSError, layout: Layout) -> int:
+    """One line from one rank; exit code 2, or 1 for a disk, which may be better the next time."""
     if layout.local_rank != 0:
         # Every rank finds the same mistake; the launcher ends the others as soon as the one that says so has left.
         time.sleep(10)
     if layout.rank == 0 or layout.local_rank == 0:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-    return 2
+    return 2 if isinstance(error, ValueError) else 1
 
 
 class Position(NamedTuple):
@@ -122,6 +124,7 @@ def find_start(job: Job) -> Start:
 
     Raises:
         ValueError: on every rank, when a checkpoint is damaged or the folder belongs to another run.
+        OSError: on every rank, when rank 0 cannot write to the folder.
     """
     found = [None]
     if job.layout.rank == 0:
@@ -129,10 +132,10 @@ def find_start(job: Job) -> Start:
             job.lock = checkpoint.lock(job.folder)
             start, notes = look_for_start(job)
             found = [(start, notes if start.finished else notes + restarts.begin(job.folder, start.step))]
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             found = [error]
     dist.broadcast_object_list(found)
-    if isinstance(found[0], ValueError):
+    if isinstance(found[0], Exception):
         raise found[0]
     start, notes = found[0]
     job.notes.extend(notes)
@@ -216,17 +219,23 @@ def train(job: Job, start: Start) -> None:
                 job.finish_saving()
                 raise
             job.finish_saving()
-        final = engine.full_weights(ds_engine, job.stage)
-        if layout.rank == 0:
-            if job.lora:
-                lora.save_adapters(job.weights_path, final, job.lora, job.model_config)
-            else:
-                weights.save_safetensors(job.weights_path, final, job.model_config)
-            checkpoint.write_durably(job.done_path, json.dumps({"step": step, "identity": identity(job)}))
-            metrics.say(f"wrote {job.weights_path}")
-        dist.barrier()
+            job.beat("the final weights")
+            write_weights(job, ds_engine, step, metrics)
     finally:
         metrics.close()
+
+
+def write_weights(job: Job, ds_engine, step: int, metrics: Metrics) -> None:
+    """The weights in the run folder, and the note that the run of `step` steps is finished; collective."""
+    final = engine.full_weights(ds_engine, job.stage)
+    if job.layout.rank == 0:
+        if job.lora:
+            lora.save_adapters(job.weights_path, final, job.lora, job.model_config)
+        else:
+            weights.save_safetensors(job.weights_path, final, job.model_config)
+        checkpoint.write_durably(job.done_path, json.dumps({"step": step, "identity": identity(job)}))
+        metrics.say(f"wrote {job.weights_path}")
+    dist.barrier()
 
 
 def share_start(job: Job, start: Start) -> None:
