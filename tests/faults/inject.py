@@ -15,7 +15,7 @@ from minimind_ds.watchdog import HUNG as HUNG_CODE
 from tests.conftest import ROOT, environment
 from tests.faults import disk
 from tests.faults.dealing import DAMAGES, HUNG, SLOW, Start
-from tests.faults.run import LIMIT_S, Ended, Hang, Run, damage, identity
+from tests.faults.run import Ended, Hang, Run, damage, identity
 
 POINTED = {"latest names nothing": b"step_00009999\n", "latest empty": b"", "latest binary": bytes(range(256))}
 
@@ -102,7 +102,7 @@ def second(run: Run) -> tuple[str, bool]:
         process.suspend()
     try:
         done = subprocess.run([sys.executable, str(ROOT / "launch" / "sft.py"), *run.flags], cwd=ROOT, text=True,
-                              env=environment(), capture_output=True, timeout=LIMIT_S)
+                              env=environment(), capture_output=True, timeout=run.limit_s)
     except subprocess.TimeoutExpired:
         raise Hang from None
     finally:

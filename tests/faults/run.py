@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 
 import psutil
 from safetensors.torch import load_file
@@ -27,7 +28,7 @@ TIMES = ("tokens_per_s", "step_s", "slowest_rank", "slowest_host", "slowest_forw
 
 
 class Hang(Exception):
-    """What was to happen did not within LIMIT_S."""
+    """What was to happen did not, within a run's limit_s."""
 
 
 class Ended(Exception):
@@ -38,21 +39,20 @@ class Run:
     """A run folder, and the processes of its present start.
 
     Args:
-        folder: for the run; its log lies beside it.
-        cache: for tokenised data.
+        folder: for the run.
+        home: for its log, its configuration and tokenised data.
     """
 
-    def __init__(self, configuration: Configuration, folder: pathlib.Path, cache: pathlib.Path, *, steps: int,
-                 every: int = EVERY):
-        self.folder, self.log, self.cache = folder, folder.with_suffix(".log"), cache
-        self.checkpoints = folder / "checkpoints"
-        self.starts, self.offset, self.repeated, self.wall_s, self.trained_s = 0, 0, 0, 0.0, 0.0
-        self.launcher, self.ended_at, self.damaged = None, None, set()
-        config = cache / f"{configuration.name}.yaml"
+    def __init__(self, configuration: Configuration, folder: pathlib.Path, home: pathlib.Path, *, steps: int,
+                 every: int = EVERY, limit_s: float = LIMIT_S):
+        self.folder, self.checkpoints, self.log = folder, folder / "checkpoints", home / f"{folder.name}.log"
+        self.starts, self.offset, self.repeated, self.wall_s = 0, 0, 0, 0.0
+        self.launcher, self.damaged, self.limit_s = None, set(), limit_s
+        config = home / f"{configuration.name}.yaml"
         config.write_text("preset: debug\nmodel: " + json.dumps({**MODEL, "use_moe": configuration.moe}))
         self.flags = [str(word) for word in (
             "--config", config, "--deepspeed", ROOT / "ds_configs" / f"zero{configuration.stage}.json", "--save_dir",
-            folder, "--cache_dir", cache, "--dtype", configuration.dtype, "--max_steps", steps, "--epochs", 1000,
+            folder, "--cache_dir", home, "--dtype", configuration.dtype, "--max_steps", steps, "--epochs", 1000,
             "--save_interval", every, "--accumulation_steps", 2, "--max_seq_len", 96, "--pack_len", 96,
             "--from_resume", "auto")]
 
@@ -67,9 +67,8 @@ class Run:
 
     def start(self, *flags: str, **extra: str) -> None:
         """The same command each time, as a batch system would; extra: environment."""
-        self.before = last_step(self.folder)
+        self.before, self.began = last_step(self.folder), time.monotonic()
         self.offset = self.log.stat().st_size if self.log.exists() else 0
-        self.began = time.monotonic()
         with self.log.open("a") as log:
             self.launcher = subprocess.Popen(
                 deepspeed_command(2, str(ROOT / "launch" / "sft.py"), *self.flags, *flags), cwd=ROOT, stdout=log,
@@ -82,10 +81,6 @@ class Run:
         with self.log.open(errors="replace") as log:
             log.seek(self.offset)
             return log.read()
-
-    def resumed_at(self) -> int:
-        found = re.search(r"resuming from .* after step (\d+)", self.said())
-        return int(found.group(1)) if found else 0
 
     def processes(self) -> list[psutil.Process]:
         """The launcher's and all below it."""
@@ -106,8 +101,8 @@ class Run:
                 found |= {int(word[-1]): process for word in words if word.startswith("--local_rank=")}
         return found
 
-    def wait_for(self, what, *, limit_s: float = LIMIT_S) -> None:
-        deadline = time.monotonic() + limit_s
+    def wait_for(self, what: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + self.limit_s
         while not what():
             if self.launcher.poll() is not None:
                 raise Ended(f"ended with {self.launcher.returncode}")
@@ -133,14 +128,14 @@ class Run:
                 pass
 
     def wait_for_end(self) -> int:
-        """The exit code of the start; what is left of it after LIMIT_S is killed.
+        """The exit code of the start; what is left of it after limit_s is killed.
 
         Raises:
             Hang: it was.
         """
         below, hangs = self.processes(), False
         try:
-            self.launcher.wait(timeout=LIMIT_S)
+            self.launcher.wait(timeout=self.limit_s)
         except subprocess.TimeoutExpired:
             hangs = True
         left = [process for process in below if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
@@ -155,9 +150,11 @@ class Run:
         return self.launcher.returncode
 
     def account(self) -> None:
+        """Adds up the time and the repeated steps of a start that has ended."""
         self.wall_s += time.monotonic() - self.began
         if "engine: " in self.said():
-            self.repeated += max(0, self.before - self.resumed_at())
+            found = re.search(r"resuming from .* after step (\d+)", self.said())
+            self.repeated += max(0, self.before - int(found.group(1) if found else 0))
 
     def rows(self) -> list[dict]:
         return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
