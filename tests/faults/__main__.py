@@ -75,6 +75,7 @@ def sweep(home: pathlib.Path, args) -> dict:
     totals = {name: sum(run[name] for run in runs) for name in
               ("dealt", "injected", "recovered", "silently_corrupted", "hangs", "manual_steps", "starts",
                "steps_repeated", "wall_s")}
+    totals["wall_s"] = round(totals["wall_s"], 1)
     result["totals"] = {**totals, "played": len(result["runs"]), "equal": all(run["equal"] for run in runs)}
     result["ok"] = (totals["dealt"] == totals["injected"] == totals["recovered"] and result["totals"]["equal"]
                     and totals["hangs"] + totals["silently_corrupted"] + totals["manual_steps"] == 0)
