@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from minimind_ds import whole
 from minimind_ds.engine import continue_betas
-from minimind_ds.saving import Saving, facts_of, fsync, sha256, snapshot
+from minimind_ds.saving import SaveFailed, Saving, facts_of, fsync, sha256, snapshot
 
 FORMAT = 2
 TAG = "state"
@@ -76,13 +76,13 @@ def write_durably(path: pathlib.Path, text: str) -> None:
     fsync(path.parent)
 
 
-def together(error: Exception | None, doing: str) -> None:
-    """Raise on all ranks when one failed, so that none waits for it."""
+def together(error: Exception | None, doing: str, kind: type = RuntimeError) -> None:
+    """Raise a `kind` of error on all ranks when one failed, so that none waits for it."""
     errors = [None] * dist.get_world_size()
     dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
     for rank, message in enumerate(errors):
         if message is not None:
-            raise RuntimeError(f"{doing} failed on rank {rank}: {message}")
+            raise kind(f"{doing} failed on rank {rank}: {message}")
 
 
 def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> Saving:
@@ -93,10 +93,10 @@ def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> Saving:
     Args:
         engine: the DeepSpeed engine; it may train on as soon as this returns.
         facts: goes into the manifest: at least 'step', 'epoch', 'epoch_step', 'layout' and 'identity'.
-        keep: how many of the newest checkpoints stay; the one just written always does.
+        keep: how many of the newest checkpoints stay: the one just written and those before it.
 
     Raises:
-        RuntimeError: on every rank, naming the one that failed.  Earlier checkpoints are untouched.
+        SaveFailed: on every rank, naming the one that failed.  Earlier checkpoints are untouched.
     """
     rank, home = dist.get_rank(), folder_of(run_dir)
     aside, final = home / f".writing_{name_of(facts['step'])}", home / name_of(facts["step"])
@@ -107,17 +107,17 @@ def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> Saving:
             aside.mkdir(parents=True)
         except OSError as caught:
             error = caught
-    together(error, f"writing {final}")
+    together(error, f"writing {final}", SaveFailed)
     try:
         files = [(aside / f"rng_rank{rank}.safetensors", functools.partial(save_file, rng_state())),
                  *state_files(engine, aside)]
     except (OSError, RuntimeError) as caught:
         error = caught
-    together(error, f"writing {final}")
+    together(error, f"writing {final}", SaveFailed)
 
     def commit_and_retain(written: dict) -> None:
         commit(aside, final, facts, written)
-        retain(home, keep)
+        retain(final, keep)
 
     return Saving(files, root=aside, commit=commit_and_retain, what=f"writing {final}")
 
@@ -127,19 +127,24 @@ def state_files(engine, aside: pathlib.Path) -> list[tuple[pathlib.Path, Callabl
     if engine.has_moe_layers:
         state = whole.collect(engine)
         return [] if state is None else [(aside / TAG / whole.FILE, functools.partial(whole.write_file, state))]
-    own = engine.checkpoint_engine
+    own, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script
     engine.checkpoint_engine = recorder = Recorder(own)
+    # Rank 0 copies programs of DeepSpeed's into the checkpoint.  If it did so here and the disk were full, the others
+    # would wait for it at DeepSpeed's next barrier for ever.
+    engine._copy_recovery_script = lambda folder: recorder.files.append(
+        (pathlib.Path(folder) / "zero_to_fp32.py", lambda path: copy_scripts(path.parent)))
     try:
         # DeepSpeed refuses to convert a checkpoint to its universal format without this.
         engine.save_checkpoint(str(aside), tag=TAG, save_latest=False,
                                client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
     finally:
         engine.checkpoint_engine = own
+        del engine._copy_recovery_script
     return recorder.files
 
 
 class Recorder:
-    """Stands before DeepSpeed's writer of files: takes copies in memory, to be written later."""
+    """Stands before DeepSpeed's writer of files: takes copies in memory, to be written later; touches no disk."""
 
     def __init__(self, own):
         self.own, self.files = own, []
@@ -147,8 +152,17 @@ class Recorder:
     def __getattr__(self, name: str):
         return getattr(self.own, name)
 
+    def makedirs(self, path: str, exist_ok: bool = False):
+        pass
+
     def save(self, state_dict, path: str):
-        self.files.append((pathlib.Path(path), functools.partial(torch.save, snapshot(state_dict))))
+        self.files.append((pathlib.Path(path), functools.partial(write_state, snapshot(state_dict))))
+
+
+def write_state(state, path: pathlib.Path) -> None:
+    # Given a path, torch writes the file itself and calls a full disk "unexpected pos 704 vs 598".
+    with path.open("wb") as file:
+        torch.save(state, file)
 
 
 def commit(aside: pathlib.Path, final: pathlib.Path, facts: dict, written: dict) -> None:
@@ -157,11 +171,14 @@ def commit(aside: pathlib.Path, final: pathlib.Path, facts: dict, written: dict)
     for path in (p for p in aside.rglob("*") if p.is_file()):
         name = path.relative_to(aside).as_posix()
         if name not in files:
-            # DeepSpeed adds a program of its own.
+            # DeepSpeed adds another program.
             fsync(path)
             files[name] = facts_of(path)
     for path in (aside, *(p for p in aside.rglob("*") if p.is_dir())):
         fsync(path)
+    if (metrics := final.parent.parent / "metrics.jsonl").exists():
+        # A resumed run goes on with the lines of the steps before it.
+        fsync(metrics)
     listed = dict(sorted(files.items()))
     write_durably(aside / "manifest.json", json.dumps({"format": FORMAT, **facts, "files": listed}, indent=1))
     write_durably(aside / "manifest.sha256", sha256(aside / "manifest.json") + "\n")
@@ -180,9 +197,18 @@ def discard(path: pathlib.Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def retain(home: pathlib.Path, keep: int) -> None:
-    for old in sorted(home.glob("step_*"))[:-keep]:
-        discard(old)
+def retain(newest: pathlib.Path, keep: int) -> None:
+    """Delete all but `newest`, which was just written, and the keep - 1 before it.
+
+    Those of later steps go too: this run passed them over, as damaged or because it was told to start from an earlier
+    one, and takes their steps again.  Counted among the newest they would push out whole ones.
+    """
+    home, kept = newest.parent, 0
+    for path in sorted(home.glob("step_*"), reverse=True):
+        if path.name <= newest.name and kept < keep:
+            kept += 1
+        else:
+            discard(path)
     for left in [*home.glob(".writing_*"), *home.glob(".deleting_*")]:
         shutil.rmtree(left, ignore_errors=True)
 

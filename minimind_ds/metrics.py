@@ -43,7 +43,10 @@ def keep_until(path: pathlib.Path, step: int) -> None:
             # Killed while writing this line: the step is run again.
             continue
     aside = path.with_suffix(".aside")
-    aside.write_text("".join(kept), encoding="utf-8")
+    with aside.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(aside, path)
 
 

@@ -9,6 +9,7 @@ The file named by MINIMIND_DS_OUTCOME (set by launch/slurm/common.sh) gets one w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
@@ -96,7 +97,9 @@ class Attempt:
             write(self.folder, {**read(self.folder), "running": False})
             report("stopped")
         else:
-            write(self.folder, {**read(self.folder), "error": f"{kind.__name__}: {error}"[:500]})
+            # A full disk fails here too; what it failed first is to be seen.
+            with contextlib.suppress(OSError):
+                write(self.folder, {**read(self.folder), "error": f"{kind.__name__}: {error}"[:500]})
 
 
 def read(folder: pathlib.Path) -> dict:

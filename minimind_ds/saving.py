@@ -68,6 +68,10 @@ def snapshot(value, copies: dict | None = None):
     return copy.deepcopy(value)
 
 
+class SaveFailed(RuntimeError):
+    """A checkpoint could not be written; earlier ones are untouched."""
+
+
 class Saving:
     """One checkpoint being written; `finish` waits for it and raises what went wrong, on every rank alike.
 
@@ -122,7 +126,7 @@ class Saving:
         return ""
 
     def finish(self) -> None:
-        """Raises RuntimeError on every rank, naming the one that failed; earlier checkpoints are untouched."""
+        """Raises SaveFailed on every rank, naming the one where it did."""
         self.thread.join()
         if self.wrong:
-            raise RuntimeError(self.wrong)
+            raise SaveFailed(self.wrong)

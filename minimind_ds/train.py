@@ -8,6 +8,7 @@ numbers, and the loss the same on any layout.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -28,9 +29,13 @@ from minimind_ds.guard import Guard, taken_losses
 from minimind_ds.job import Job, prepare
 from minimind_ds.metrics import Metrics
 from minimind_ds.model import MiniMindForCausalLM
+from minimind_ds.saving import SaveFailed
 from minimind_ds.signals import STOPPED, Stopped
 from minimind_ds.step import Position, evaluate, fetch, train_step
 from minimind_ds.watchdog import Watchdog, lost_contact
+
+# What a disk says that is full, failing or gone.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def main(program: str, argv: list[str]) -> int:
@@ -40,7 +45,9 @@ def main(program: str, argv: list[str]) -> int:
         job = prepare(program, argv, layout)
         engine.start(layout)
         start = find_start(job)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in DISK:
+            raise
         return user_error(error, layout)
     except KeyboardInterrupt:
         return 130
@@ -50,6 +57,13 @@ def main(program: str, argv: list[str]) -> int:
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except (SaveFailed, OSError) as error:
+        if not isinstance(error, SaveFailed) and error.errno not in DISK:
+            raise
+        print(f"error: rank {layout.rank} on {socket.gethostname()}: {error}; look at the disk of {job.folder}; "
+              "--from_resume auto goes on from the last checkpoint", file=sys.stderr, flush=True)
+        # As below: the others may be waiting for this one.
+        os._exit(1)
     except RuntimeError as error:
         if layout.ranks == 1 or not lost_contact(error):
             raise
@@ -68,14 +82,14 @@ def main(program: str, argv: list[str]) -> int:
     return 0
 
 
-def user_error(error: ValueError, layout: Layout) -> int:
-    """One line from one rank, exit code 2."""
+def user_error(error: ValueError | OSError, layout: Layout) -> int:
+    """One line from one rank; exit code 2, or 1 for a disk, which may be better the next time."""
     if layout.local_rank != 0:
         # Every rank finds the same mistake; the launcher ends the others as soon as the one that says so has left.
         time.sleep(10)
     if layout.rank == 0 or layout.local_rank == 0:
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-    return 2
+    return 2 if isinstance(error, ValueError) else 1
 
 
 @dataclass(frozen=True)
@@ -98,6 +112,7 @@ def find_start(job: Job) -> Start:
 
     Raises:
         ValueError: on every rank, when a checkpoint is damaged or the folder belongs to another run.
+        OSError: on every rank, when rank 0 cannot write to the folder.
     """
     found = [None]
     if job.layout.rank == 0:
@@ -105,10 +120,10 @@ def find_start(job: Job) -> Start:
             job.lock = checkpoint.lock(job.folder)
             start, notes = look_for_start(job)
             found = [(start, notes if start.finished else notes + restarts.begin(job.folder, start.step))]
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             found = [error]
     dist.broadcast_object_list(found)
-    if isinstance(found[0], ValueError):
+    if isinstance(found[0], Exception):
         raise found[0]
     start, notes = found[0]
     job.notes.extend(notes)
@@ -192,17 +207,23 @@ def train(job: Job, start: Start) -> None:
                 job.finish_saving()
                 raise
             job.finish_saving()
-        final = engine.full_weights(ds_engine, job.stage)
-        if layout.rank == 0:
-            if job.lora:
-                lora.save_adapters(job.weights_path, final, job.lora, job.model_config)
-            else:
-                weights.save_safetensors(job.weights_path, final, job.model_config)
-            checkpoint.write_durably(job.done_path, json.dumps({"step": step, "identity": identity(job)}))
-            metrics.say(f"wrote {job.weights_path}")
-        dist.barrier()
+            job.beat("the final weights")
+            write_weights(job, ds_engine, step, metrics)
     finally:
         metrics.close()
+
+
+def write_weights(job: Job, ds_engine, step: int, metrics: Metrics) -> None:
+    """The weights in the run folder, and the note that the run of `step` steps is finished; collective."""
+    final = engine.full_weights(ds_engine, job.stage)
+    if job.layout.rank == 0:
+        if job.lora:
+            lora.save_adapters(job.weights_path, final, job.lora, job.model_config)
+        else:
+            weights.save_safetensors(job.weights_path, final, job.model_config)
+        checkpoint.write_durably(job.done_path, json.dumps({"step": step, "identity": identity(job)}))
+        metrics.say(f"wrote {job.weights_path}")
+    dist.barrier()
 
 
 def share_start(job: Job, start: Start) -> None:

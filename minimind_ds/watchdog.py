@@ -20,6 +20,8 @@ import time
 
 import torch.distributed as dist
 
+# How long the notes of the other ranks are waited for.
+ASK_S = 20.0
 # Of its own, so that a batch script can tell a hang from a crash.
 HUNG = 76
 
@@ -44,6 +46,9 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
+        if self.store is not None:
+            # Not the same thread: where rank 0 hangs as a whole, its store may not answer either.
+            threading.Thread(target=self.tell, name="watchdog notes", daemon=True).start()
         return self
 
     def __exit__(self, *_) -> None:
@@ -54,20 +59,21 @@ class Watchdog:
         self.doing, self.since = doing, time.monotonic()
 
     def watch(self) -> None:
-        told = None
         while not self.over.wait(self.look_s):
             doing, age = self.doing, time.monotonic() - self.since
-            if self.store is not None and told != doing:
-                self.tell(doing)
-                told = doing
             if age > self.limit_s:
                 self.end(doing, age)
 
-    def tell(self, doing: str) -> None:
-        try:
-            self.store.set(f"watchdog/{self.rank}", f"{self.host}\t{time.time():.1f}\t{doing}")
-        except Exception:  # noqa: BLE001  (rank 0 is gone: the collectives will say so)
-            pass
+    def tell(self) -> None:
+        told = None
+        while not self.over.is_set():
+            if (doing := self.doing) != told:
+                try:
+                    self.store.set(f"watchdog/{self.rank}", f"{self.host}\t{time.time():.1f}\t{doing}")
+                except Exception:  # noqa: BLE001  (rank 0 is gone: the collectives will say so)
+                    return
+                told = doing
+            self.over.wait(self.look_s)
 
     def end(self, doing: str, age: float) -> None:
         """Does not return."""
@@ -83,6 +89,16 @@ class Watchdog:
         if self.store is None:
             return "it is the only rank"
         notes = []
+        asking = threading.Thread(target=self.ask, args=(notes,), name="watchdog asks", daemon=True)
+        asking.start()
+        asking.join(ASK_S)
+        if asking.is_alive() and self.rank != 0:
+            notes.append((0.0, "rank 0, which keeps the ranks' notes, does not answer"))
+        shown = [text for _, text in sorted(notes)[:8]]
+        return "; ".join(shown) + (f"; and {len(notes) - 8} more" if len(notes) > 8 else "")
+
+    def ask(self, notes: list[tuple[float, str]]) -> None:
+        """Appends (when, what) for each other rank; may wait for ever, as a store's timeout needs its answer too."""
         for rank in range(self.ranks):
             key = f"watchdog/{rank}"
             try:
@@ -93,5 +109,3 @@ class Watchdog:
             if rank != self.rank:
                 notes.append((float(at), f"rank {rank} on {host}: '{doing}'"
                               + (f" since {time.time() - float(at):.0f} s" if float(at) else "")))
-        shown = [text for _, text in sorted(notes)[:8]]
-        return "; ".join(shown) + (f"; and {len(notes) - 8} more" if len(notes) > 8 else "")

@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import os
 import pathlib
 import random
 import shutil
@@ -99,6 +100,36 @@ def test_a_commit_that_fails_is_a_save_that_failed(tmp_path, group):
     with pytest.raises(RuntimeError, match="no rename here"):
         Saving([(aside / "a.pt", lambda path: path.write_bytes(b"x"))], root=aside, commit=refuse, what="").finish()
     assert not final.exists()
+
+
+@pytest.mark.parametrize("keep, stay", [(1, [14]), (2, [12, 14]), (9, [8, 12, 14])])
+def test_retention_counts_no_checkpoint_that_was_passed_over(tmp_path, group, keep, stay):
+    for step in (8, 12, 16, 20, 14):
+        aside, final, commit = commit_to(tmp_path, step)
+        Saving([(aside / "a.pt", lambda path: path.write_bytes(b"x"))], root=aside, commit=commit, what="").finish()
+    (tmp_path / ".writing_step_00000024").mkdir()
+    checkpoint.retain(final, keep)
+    assert sorted(path.name for path in tmp_path.glob("*step_*")) == [checkpoint.name_of(step) for step in stay]
+    assert not list(tmp_path.glob(".*")) and checkpoint.verify(final)[1] is None
+
+
+def test_the_lines_of_the_steps_before_a_checkpoint_are_on_disk_before_it(tmp_path, group, monkeypatch):
+    """A power cut must not leave a checkpoint whose steps metrics.jsonl has lost."""
+    home, done, fsync, rename = tmp_path / "checkpoints", [], os.fsync, os.rename
+    home.mkdir()
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+    monkeypatch.setattr(os, "rename", lambda old, new: (done.append(str(new)), rename(old, new)))
+    aside, final, commit = commit_to(home, 1)
+    Saving([(aside / "a.pt", lambda path: path.write_bytes(b"x"))], root=aside, commit=commit, what="").finish()
+    assert done.index(str((tmp_path / "metrics.jsonl").resolve())) < done.index(str(final))
+
+
+def test_a_checkpoint_holds_deepspeed_s_own_programs_and_its_manifest_names_them(written):
+    newest = sorted((written / "checkpoints").glob("step_*"))[-1]
+    manifest, wrong = checkpoint.verify(newest)
+    assert wrong is None and {"zero_to_fp32.py", "zero_to_torch.py"} <= manifest["files"].keys()
+    assert all((newest / name).is_file() for name in manifest["files"])
 
 
 def test_every_truncation_and_every_flipped_bit_is_found_and_the_newest_whole_one_taken(tmp_path, written):

@@ -19,13 +19,27 @@ MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "n
          "intermediate_size": 96}
 
 
-def start(folder: pathlib.Path, *flags: str, ranks: int = 2) -> list[subprocess.Popen]:
+# launch/sft.py whose rank 1 stops for good where all ranks gather the final weights.
+STOPS_AT_THE_END = """
+import os, signal, sys
+from minimind_ds import engine, train
+gather = engine.full_weights
+def stop_first(*args):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return gather(*args)
+engine.full_weights = stop_first
+sys.exit(train.main("sft", sys.argv[1:]))
+"""
+
+
+def start(folder: pathlib.Path, *flags: str, ranks: int = 2, program=("launch/sft.py",)) -> list[subprocess.Popen]:
     """Ranks of launch/sft.py as torchrun would start them, each with a log of its own."""
     folder.mkdir(exist_ok=True)
     config = folder / "run.yaml"
     config.write_text("preset: debug\nmodel: " + json.dumps(MODEL))
     port = str(free_port())
-    command = [sys.executable, "launch/sft.py", "--config", str(config), "--deepspeed", "ds_configs/zero2.json",
+    command = [sys.executable, *program, "--config", str(config), "--deepspeed", "ds_configs/zero2.json",
                "--save_dir", str(folder / "run"), "--cache_dir", str(folder.parent / "cache"), "--dtype", "fp32",
                "--batch_size", "1", "--max_seq_len", "96", "--pack_len", "96", *flags]
     return [subprocess.Popen(command, cwd=ROOT, text=True, stdout=(folder / f"{rank}.log").open("w"),
@@ -50,18 +64,32 @@ def end(processes: list) -> None:
         p.wait()
 
 
-def test_a_hung_rank_is_named_and_the_waiting_ones_end_with_their_stacks(tmp_path):
+@pytest.mark.parametrize("hung", [1, 0])
+def test_a_hung_rank_is_named_and_the_waiting_ones_end_with_their_stacks(tmp_path, hung):
+    """Rank 0 keeps the notes of all; when it is the one that hangs, it cannot be asked."""
+    waiting = 1 - hung
     processes = start(tmp_path / "hung", "--hang_minutes", "0.1")
     try:
         reach(tmp_path / "hung", processes, 3)
-        os.kill(processes[1].pid, signal.SIGSTOP)
-        assert processes[0].wait(timeout=60) == HUNG
+        os.kill(processes[hung].pid, signal.SIGSTOP)
+        assert processes[waiting].wait(timeout=90) == HUNG
     finally:
         end(processes)
-    said = (tmp_path / "hung" / "0.log").read_text()
-    assert "error: rank 0 on" in said and "rank 1 on" in said and "since" in said
+    said = (tmp_path / "hung" / f"{waiting}.log").read_text()
+    assert f"error: rank {waiting} on" in said
+    named = "rank 0, which keeps the ranks' notes, does not answer" if hung == 0 else "rank 1 on"
+    assert named in said and (hung == 0 or "' since " in said)
     # Every thread's stack, the main one waiting for the other rank inside the step.
     assert "in train_step" in said and "in run_plan" in said and said.count("Thread 0x") >= 2
+
+
+def test_a_rank_that_hangs_after_the_last_step_ends_the_run_too(tmp_path):
+    processes = start(tmp_path / "end", "--hang_minutes", "0.1", "--max_steps", "3", program=("-c", STOPS_AT_THE_END))
+    try:
+        assert processes[0].wait(timeout=120) == HUNG
+    finally:
+        end(processes)
+    assert "has been in 'the final weights'" in (tmp_path / "end" / "0.log").read_text()
 
 
 def test_a_rank_that_dies_ends_the_others_soon_and_they_say_where(tmp_path):
