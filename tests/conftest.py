@@ -1,5 +1,7 @@
 """Shared by all tests: the repository's root, the optional shared folder, and real deepspeed processes."""
 
+import base64
+import json
 import os
 import pathlib
 import socket
@@ -55,6 +57,13 @@ def deepspeed_command(ranks: int, *words: str) -> list[str]:
     return [str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port()), *words]
 
 
+def ranks_command(ranks: int, *words: str) -> list[str]:
+    """What `deepspeed` starts on each machine once it has looked for a host file, seconds later."""
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
+    return [sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}",
+            "--master_addr=127.0.0.1", f"--master_port={free_port()}", *words]
+
+
 # What makes a process a rank: programs that run inside the tests' own process set these for themselves.
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -78,10 +87,14 @@ def environment(**extra: str) -> dict:
 
 @pytest.fixture(scope="session")
 def deepspeed():
-    """deepspeed(ranks, program, *flags) runs to its end; returns the finished process, checked unless check=False."""
+    """deepspeed(ranks, program, *flags) runs to its end; returns the finished process, checked unless check=False.
+
+    Users' programs are started as users start them, the tests' own without the first of DeepSpeed's two launchers.
+    """
 
     def run(ranks: int, *words: str, check: bool = True, timeout: float = 300, **extra: str):
-        done = subprocess.run(deepspeed_command(ranks, *words), cwd=ROOT, env=environment(**extra), text=True,
+        command = ranks_command if words[0].startswith("tests/") else deepspeed_command
+        done = subprocess.run(command(ranks, *words), cwd=ROOT, env=environment(**extra), text=True,
                               capture_output=True, timeout=timeout)
         if check and done.returncode:
             pytest.fail(f"{' '.join(words)} ended with {done.returncode}\n{done.stdout[-4000:]}\n"
