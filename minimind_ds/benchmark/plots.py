@@ -40,7 +40,13 @@ def series(cell: dict, *, ranks: bool = True) -> str:
     """What a line or a colour stands for: everything but the ZeRO file (and the ranks)."""
     c = cell["cell"]
     kernels = "" if c["kernels"] == "auto" else f" {c['kernels']}"
-    return f"{c['preset']} {shape(cell)}{kernels} {cell['dtype']}" + (f", {c['ranks']} rank(s)" if ranks else "")
+    words = f", {c['ranks']} rank{'s' * (c['ranks'] > 1)}" if ranks else ""
+    return f"{c['preset']} {shape(cell)}{kernels} {cell['dtype']}{words}"
+
+
+def label(preset: str, *words: str) -> str:
+    """In a panel that is titled with the preset."""
+    return " ".join(words).replace(f"{preset} ", "", 1)
 
 
 def rank_counts(cells: list[dict], cell: dict) -> set[int]:
@@ -67,7 +73,7 @@ def tokens_by_file(cells: list[dict]):
             rate = [c["tokens_per_s"] for c in chosen]
             spread = [[r - c["tokens_per_s_min"] for r, c in zip(rate, chosen)],
                       [c["tokens_per_s_max"] - r for r, c in zip(rate, chosen)]]
-            axis.bar(at, rate, width, yerr=spread, capsize=3, label=line)
+            axis.bar(at, rate, width, yerr=spread, capsize=3, label=label(preset, line))
         axis.set(title=preset, ylabel="real tokens/s, all ranks", xticks=range(len(files)), xticklabels=files)
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -80,16 +86,18 @@ def memory_by_file(cells: list[dict]):
         files = list(dict.fromkeys(map(stem, mine)))
         last = {stem(c): c for c in mine}
         colours = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
+        top = max(sum(c["memory"][which].values()) for c in last.values() for which in ("planned", "held")) / MB
         for offset, which, hatch in ((-0.2, "planned", "//"), (0.2, "held", None)):
             bottom = [0.0] * len(files)
             for kind, colour in zip(KINDS, colours):
                 heights = [last[f]["memory"][which].get(kind, 0) / MB for f in files]
-                label = f"{kind}, {'planned' if which == 'planned' else 'measured'}"
-                if any(heights):
+                # What could not be seen needs no colour.
+                if max(heights) > 0.01 * top:
                     axis.bar([i + offset for i in range(len(files))], heights, 0.36, bottom=bottom, color=colour,
-                             hatch=hatch, edgecolor="white", label=label)
+                             hatch=hatch, edgecolor="white",
+                             label=f"{kind}, {'planned' if which == 'planned' else 'measured'}")
                 bottom = [b + h for b, h in zip(bottom, heights)]
-        axis.margins(y=0.08)
+        axis.set_ylim(0, 1.08 * top)
         axis.set(title=name, ylabel="MiB on a rank", xticks=range(len(files)), xticklabels=files)
         axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
@@ -104,7 +112,7 @@ def scaling(cells: list[dict]):
             points = sorted((c["cell"]["ranks"], c["tokens_per_s"]) for c in mine
                             if (stem(c), series(c, ranks=False)) == line)
             x, y = zip(*points)
-            axis.plot(x, y, "o-", color=colour, label=" ".join(line))
+            axis.plot(x, y, "o-", color=colour, label=label(preset, *line))
             axis.plot(x, [y[0] / x[0] * n for n in x], ":", color=colour)
         axis.set(title=preset, xlabel="ranks", ylabel="real tokens/s")
         axis.set_xticks(sorted({c["cell"]["ranks"] for c in mine}))
@@ -116,7 +124,7 @@ def scaling(cells: list[dict]):
 def step_parts(cells: list[dict]):
     figure, parts = panels(cells, lambda c: c["cell"]["preset"], height=1.5 + 0.3 * len(cells))
     for preset, axis, mine in parts:
-        labels = [f"{stem(c)}, {series(c)}" for c in mine]
+        labels = [label(preset, stem(c), series(c)) for c in mine]
         left = [0.0] * len(mine)
         for part in PARTS:
             widths = [c["split_s"][part] for c in mine]
