@@ -16,6 +16,7 @@ LAYERS = [
      "stragglers", "saving"},
     {"restarts", "preflight"},
     {"job", "export", "planner"},
+    {"step"},
     {"train", "chat", "score", "padded"},
     {"benchmark", "kernel_check", "verify", "plan", "plan_check"},
 ]

@@ -57,13 +57,13 @@ OURS = {name: read_json(str(FILES / f"{name}.json")) for name in ("zero2_offload
 ELSEWHERE = {"zero0", "zero1", "zero2", "zero3", "moe_ep", "ulysses"}
 REFUSED = {"zero3_nvme": "nvme_path is '/local_nvme'", "zeropp": "zero_quantized_weights needs a GPU",
            "zero2_fp16": "no fp16 on this machine"}
-CASES = {name: dict(model="dense", stage=config["zero_optimization"]["stage"], file=config, steps=10)
+CASES = {name: dict(model="dense", stage=config["zero_optimization"]["stage"], file=config)
          for name, config in {**OURS, **THEIRS}.items()}
-HALF = dict(model="dense", stage=2, file=read_json(str(FILES / "zero2_fp16.json")), steps=10,
+HALF = dict(model="dense", stage=2, file=read_json(str(FILES / "zero2_fp16.json")),
             flags=["--eval_fraction", "0.02", "--dtype", "fp16"])
 SCHEDULED = "Accelerate, stage 2, scheduler"
-CONTROLS = {"constant": dict(model="dense", stage=0, accumulation=2, steps=10),
-            "scheduled": dict(model="dense", stage=0, accumulation=2, steps=10, keys={"scheduler": SCHEDULER})}
+CONTROLS = {"constant": dict(model="dense", stage=0, accumulation=2),
+            "scheduled": dict(model="dense", stage=0, accumulation=2, keys={"scheduler": SCHEDULER})}
 
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") and shutil.which("ninja")),
                                     reason="needs g++ and ninja, with which DeepSpeed builds its CPU Adam")
@@ -131,7 +131,7 @@ def test_states_and_parameters_on_nvme_train_as_one_rank_at_stage_0(tmp_path, de
     if not has_libaio():
         pytest.skip("needs libaio (Debian: libaio-dev)")
     # Under 1 MiB a rank's states stay in memory.
-    case = dict(model="dense", steps=10, fields={"hidden_size": 128})
+    case = dict(model="dense", fields={"hidden_size": 128})
     flags = ["--eval_fraction", "0.02", "--save_interval", "0"]
     control = curves(deepspeed, 1, tmp_path / "control", {"control": dict(case, stage=0, accumulation=2)})["control"]
     found = curves(deepspeed, 2, tmp_path / "nvme", {

@@ -7,6 +7,7 @@ Rank 0 writes OUT_DIR/<model>_<stage>.safetensors (gradients) and OUT_DIR/losses
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 import sys
@@ -59,13 +60,13 @@ def full_gradients(ds_engine, stage: int) -> dict:
 
 
 @contextlib.contextmanager
-def watched_gradients(stage: int):
-    """The gradients of the first step under `with`, as the trainer has them before it clips."""
+def watched_gradients(read):
+    """What read(engine) gives of the gradients of the first step under `with`, before the trainer clips them."""
     clip, seen = engine.clip_gradients, {}
 
     def watched(ds_engine, most: float):
         if not seen:
-            seen.update(full_gradients(ds_engine, stage))
+            seen.update(read(ds_engine))
         return clip(ds_engine, most)
 
     engine.clip_gradients = watched
@@ -127,7 +128,7 @@ def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
             job = make_job(layout, out, model, stage, accumulation, extra)
             ds_engine = fresh_engine(job)
             batches = fetch(job, 0, job.first_plan, range(STEPS))
-            with watched_gradients(stage) as grads:
+            with watched_gradients(functools.partial(full_gradients, stage=stage)) as grads:
                 lines = [train_step(job, ds_engine, job.first_plan, Position(step + 1, 0, step), batches)
                          for step in range(STEPS)]
             case = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],

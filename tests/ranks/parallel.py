@@ -8,6 +8,7 @@ to OUT_DIR/<name>_grad.safetensors, the last weights to OUT_DIR/<name>_weights.s
 OUT_DIR/cases.json.
 """
 
+import functools
 import json
 import pathlib
 import sys
@@ -20,12 +21,11 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from minimind_ds import engine  # noqa: E402
-from minimind_ds.loss import scaled_loss  # noqa: E402
 from minimind_ds.step import Position, evaluate, fetch, train_step  # noqa: E402
-from tests.ranks.layouts import fresh_engine, full_gradients, make_job  # noqa: E402
+from tests.ranks.layouts import fresh_engine, full_gradients, make_job, watched_gradients  # noqa: E402
 
 DEFAULTS = {"accumulation": 1, "sequence": 1, "experts": 1, "flags": ["--eval_fraction", "0.02"], "fields": {},
-            "keys": {}, "file": None, "steps": 3}
+            "keys": {}, "file": None, "steps": 10}
 
 
 def keys_of(case: dict) -> dict:
@@ -46,18 +46,6 @@ def whole_gradients(ds_engine, case: dict) -> dict:
     return grads
 
 
-def first_gradients(job, case: dict) -> dict:
-    ds_engine, facts = fresh_engine(job), job.first_plan.facts(0)
-    for batch in fetch(job, 0, job.first_plan, range(1)):
-        out = ds_engine(batch)
-        ds_engine.backward(scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
-                                       step_real=facts.n_tokens, dp_world=job.layout.ranks), scale_wrt_gas=False)
-        if ds_engine.is_gradient_accumulation_boundary():
-            return whole_gradients(ds_engine, case)
-        ds_engine.step()
-    raise AssertionError("the step never ended")
-
-
 def run_case(layout, out: pathlib.Path, case: dict) -> dict:
     flags = case["flags"]
     if case["file"]:
@@ -67,12 +55,13 @@ def run_case(layout, out: pathlib.Path, case: dict) -> dict:
     job = make_job(layout, out, case["model"], case["stage"], case["accumulation"], flags, keys=keys_of(case),
                    fields=case["fields"])
     assert job.stage == case["stage"]
-    grads = first_gradients(job, case)
-    if layout.rank == 0:
-        save_file(grads, out / f"{case['name']}_grad.safetensors")
     ds_engine, plan = fresh_engine(job), job.first_plan
     batches = fetch(job, 0, plan, range(case["steps"]))
-    lines = [train_step(job, ds_engine, plan, Position(step + 1, 0, step), batches) for step in range(case["steps"])]
+    with watched_gradients(functools.partial(whole_gradients, case=case)) as grads:
+        lines = [train_step(job, ds_engine, plan, Position(step + 1, 0, step), batches)
+                 for step in range(case["steps"])]
+    if layout.rank == 0:
+        save_file(grads, out / f"{case['name']}_grad.safetensors")
     found = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
              "norm": [line["grad_norm"] for line in lines], "labelled": [line["labelled_tokens"] for line in lines]}
     if job.eval_plan:
