@@ -135,6 +135,7 @@ def update(params: list, masters: list, optimizer: torch.optim.Optimizer, grad_c
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if masters is not params:
-        torch._foreach_copy_(params, masters)
+        with torch.no_grad():
+            torch._foreach_copy_(params, masters)
         for p in params:
             p.grad = None
