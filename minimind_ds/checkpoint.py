@@ -160,9 +160,16 @@ class Recorder:
 
 
 def write_state(state, path: pathlib.Path) -> None:
-    # Given a path, torch writes the file itself and calls a full disk "unexpected pos 704 vs 598".
+    """torch.save.  Raises OSError for what the disk says."""
+    # Given a path, torch writes the file itself and knows no errors of disks.
     with path.open("wb") as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # Its zip writer, told to end the file after the disk's error, complains of "unexpected pos 704 vs 598".
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def commit(aside: pathlib.Path, final: pathlib.Path, facts: dict, written: dict) -> None:

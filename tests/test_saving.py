@@ -5,6 +5,7 @@ import errno
 import os
 import pathlib
 import random
+import resource
 import shutil
 import threading
 
@@ -102,6 +103,20 @@ def test_a_full_or_broken_disk_is_named_and_leaves_the_checkpoint_before(tmp_pat
         saving.finish()
     assert not second.exists() and checkpoint.verify(final)[1] is None
     assert (tmp_path / "latest").read_text().strip() == final.name
+
+
+def test_a_disk_that_fills_up_at_any_byte_of_a_state_is_named(tmp_path):
+    state, (soft, hard) = {str(i): torch.rand(20_000 + i) for i in range(3)}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        for limit in range(100, 240_000, 7919):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            with pytest.raises(OSError) as caught:
+                checkpoint.write_state(state, tmp_path / "state.pt")
+            assert caught.value.errno == errno.EFBIG
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    checkpoint.write_state(state, tmp_path / "state.pt")
+    assert torch.load(tmp_path / "state.pt").keys() == state.keys()
 
 
 def test_a_commit_that_fails_is_a_save_that_failed(tmp_path, group):
