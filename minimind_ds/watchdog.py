@@ -20,8 +20,8 @@ import time
 
 import torch.distributed as dist
 
-# How long the notes of the other ranks are waited for.
-ASK_S = 20.0
+# How long the notes of the other ranks are waited for, and at the end the writing of this one's.
+ASK_S, TELL_S = 20.0, 2.0
 # Of its own, so that a batch script can tell a hang from a crash.
 HUNG = 76
 
@@ -48,11 +48,15 @@ class Watchdog:
         threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
         if self.store is not None:
             # Not the same thread: where rank 0 hangs as a whole, its store may not answer either.
-            threading.Thread(target=self.tell, name="watchdog notes", daemon=True).start()
+            self.teller = threading.Thread(target=self.tell, name="watchdog notes", daemon=True)
+            self.teller.start()
         return self
 
     def __exit__(self, *_) -> None:
         self.over.set()
+        if self.store is not None:
+            # An interpreter that ends while a thread is inside the store aborts ("terminate called").
+            self.teller.join(TELL_S)
 
     def beat(self, doing: str) -> None:
         """`doing`: 'step 12: update', for example.  Cheap: the thread tells the others."""
