@@ -143,6 +143,8 @@ await_verdict() { # A rank is gone, and perhaps its node: ranks notice at once w
         fi
         sleep 1
     done
+    # SLURM has taken the job back, or it was cancelled: this start counts for nothing, should the script live on.
+    requeue "a rank is gone"
 }
 
 requeue() { # WHY
