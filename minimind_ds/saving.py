@@ -51,7 +51,7 @@ def facts_of(path: pathlib.Path) -> dict:
 class Buffers:
     """Host memory for the copies of one snapshot; the next snapshot's come from there once it is given back.
 
-    Memory that the process has never touched costs several times what the copy itself does.
+    Spares the first touch of fresh memory; what that is worth is in docs/DECISIONS.md, on a CPU next to nothing.
     """
 
     free: ClassVar[dict] = {}
