@@ -2,16 +2,19 @@
 # Several machines without SLURM, by DeepSpeed's launcher over ssh:
 #   bash launch/multi_node.sh HOSTFILE sft --deepspeed ds_configs/zero2.json --save_dir /shared/runs/sft [any flag]
 # HOSTFILE has a line for each machine, `name slots=GPUS`, the first one first.  The checkout, its environment, the data
-# and --save_dir must stand under the same paths on all of them.  PREFLIGHT=1 checks all machines first;
-# MASTER_PORT (default 29500) is for a second run on the same machines.
+# and --save_dir must stand under the same paths on all of them.  --preflight, or PREFLIGHT=1, checks all machines
+# first; MASTER_PORT (default 29500) is for a second run on the same machines.
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
 [ $# -ge 2 ] || fail "usage: bash launch/multi_node.sh HOSTFILE sft|pretrain|benchmark [FLAG...]"
-hostfile=$1 program=$2
-shift 2
+hostfile=$1 program=$2 flags=()
+for word in "${@:3}"; do
+    if [ "$word" = --preflight ]; then PREFLIGHT=1; else flags+=("$word"); fi
+done
+set -- "${flags[@]}"
 [ -f "$hostfile" ] && [ -r "$hostfile" ] || fail "cannot read the host file $hostfile (lines 'name slots=GPUS')"
 [ -e "$home/launch/$program.py" ] || fail "no launch/$program.py: name sft, pretrain or benchmark"
 if [ -e "$home/.venv/bin/deepspeed" ]; then export PATH="$home/.venv/bin:$PATH"; fi

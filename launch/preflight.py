@@ -3,7 +3,8 @@
     srun --nodes=2 --ntasks-per-node=8 python launch/preflight.py --save_dir /shared/runs/sft
     deepspeed launch/preflight.py --save_dir runs/sft
 
-launch/slurm/*.sbatch run it by themselves with PREFLIGHT=1.  Flags of the training that it does not know are ignored.
+launch/slurm/*.sbatch and launch/multi_node.sh run it by themselves when told --preflight.  Flags of the training that
+it does not know are ignored.
 """
 
 import argparse

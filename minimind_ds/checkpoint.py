@@ -183,9 +183,7 @@ def commit(aside: pathlib.Path, final: pathlib.Path, facts: dict, written: dict)
             files[name] = facts_of(path)
     for path in (aside, *(p for p in aside.rglob("*") if p.is_dir())):
         fsync(path)
-    if (metrics := final.parent.parent / "metrics.jsonl").exists():
-        # A resumed run goes on with the lines of the steps before it.
-        fsync(metrics)
+    keep_metrics(final.parent.parent)
     listed = dict(sorted(files.items()))
     write_durably(aside / "manifest.json", json.dumps({"format": FORMAT, **facts, "files": listed}, indent=1))
     write_durably(aside / "manifest.sha256", sha256(aside / "manifest.json") + "\n")
@@ -194,6 +192,14 @@ def commit(aside: pathlib.Path, final: pathlib.Path, facts: dict, written: dict)
     os.rename(aside, final)
     fsync(final.parent)
     write_durably(final.parent / "latest", final.name + "\n")
+
+
+def keep_metrics(run_dir: pathlib.Path) -> None:
+    """What metrics.jsonl says so far is on disk from now on: a resumed run goes on with its lines."""
+    if (path := run_dir / "metrics.jsonl").exists():
+        fsync(path)
+        # It is new there, or has replaced the one of the start before.
+        fsync(run_dir)
 
 
 def discard(path: pathlib.Path) -> None:

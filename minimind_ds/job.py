@@ -24,7 +24,7 @@ from minimind_ds.guard import Guard
 from minimind_ds.lora import Lora, find_targets, fingerprint
 from minimind_ds.model import needs
 from minimind_ds.run_config import RunConfig, parse_run_config
-from minimind_ds.saving import Saving
+from minimind_ds.saving import Saving, fsync
 from minimind_ds.signals import Stop
 from minimind_ds.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.watchdog import Watchdog
@@ -241,7 +241,11 @@ def check_nvme(where: str, block: dict) -> None:
 def check_writable(folder: pathlib.Path) -> None:
     """Raises ValueError unless files can be made in the folder; makes it if need be."""
     try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            # A power cut may take back a folder that is new, with all that was made sure of in it.
+            fsync(path.parent)
         probe = folder / f".probe_{os.getpid()}"
         probe.touch()
         probe.unlink()

@@ -15,7 +15,7 @@ import tempfile
 import torch
 
 from minimind_ds import ds_config, kernels, parallel, plan_check, planner
-from minimind_ds.engine import read_layout, start, stop
+from minimind_ds.engine import free_port, read_layout, start, stop
 from minimind_ds.job import DTYPES, PROGRAMS, ROOT, choose, choose_lora, prepare
 from minimind_ds.model import needs
 from minimind_ds.planner import GIB, Setting
@@ -196,8 +196,8 @@ def compare_with_run(files: dict[str, str], rest: list[str], ranks: int) -> dict
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         flags = without_deepspeed(rest)
-        command = [str(launcher), "--num_gpus", str(ranks), str(ROOT / "launch" / "plan.py"), "--child", folder,
-                   *flags, "--save_dir", folder]
+        command = [str(launcher), "--num_gpus", str(ranks), "--master_port", free_port(),
+                   str(ROOT / "launch" / "plan.py"), "--child", folder, *flags, "--save_dir", folder]
         (pathlib.Path(folder) / "files.json").write_text(json.dumps(files))
         done = subprocess.run(command, text=True, capture_output=True)
         results = [pathlib.Path(folder) / f"rank{rank}.json" for rank in range(ranks)]

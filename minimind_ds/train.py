@@ -34,6 +34,8 @@ from minimind_ds.signals import STOPPED, Stopped
 from minimind_ds.step import Position, evaluate, fetch, train_step
 from minimind_ds.watchdog import Watchdog, lost_contact
 
+# Twice what an NFS server usually gives a client that is gone; how often to look meanwhile.
+LEASE_S, LOOK_S = 180.0, 5.0
 # What a disk says that is full, failing or gone.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 
@@ -117,7 +119,7 @@ def find_start(job: Job) -> Start:
     found = [None]
     if job.layout.rank == 0:
         try:
-            job.lock = checkpoint.lock(job.folder)
+            job.lock = hold(job.folder)
             start, notes = look_for_start(job)
             found = [(start, notes if start.finished else notes + restarts.begin(job.folder, start.step))]
         except (ValueError, OSError) as error:
@@ -128,6 +130,24 @@ def find_start(job: Job) -> Start:
     start, notes = found[0]
     job.notes.extend(notes)
     return start
+
+
+def hold(folder: pathlib.Path):
+    """The run folder, for this process; the result is checkpoint.lock's.
+
+    A lost node's hold is let go of by the file server, when its lease has run out: the job that is started again by
+    itself waits for that.  Raises ValueError as checkpoint.lock, after that time or at once.
+    """
+    deadline = time.monotonic() + (LEASE_S if restarts.goes_on(folder) else 0)
+    while True:
+        try:
+            return checkpoint.lock(folder)
+        except ValueError as error:
+            if time.monotonic() > deadline:
+                raise
+            print(f"this job's start before may still hold the folder; waiting, {deadline - time.monotonic():.0f} s "
+                  f"at most: {error}", flush=True)
+            time.sleep(LOOK_S)
 
 
 def look_for_start(job: Job) -> tuple[Start, list[str]]:
@@ -221,6 +241,7 @@ def write_weights(job: Job, ds_engine, step: int, metrics: Metrics) -> None:
             lora.save_adapters(job.weights_path, final, job.lora, job.model_config)
         else:
             weights.save_safetensors(job.weights_path, final, job.model_config)
+        checkpoint.keep_metrics(job.folder)
         checkpoint.write_durably(job.done_path, json.dumps({"step": step, "identity": identity(job)}))
         metrics.say(f"wrote {job.weights_path}")
     dist.barrier()

@@ -1,15 +1,16 @@
 """A run that hangs ends, and says where: which rank is behind, and what every rank was doing.
 
 Each rank notes in the process group's store what it does (`beat`).  A thread looks at this rank's own last note: when
-it is older than the limit, this rank is stuck, alone or because it waits for another.  It then writes all its stacks
-to the log, says what the other ranks noted last, and ends the process; the launcher ends the others.  The store lives
-in a thread of rank 0's C++ side, so it answers while Python waits inside a collective.
+it is older than the limit, this rank is stuck, alone or because it waits for another.  It then asks all ranks to write
+their stacks to the log, writes its own, says what the other ranks noted last, and ends the process; the launcher ends
+the others.  The store lives in a thread of rank 0's C++ side, so it answers while Python waits inside a collective.
 
     deepspeed launch/sft.py --deepspeed ds_configs/zero2.json --hang_minutes 10
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import os
@@ -22,6 +23,9 @@ import torch.distributed as dist
 
 # How long the notes of the other ranks are waited for, and at the end the writing of this one's.
 ASK_S, TELL_S = 20.0, 2.0
+# In the store when a rank wants to see the stacks of all.
+STACKS = "watchdog/stacks"
+STDERR = 2
 # Of its own, so that a batch script can tell a hang from a crash.
 HUNG = 76
 
@@ -45,7 +49,8 @@ class Watchdog:
         self.steps: list[float] = []
 
     def __enter__(self) -> Watchdog:
-        threading.Thread(target=self.watch, name="watchdog", daemon=True).start()
+        self.watcher = threading.Thread(target=self.watch, name="watchdog", daemon=True)
+        self.watcher.start()
         if self.store is not None:
             # Not the same thread: where rank 0 hangs as a whole, its store may not answer either.
             self.teller = threading.Thread(target=self.tell, name="watchdog notes", daemon=True)
@@ -54,6 +59,7 @@ class Watchdog:
 
     def __exit__(self, *_) -> None:
         self.over.set()
+        self.watcher.join()
         if self.store is not None:
             # An interpreter that ends while a thread is inside the store aborts ("terminate called").
             self.teller.join(TELL_S)
@@ -63,28 +69,41 @@ class Watchdog:
         self.doing, self.since = doing, time.monotonic()
 
     def watch(self) -> None:
-        while not self.over.wait(self.look_s):
+        while not self.over.is_set():
+            # Library code that hangs and lets no Python run, this thread neither: its stack comes from a C thread.
+            faulthandler.dump_traceback_later(self.limit_s, file=STDERR)
+            self.over.wait(self.look_s)
             doing, age = self.doing, time.monotonic() - self.since
-            if age > self.limit_s:
+            if age > self.limit_s and not self.over.is_set():
                 self.end(doing, age)
+        faulthandler.cancel_dump_traceback_later()
 
     def tell(self) -> None:
-        told = None
-        while not self.over.is_set():
-            if (doing := self.doing) != told:
-                try:
+        told, shown = None, False
+        try:
+            while not self.over.is_set():
+                if (doing := self.doing) != told:
                     self.store.set(f"watchdog/{self.rank}", f"{self.host}\t{time.time():.1f}\t{doing}")
-                except Exception:  # noqa: BLE001  (rank 0 is gone: the collectives will say so)
-                    return
-                told = doing
-            self.over.wait(self.look_s)
+                    told = doing
+                if not shown and self.store.check([STACKS]):
+                    shown = True
+                    self.show_stacks(f"rank {self.rank} on {self.host} is in '{doing}'; its stacks follow, since one "
+                                     "of the ranks hangs")
+                self.over.wait(self.look_s)
+        except Exception:  # noqa: BLE001  (rank 0 is gone: the collectives will say so)
+            return
+
+    @staticmethod
+    def show_stacks(why: str) -> None:
+        print(why, file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=STDERR, all_threads=True)
 
     def end(self, doing: str, age: float) -> None:
         """Does not return."""
-        print(f"error: rank {self.rank} on {self.host} has been in '{doing}' for {age:.0f} s (--hang_minutes): "
-              f"{self.others()}; the stacks of this rank follow", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        sys.stderr.flush()
+        self.show_stacks(f"error: rank {self.rank} on {self.host} has been in '{doing}' for {age:.0f} s "
+                         f"(--hang_minutes): {self.others()}; the stacks of this rank follow")
+        # The launcher ends the others as soon as this one has left, and they have theirs to write.
+        time.sleep(2 * self.look_s)
         # Not exit(): that would wait for the very thread that hangs.
         os._exit(HUNG)
 
@@ -102,7 +121,10 @@ class Watchdog:
         return "; ".join(shown) + (f"; and {len(notes) - 8} more" if len(notes) > 8 else "")
 
     def ask(self, notes: list[tuple[float, str]]) -> None:
-        """Appends (when, what) for each other rank; may wait for ever, as a store's timeout needs its answer too."""
+        """Has all ranks write their stacks, and appends (when, what) for each other; may wait for ever, as a store's
+        timeout needs its answer too."""
+        with contextlib.suppress(Exception):
+            self.store.set(STACKS, str(self.rank))
         for rank in range(self.ranks):
             key = f"watchdog/{rank}"
             try:

@@ -19,30 +19,20 @@ MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "n
          "intermediate_size": 96}
 
 
-# launch/sft.py whose rank 1 stops for good where all ranks gather the final weights.
-STOPS_AT_THE_END = """
-import os, signal, sys
-from minimind_ds import engine, train
-gather = engine.full_weights
-def stop_first(*args):
-    if os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGSTOP)
-    return gather(*args)
-engine.full_weights = stop_first
-sys.exit(train.main("sft", sys.argv[1:]))
-"""
-
-
-def start(folder: pathlib.Path, *flags: str, ranks: int = 2, program=("launch/sft.py",)) -> list[subprocess.Popen]:
-    """Ranks of launch/sft.py as torchrun would start them, each with a log of its own."""
+def flags_for(folder: pathlib.Path) -> list[str]:
     folder.mkdir(exist_ok=True)
     config = folder / "run.yaml"
     config.write_text("preset: debug\nmodel: " + json.dumps(MODEL))
+    return ["--config", str(config), "--deepspeed", "ds_configs/zero2.json", "--save_dir", str(folder / "run"),
+            "--cache_dir", str(folder.parent / "cache"), "--dtype", "fp32", "--batch_size", "1", "--max_seq_len", "96",
+            "--pack_len", "96"]
+
+
+def start(folder: pathlib.Path, *flags: str, ranks: int = 2, log: str = "{rank}.log") -> list[subprocess.Popen]:
+    """Ranks of launch/sft.py as torchrun would start them, each with a log of its own."""
     port = str(free_port())
-    command = [sys.executable, *program, "--config", str(config), "--deepspeed", "ds_configs/zero2.json",
-               "--save_dir", str(folder / "run"), "--cache_dir", str(folder.parent / "cache"), "--dtype", "fp32",
-               "--batch_size", "1", "--max_seq_len", "96", "--pack_len", "96", *flags]
-    return [subprocess.Popen(command, cwd=ROOT, text=True, stdout=(folder / f"{rank}.log").open("w"),
+    command = [sys.executable, "launch/sft.py", *flags_for(folder), *flags]
+    return [subprocess.Popen(command, cwd=ROOT, text=True, stdout=(folder / log.format(rank=rank)).open("w"),
                              stderr=subprocess.STDOUT, start_new_session=True,
                              env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
                                              LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
@@ -83,13 +73,15 @@ def test_a_hung_rank_is_named_and_the_waiting_ones_end_with_their_stacks(tmp_pat
     assert "in train_step" in said and "in run_plan" in said and said.count("Thread 0x") >= 2
 
 
-def test_a_rank_that_hangs_after_the_last_step_ends_the_run_too(tmp_path):
-    processes = start(tmp_path / "end", "--hang_minutes", "0.1", "--max_steps", "3", program=("-c", STOPS_AT_THE_END))
-    try:
-        assert processes[0].wait(timeout=120) == HUNG
-    finally:
-        end(processes)
-    assert "has been in 'the final weights'" in (tmp_path / "end" / "0.log").read_text()
+def test_ranks_that_hang_after_the_last_step_end_the_run_too_and_all_stacks_are_in_the_log(tmp_path, deepspeed):
+    """The launcher ends all ranks when the first has left: by then the others must have written theirs."""
+    done = deepspeed(3, "tests/ranks/hang.py", *flags_for(tmp_path / "end"), "--hang_minutes", "0.1",
+                     "--max_steps", "3", check=False)
+    assert done.returncode == HUNG and "has been in 'the final weights'" in done.stderr, done.stderr[-5000:]
+    for function in ("full_weights", "sleep", "keep_the_interpreter"):
+        assert f"in {function}\n" in done.stderr, done.stderr[-5000:]
+    # Rank 2's threads could not write, but a timer of the C library's.
+    assert "Timeout (" in done.stderr and "rank 0 on" in done.stderr and "rank 1 on" in done.stderr
 
 
 def test_a_rank_that_dies_ends_the_others_soon_and_they_say_where(tmp_path):
@@ -104,17 +96,29 @@ def test_a_rank_that_dies_ends_the_others_soon_and_they_say_where(tmp_path):
     assert "error: rank 0 on" in said and "lost the other ranks in 'step" in said
 
 
-def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(tmp_path):
-    first = start(tmp_path / "one", ranks=1)
+def test_a_second_run_in_the_same_folder_is_refused_but_the_jobs_own_next_start_waits(tmp_path, monkeypatch):
+    """A file server lets go of what a lost node held only after a while."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    folder, started = tmp_path / "one", []
     try:
-        reach(tmp_path / "one", first, 2)
-        second = start(tmp_path / "one", "--log_interval", "7", ranks=1)
-        log = tmp_path / "one" / "0.log"
-        assert second[0].wait(timeout=120) == 2
-        assert f"is in use by process {first[0].pid} on" in log.read_text() and "another --save_dir" in log.read_text()
-        assert first[0].poll() is None
+        started += start(folder, "--save_interval", "0", ranks=1)
+        reach(folder, started, 2)
+        started += start(folder, "--log_interval", "7", ranks=1, log="second")
+        said = f"is in use by process {started[0].pid} on"
+        assert started[1].wait(timeout=120) == 2
+        assert said in (folder / "second").read_text() and "another --save_dir" in (folder / "second").read_text()
+        assert started[0].poll() is None
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        started += start(folder, "--max_steps", "3", ranks=1, log="third")
+        deadline = time.monotonic() + 120
+        while said not in (third := (folder / "third").read_text()):
+            assert started[2].poll() is None and time.monotonic() < deadline, third
+            time.sleep(0.1)
+        assert "waiting, 180 s at most" in third
+        end(started[:1])
+        assert started[2].wait(timeout=120) == 0
     finally:
-        end(first)
+        end(started)
 
 
 def test_a_spike_is_judged_by_the_last_steps_and_too_many_skips_in_a_row_end():

@@ -6,7 +6,8 @@
 #   CONDA_ENV=NAME            conda environment           VENV=FOLDER         virtual environment; default: .venv if there
 #   APPTAINER_IMAGE=X.sif     run inside Apptainer        PYXIS_IMAGE=IMAGE   run inside enroot, through Pyxis
 #   CONTAINER_MOUNTS=A,B      more folders to mount       PYTHON=python3      the interpreter
-#   PREFLIGHT=1               check all nodes first       PREFLIGHT_FLAGS=... of launch/preflight.py
+#   PREFLIGHT=1               check all nodes first, as the flag --preflight does
+#   PREFLIGHT_FLAGS=...       of launch/preflight.py
 #   LOG_DIR=FOLDER            default: slurm-logs/<job>   CPU_BIND=cores      srun's --cpu-bind
 #   MASTER_PORT=N             rendezvous port; default: a number made from the job's id
 #   NODE_WAIT=600             seconds to wait for SLURM to notice a lost node; default: twice its usual SlurmdTimeout
@@ -164,8 +165,12 @@ requeue() { # WHY
     exit 75
 }
 
-train() { # PROGRAM [FLAG...]; %a in a flag is the number of the array's task
-    set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"
+train() { # PROGRAM [FLAG...]; %a in a flag is the number of the array's task, --preflight is PREFLIGHT=1
+    local word words=()
+    for word in "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"; do
+        if [ "$word" = --preflight ]; then PREFLIGHT=1; else words+=("$word"); fi
+    done
+    set -- "${words[@]}"
     case " $* " in
     *" --deepspeed"[\ =]* | *" --config"[\ =]*) ;;
     *) set -- "$@" --deepspeed "$home/ds_configs/zero2.json" ;;

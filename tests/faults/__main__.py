@@ -25,7 +25,7 @@ from tests.faults import disk
 from tests.faults.dealing import ALL, Configuration, Start, deal, steps_for
 from tests.faults.goodput import killed_regularly
 from tests.faults.inject import play
-from tests.faults.run import Run, curve, weights
+from tests.faults.run import CUT, WHOLE, Run, curve, weights
 
 
 def main(argv: list[str]) -> int:
@@ -36,22 +36,26 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--over", nargs="+", choices=names, default=names, help="runs to deal to (default: all)")
     parser.add_argument("--only", nargs="+", choices=names, help="of these, play only some now")
     parser.add_argument("--out", type=pathlib.Path, help="JSON file; runs of the same deal in it are not played again")
+    parser.add_argument("--whole", action="store_true", help="the debug preset as it is, not cut to 48 x 2 layers")
     parser.add_argument("--kill_every", type=float, help="seconds: instead of a deal, one long run and power cuts")
     parser.add_argument("--steps", type=int, default=4000, help="of the long run (default: 4000)")
+    parser.add_argument("--every", type=int, default=50, help="its steps between checkpoints (default: 50)")
     args = parser.parse_args(argv)
+    model = WHOLE if args.whole else CUT
     # Ends what it started, and its folders, when it is told to end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="faults_") as home:
         if args.kill_every:
-            result = killed_regularly(pathlib.Path(home), args.kill_every, steps=args.steps, every=50, say=say)
+            result = killed_regularly(pathlib.Path(home), args.kill_every, model=model, steps=args.steps,
+                                      every=args.every, say=say)
         else:
-            result = sweep(pathlib.Path(home), args)
+            result = sweep(pathlib.Path(home), args, model)
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 0 if result["ok"] else 1
 
 
-def sweep(home: pathlib.Path, args) -> dict:
+def sweep(home: pathlib.Path, args, model: dict) -> dict:
     """Play the hands of a deal; -> the result with all that were played, in this call or before."""
     chosen = [configuration for configuration in ALL if configuration.name in args.over]
     why, why_not = {"disk full": disk.own_mounts()}, disk.FailingDisk(home, home).why_not
@@ -61,15 +65,15 @@ def sweep(home: pathlib.Path, args) -> dict:
         say(f"no {kind}: {reason}")
     hands = deal(args.faults, args.seed, chosen, set(missing))
     result = {"what": "faults injected into 2-rank runs under the deepspeed launcher, against undisturbed runs",
-              "faults": args.faults, "seed": args.seed, "over": args.over, "missing": missing, "machine": machine(),
-              "runs": {}}
+              "model": model, "faults": args.faults, "seed": args.seed, "over": args.over, "missing": missing,
+              "machine": machine(), "runs": {}}
     if args.out and args.out.exists():
         past = json.loads(args.out.read_text(encoding="utf-8"))
-        if all(past.get(name) == result[name] for name in ("faults", "seed", "over", "missing")):
+        if all(past.get(name) == result[name] for name in ("model", "faults", "seed", "over", "missing")):
             result["runs"] = past["runs"]
     for configuration in chosen:
         if configuration.name not in result["runs"] and (not args.only or configuration.name in args.only):
-            result["runs"][configuration.name] = one(home / configuration.name, configuration,
+            result["runs"][configuration.name] = one(home / configuration.name, configuration, model,
                                                      hands[configuration.name], args.seed)
     runs = result["runs"].values()
     totals = {name: sum(run[name] for run in runs) for name in
@@ -83,23 +87,23 @@ def sweep(home: pathlib.Path, args) -> dict:
     return result
 
 
-def one(home: pathlib.Path, configuration: Configuration, starts: list[Start], seed: int) -> dict:
+def one(home: pathlib.Path, configuration: Configuration, model: dict, starts: list[Start], seed: int) -> dict:
     """An undisturbed run, then the same with a hand of faults."""
     kinds = {start.end[1] for start in starts if start.end}
     dealt = sum(len(start.during) + bool(start.end) + len(start.between) for start in starts)
     home.mkdir()
     place = home / "disk"
     if "disk full" in kinds:
-        disk.small(place)
+        disk.small(place, 48 if model == CUT else 640)
     else:
         place.mkdir()
-    with Run(configuration, home / "undisturbed", home, steps=steps_for(dealt)) as whole:
+    with Run(configuration, home / "undisturbed", home, model=model, steps=steps_for(dealt)) as whole:
         whole.start()
         code = whole.wait_for_end()
         assert code == 0, whole.said()[-3000:]
     say(f"{configuration.name}: undisturbed run of {len(whole.rows())} steps in {whole.wall_s:.0f} s; "
         f"{dealt} faults follow")
-    with Run(configuration, place / "run", home, steps=steps_for(dealt)) as hurt:
+    with Run(configuration, place / "run", home, model=model, steps=steps_for(dealt)) as hurt:
         faults, hangs, wrong = play(hurt, starts, draw=random.Random(f"{seed} {configuration.name}"),
                                     failing=disk.FailingDisk(home, hurt.checkpoints),
                                     say=lambda text: say(f"  {text}"))

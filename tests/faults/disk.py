@@ -8,7 +8,6 @@ import pathlib
 import shutil
 import subprocess
 
-TMPFS_MIB = 48
 CLONE_NEWNS = 0x20000
 
 
@@ -23,10 +22,10 @@ def own_mounts() -> str | None:
     return f"mount: {done.stderr.strip()}" if done.returncode else None
 
 
-def small(folder: pathlib.Path) -> None:
-    """Make `folder` a disk of TMPFS_MIB; own_mounts first."""
+def small(folder: pathlib.Path, mib: int) -> None:
+    """Make `folder` a disk of so many MiB; own_mounts first."""
     folder.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={TMPFS_MIB}m", "tmpfs", str(folder)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], check=True)
 
 
 def unmount(folder: pathlib.Path) -> None:

@@ -17,10 +17,10 @@ from tests.faults.dealing import Configuration
 from tests.faults.run import Run, curve, weights
 
 
-def killed_regularly(home: pathlib.Path, seconds: float, *, steps: int, every: int,
+def killed_regularly(home: pathlib.Path, seconds: float, *, model: dict, steps: int, every: int,
                      say: Callable[[str], None]) -> dict:
     """A run of so many steps, undisturbed, and once more with all its processes killed every so many seconds."""
-    runs = (Run(Configuration(2, False), home / name, home, steps=steps, every=every, limit_s=1800)
+    runs = (Run(Configuration(2, False), home / name, home, model=model, steps=steps, every=every, limit_s=1800)
             for name in ("undisturbed", "killed"))
     with next(runs) as whole:
         whole.start()
@@ -40,7 +40,7 @@ def killed_regularly(home: pathlib.Path, seconds: float, *, steps: int, every: i
             say(f"start {hurt.starts} ended with {code} after step {last_step(hurt.folder)} of {steps}")
     equal = code == 0 and weights(hurt) == weights(whole) and curve(hurt) == curve(whole)
     result = {"what": f"all processes of a 2-rank run of the debug preset killed every {seconds:g} s", "ok": equal,
-              "machine": machine(), "kills": kills, "steps": steps, "save_interval": every,
+              "model": model, "machine": machine(), "kills": kills, "steps": steps, "save_interval": every,
               "steps_repeated": hurt.repeated, "wall_s": round(hurt.wall_s, 1), "goodput": round(hurt.goodput(), 4),
               "step_ms": round(1000 * statistics.median(row["step_s"] for row in hurt.rows()), 1),
               "undisturbed": {"wall_s": round(whole.wall_s, 1), "goodput": round(whole.goodput(), 4)}, "equal": equal}

@@ -58,6 +58,8 @@ PreemptMode=REQUEUE
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PreemptMode=OFF
 # Jobs of `low` are asked to leave, and have to within GraceTime seconds, when one of `high` needs what they hold.
 PartitionName=low Nodes=ALL MaxTime=INFINITE PriorityTier=1 GraceTime=60
+# These are told to leave and killed KillWait seconds later.
+PartitionName=at_once Nodes=ALL MaxTime=INFINITE PriorityTier=1
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=2
 """
 FIRST_PROCESS = """
@@ -153,6 +155,10 @@ class Cluster:
         conf = self.home / "etc" / "slurm.conf"
         conf.write_text(re.sub(r"SlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", conf.read_text()))
         self.run("scontrol", "reconfigure")
+
+    def cut_off(self) -> None:
+        """node2's cable is pulled: it runs on, unheard; no connection to it is closed."""
+        self.run("ip", "link", "set", "to2", "down")
 
     def switch_off(self, *names: str) -> None:
         """A power cut."""

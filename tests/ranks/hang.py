@@ -1,0 +1,33 @@
+"""launch/sft.py whose ranks 1 and 2 hang where all gather the final weights: one sleeps, one lets no Python run.
+
+    deepspeed --num_gpus 3 tests/ranks/hang.py --deepspeed ds_configs/zero2.json --max_steps 3 --hang_minutes 0.1
+"""
+
+import ctypes
+import os
+import pathlib
+import sys
+import time
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from minimind_ds import engine, train  # noqa: E402
+
+
+def sleep():
+    time.sleep(600)
+
+
+def keep_the_interpreter():
+    ctypes.PyDLL(None).sleep(600)
+
+
+def hang_first(*args):
+    if os.environ["RANK"] != "0":
+        (sleep if os.environ["RANK"] == "1" else keep_the_interpreter)()
+    return gather(*args)
+
+
+if __name__ == "__main__":
+    gather, engine.full_weights = engine.full_weights, hang_first
+    sys.exit(train.main("sft", sys.argv[1:]))
