@@ -144,6 +144,9 @@ class Cluster:
             self.run("ip", "link", "add", card, "type", "bridge")
         else:
             card, last = "card", 2
+            # The kernel takes a network that is gone apart when it has time.
+            with contextlib.suppress(RuntimeError):
+                self.run("ip", "link", "delete", "to2", only="net")
             self.run("ip", "link", "add", "to2", "type", "veth", "peer", "name", card, "netns", str(self.pid(name)),
                      only="net")
             self.run("ip", "link", "set", "to2", "master", "switch", "up")
