@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from minimind_ds import whole
 from minimind_ds.engine import continue_betas
-from minimind_ds.saving import Buffers, SaveFailed, Saving, facts_of, fsync, sha256, snapshot
+from minimind_ds.saving import SaveFailed, Saving, facts_of, fsync, sha256, snapshot
 
 FORMAT = 2
 TAG = "state"
@@ -100,7 +100,7 @@ def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> Saving:
     """
     rank, home = dist.get_rank(), folder_of(run_dir)
     aside, final = home / f".writing_{name_of(facts['step'])}", home / name_of(facts["step"])
-    error, files, buffers = None, [], Buffers()
+    error, files = None, []
     if rank == 0:
         try:
             shutil.rmtree(aside, ignore_errors=True)
@@ -110,7 +110,7 @@ def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> Saving:
     together(error, f"writing {final}", SaveFailed)
     try:
         files = [(aside / f"rng_rank{rank}.safetensors", functools.partial(save_file, rng_state())),
-                 *state_files(engine, aside, buffers)]
+                 *state_files(engine, aside)]
     except (OSError, RuntimeError) as caught:
         error = caught
     together(error, f"writing {final}", SaveFailed)
@@ -119,16 +119,16 @@ def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> Saving:
         commit(aside, final, facts, written)
         retain(final, keep)
 
-    return Saving(files, root=aside, commit=commit_and_retain, what=f"writing {final}", written=buffers.give_back)
+    return Saving(files, root=aside, commit=commit_and_retain, what=f"writing {final}")
 
 
-def state_files(engine, aside: pathlib.Path, buffers: Buffers) -> list[tuple[pathlib.Path, Callable]]:
+def state_files(engine, aside: pathlib.Path) -> list[tuple[pathlib.Path, Callable]]:
     """The files of the training state that this rank has to write, and what writes each; collective."""
     if engine.has_moe_layers:
         state = whole.collect(engine)
         return [] if state is None else [(aside / TAG / whole.FILE, functools.partial(whole.write_file, state))]
     own, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script
-    engine.checkpoint_engine = recorder = Recorder(own, buffers)
+    engine.checkpoint_engine = recorder = Recorder(own)
     # Rank 0 copies programs of DeepSpeed's into the checkpoint.  If it did so here and the disk were full, the others
     # would wait for it at DeepSpeed's next barrier for ever.
     engine._copy_recovery_script = lambda folder: recorder.files.append(
@@ -146,8 +146,8 @@ def state_files(engine, aside: pathlib.Path, buffers: Buffers) -> list[tuple[pat
 class Recorder:
     """Stands before DeepSpeed's writer of files: takes copies in memory, to be written later; touches no disk."""
 
-    def __init__(self, own, buffers: Buffers):
-        self.own, self.buffers, self.files = own, buffers, []
+    def __init__(self, own):
+        self.own, self.files = own, []
 
     def __getattr__(self, name: str):
         return getattr(self.own, name)
@@ -156,7 +156,7 @@ class Recorder:
         pass
 
     def save(self, state_dict, path: str):
-        self.files.append((pathlib.Path(path), functools.partial(write_state, snapshot(state_dict, self.buffers))))
+        self.files.append((pathlib.Path(path), functools.partial(write_state, snapshot(state_dict))))
 
 
 def write_state(state, path: pathlib.Path) -> None:

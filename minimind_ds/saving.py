@@ -17,7 +17,6 @@ import os
 import pathlib
 import threading
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -48,51 +47,26 @@ def facts_of(path: pathlib.Path) -> dict:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
-class Buffers:
-    """Host memory for the copies of one snapshot; the next snapshot's come from there once it is given back.
-
-    Spares the first touch of fresh memory; what that is worth is in docs/DECISIONS.md, on a CPU next to nothing.
-    """
-
-    free: ClassVar[dict] = {}
-
-    def __init__(self):
-        self.lent = []
-
-    def copy(self, tensor: Tensor) -> Tensor:
-        key = (tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.is_cuda)
-        free = self.free.get(key)
-        # Pinned, a GPU's copy engine writes into it at the bus's speed.
-        buffer = free.pop() if free else torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        self.lent.append((key, buffer))
-        return buffer.copy_(tensor.detach())
-
-    def give_back(self) -> None:
-        """Nothing reads the copies any more.  What an earlier snapshot left unused is let go of."""
-        self.free.clear()
-        for key, buffer in self.lent:
-            self.free.setdefault(key, []).append(buffer)
-        self.lent = []
-
-
-def snapshot(value, buffers: Buffers, copies: dict | None = None):
+def snapshot(value, copies: dict | None = None):
     """A copy that training cannot change: tensors in host memory, one copy each, containers of their kind."""
     copies = {} if copies is None else copies
     if isinstance(value, Tensor):
         key = (value.device, value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
         if key not in copies:
             # The original is kept beside its copy: no other tensor can take its place in memory meanwhile.
-            copies[key] = (value, buffers.copy(value))
+            # Pinned, a GPU's copy engine writes into it at the bus's speed; torch keeps such memory for the next time.
+            copy_of = torch.empty_like(value, device="cpu", pin_memory=value.is_cuda)
+            copies[key] = (value, copy_of.copy_(value.detach()))
         return copies[key][1]
     if isinstance(value, dict):
         made = copy.copy(value)
         for name, item in value.items():
-            made[name] = snapshot(item, buffers, copies)
+            made[name] = snapshot(item, copies)
         return made
     if isinstance(value, list):
-        return [snapshot(item, buffers, copies) for item in value]
+        return [snapshot(item, copies) for item in value]
     if isinstance(value, tuple):
-        items = [snapshot(item, buffers, copies) for item in value]
+        items = [snapshot(item, copies) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return copy.deepcopy(value)
 
@@ -109,12 +83,11 @@ class Saving:
         root: the folder they lie in.
         commit: for rank 0: called with every rank's {path under root: facts} when all files are on disk.
         what: for messages, such as "writing out/checkpoints/step_00000040".
-        written: called when this rank's files are written, or could not be.
     """
 
     def __init__(self, files: Sequence[tuple[pathlib.Path, Callable]], *, root: pathlib.Path,
-                 commit: Callable[[dict], None], what: str, written: Callable[[], None] = lambda: None):
-        self.files, self.root, self.commit, self.what, self.written = files, root, commit, what, written
+                 commit: Callable[[dict], None], what: str):
+        self.files, self.root, self.commit, self.what = files, root, commit, what
         self.rank, self.ranks, self.wrong = dist.get_rank(), dist.get_world_size(), None
         self.key = f"saving/{next(NUMBERS)}"
         # Of its own: collectives use the other client of the store, which serves one call at a time.
@@ -132,8 +105,8 @@ class Saving:
                 mine["files"][path.relative_to(self.root).as_posix()] = facts_of(path)
         except Exception as error:  # noqa: BLE001  (a thread's errors are its owner's: finish raises them)
             mine["wrong"] = f"{type(error).__name__}: {error}"
+        # Lets go of the copies.
         self.files = ()
-        self.written()
         try:
             self.store.set(f"{self.key}/{self.rank}", json.dumps(mine))
             if self.rank == 0:
