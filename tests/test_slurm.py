@@ -277,7 +277,7 @@ def test_a_lost_node_costs_one_restart_which_is_slurms_own(cluster, control, bus
     early[4].result()
     broken.wait_for(lambda: "node2: task 1: Exited with exit code 3" in broken.said(), "the failure on node2")
     # The worst way: no connection is closed, and the ranks on both sides wait for each other.
-    cluster.cut_off()
+    cluster.cut_off("node2")
     (cluster.home / "dark").touch()
     # A script that finds a node dark before SLURM knows of it does not requeue the job.
     broken.wait_for(lambda: "no answer from node2: waiting for SLURM to notice" in broken.said(), "the look at node2")
@@ -322,6 +322,20 @@ def test_a_job_that_is_preempted_without_a_grace_time_goes_on_from_its_own_check
     assert len(job.resumed()) == 1 and job.resumed()[0] % 20
     # SLURM's doing alone.
     assert not job.requeued()
+
+
+@pytest.mark.slow
+def test_a_job_that_loses_its_first_node_where_its_script_and_rank_0_are_goes_on(cluster, control):
+    job = Batch(cluster, "first", *TWO_NODES)
+    job.wait_for_step(22)
+    cluster.switch_off("node1")
+    cluster.give_up_after(6)
+    job.wait("PENDING")
+    cluster.give_up_after(60)
+    cluster.switch_on("node1")
+    cluster.run("slurmd", on="node1")
+    same(job, control, restarts=1)
+    assert job.resumed() == [20] and not job.requeued()
 
 
 @pytest.mark.slow

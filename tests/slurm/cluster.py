@@ -1,4 +1,4 @@
-"""A real SLURM of two nodes on one machine, for tests: slurmctld, slurmd, munge, and a power switch for each node.
+"""A real SLURM of two nodes on one machine, for tests: a head with slurmctld, and a power switch for each node.
 
 A node is a set of namespaces with its own processes, network, host name and /dev/shm; files are shared, as on NFS.
 Its first process waits on a pipe that this process holds, so that a node ends, and by the kernel's doing everything in
@@ -19,11 +19,12 @@ import subprocess
 import time
 
 NETWORK = "10.213.47"
+ADDRESSES = {"head": 100, "node1": 1, "node2": 2}
 # Free to choose: SLURM is told not to look at the hardware.
 CPUS, GPUS = 64, 32
 SLURM_CONF = """
 ClusterName=test
-SlurmctldHost=node1
+SlurmctldHost=head
 SlurmUser=root
 AuthType=auth/munge
 CredType=cred/munge
@@ -91,7 +92,7 @@ def search_path() -> str:
 
 
 class Cluster:
-    """Two nodes; node1 is the controller too.  `home` must be short and readable by all: munge wants it so."""
+    """node1, node2 and their head.  `home` must be short and readable by all: munge wants it so."""
 
     def __init__(self, home: pathlib.Path):
         self.home, self.nodes = home, {}
@@ -104,19 +105,21 @@ class Cluster:
         key = self.home / "munge" / "key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        (self.home / "hosts").write_text(f"127.0.0.1 localhost\n{NETWORK}.1 node1\n{NETWORK}.2 node2\n")
+        (self.home / "hosts").write_text("127.0.0.1 localhost\n" + "".join(
+            f"{NETWORK}.{last} {name}\n" for name, last in ADDRESSES.items()))
         for number in range(GPUS):
             (self.home / "etc" / f"gpu{number}").touch()
         (self.home / "etc" / "gres.conf").write_text(f"Name=gpu File={self.home}/etc/gpu[0-{GPUS - 1}]\n")
         (self.home / "etc" / "slurm.conf").write_text(SLURM_CONF.format(home=self.home, cpus=CPUS, gpus=GPUS))
         try:
-            self.switch_on("node1")
+            self.switch_on("head")
             m = self.home / "munge"
             self.run("munged", f"--key-file={m}/key", f"--socket={m}/socket", f"--pid-file={m}/pid",
                      f"--seed-file={m}/seed", f"--log-file={m}/log")
-            self.switch_on("node2")
-            for daemon, node in (("slurmctld", "node1"), ("slurmd", "node1"), ("slurmd", "node2")):
-                self.run(daemon, on=node)
+            self.run("slurmctld")
+            for node in ("node1", "node2"):
+                self.switch_on(node)
+                self.run("slurmd", on=node)
             self.wait_for(lambda: set(self.run("sinfo", "-hN", "-tidle", "-o%N").split()) == {"node1", "node2"},
                           "both nodes to be idle", 20)
         except BaseException:
@@ -138,18 +141,19 @@ class Cluster:
         self.connect(name)
 
     def connect(self, name: str) -> None:
-        """A network: node1 has the switch, in which its own address stays when the other's card is gone."""
-        if name == "node1":
-            card, last = "switch", 1
+        """A network: the head has the switch, the others have a cable to it."""
+        last = ADDRESSES[name]
+        if name == "head":
+            card = "switch"
             self.run("ip", "link", "add", card, "type", "bridge")
         else:
-            card, last = "card", 2
+            card, plug = "card", f"to{last}"
             # The kernel takes a network that is gone apart when it has time.
             with contextlib.suppress(RuntimeError):
-                self.run("ip", "link", "delete", "to2", only="net")
-            self.run("ip", "link", "add", "to2", "type", "veth", "peer", "name", card, "netns", str(self.pid(name)),
+                self.run("ip", "link", "delete", plug, only="net")
+            self.run("ip", "link", "add", plug, "type", "veth", "peer", "name", card, "netns", str(self.pid(name)),
                      only="net")
-            self.run("ip", "link", "set", "to2", "master", "switch", "up")
+            self.run("ip", "link", "set", plug, "master", "switch", "up")
         self.run("ip", "address", "add", f"{NETWORK}.{last}/24", "dev", card, on=name)
         self.run("ip", "link", "set", card, "up", on=name)
 
@@ -159,9 +163,9 @@ class Cluster:
         conf.write_text(re.sub(r"SlurmdTimeout=\d+", f"SlurmdTimeout={seconds}", conf.read_text()))
         self.run("scontrol", "reconfigure")
 
-    def cut_off(self) -> None:
-        """node2's cable is pulled: it runs on, unheard; no connection to it is closed."""
-        self.run("ip", "link", "set", "to2", "down")
+    def cut_off(self, name: str) -> None:
+        """The node's cable is pulled: it runs on, unheard; no connection to it is closed."""
+        self.run("ip", "link", "set", f"to{ADDRESSES[name]}", "down")
 
     def switch_off(self, *names: str) -> None:
         """A power cut."""
@@ -184,7 +188,7 @@ class Cluster:
         unshare = self.nodes[name].pid
         return int(pathlib.Path(f"/proc/{unshare}/task/{unshare}/children").read_text())
 
-    def run(self, *command: str, on: str = "node1", cwd=None, only: str | None = None, **extra: str) -> str:
+    def run(self, *command: str, on: str = "head", cwd=None, only: str | None = None, **extra: str) -> str:
         """A command on a node; returns its output.  `only`: enter this namespace and no other."""
         enter = [f"--{only}"] if only else ["--mount", "--uts", "--ipc", "--net", "--pid"]
         words = ["nsenter", f"--target={self.pid(on)}", *enter, f"--wd={cwd or self.home}", "--", *command]
