@@ -58,8 +58,12 @@ def read_layout() -> Layout:
     return Layout(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, local_ranks, device)
 
 
-def start(layout: Layout) -> None:
-    """Open the process group and quieten DeepSpeed.  Imports deepspeed (some seconds)."""
+def start(layout: Layout, hang_minutes: float = 0.0) -> None:
+    """Open the process group and quieten DeepSpeed.  Imports deepspeed (some seconds).
+
+    Args:
+        hang_minutes: after which a watchdog ends the run; 0: none does.
+    """
     if layout.device.type == "cpu":
         # Ranks on one machine share its cores; more threads than cores is several times slower.
         if "OMP_NUM_THREADS" not in os.environ:
@@ -81,7 +85,12 @@ def start(layout: Layout) -> None:
         accelerator = deepspeed.get_accelerator()
         accelerator.device_count = functools.cache(accelerator.device_count)
     deepspeed.init_distributed(dist_backend="gloo" if layout.device.type == "cpu" else "nccl", verbose=False,
-                               timeout=datetime.timedelta(minutes=TIMEOUT_MINUTES))
+                               timeout=patience(hang_minutes))
+
+
+def patience(hang_minutes: float) -> datetime.timedelta:
+    """How long collectives wait: longer than the watchdog, since they give up without a word of which rank is behind."""
+    return datetime.timedelta(minutes=max(TIMEOUT_MINUTES, hang_minutes + 5))
 
 
 def free_port() -> str:

@@ -45,7 +45,7 @@ def main(program: str, argv: list[str]) -> int:
     layout = engine.read_layout()
     try:
         job = prepare(program, argv, layout)
-        engine.start(layout)
+        engine.start(layout, job.run.hang_minutes)
         start = find_start(job)
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in DISK:

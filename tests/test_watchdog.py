@@ -1,5 +1,6 @@
 """A rank that hangs or dies ends the run within a bounded time, and the log says which, where and what all did."""
 
+import datetime
 import json
 import os
 import pathlib
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from minimind_ds import stragglers
+from minimind_ds.engine import patience
 from minimind_ds.guard import LEAST, MOST_SKIPPED, Guard, taken_losses
 from minimind_ds.watchdog import HUNG
 from tests.conftest import ROOT, environment, free_port
@@ -81,6 +83,7 @@ def test_ranks_that_hang_after_the_last_step_end_the_run_too_and_all_stacks_are_
     for function in ("full_weights", "sleep", "keep_the_interpreter"):
         assert f"in {function}\n" in done.stderr, done.stderr[-5000:]
     # Rank 2's threads could not write, but a timer of the C library's.
+    assert "collectives wait 30 minutes" in done.stderr and patience(30) > datetime.timedelta(minutes=30)
     assert "Timeout (" in done.stderr and "rank 0 on" in done.stderr and "rank 1 on" in done.stderr
 
 

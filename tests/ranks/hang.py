@@ -9,6 +9,9 @@ import pathlib
 import sys
 import time
 
+import torch
+import torch.distributed as dist
+
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from minimind_ds import engine, train  # noqa: E402
@@ -23,7 +26,10 @@ def keep_the_interpreter():
 
 
 def hang_first(*args):
-    if os.environ["RANK"] != "0":
+    if os.environ["RANK"] == "0":
+        patience = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
+        print(f"collectives wait {patience.total_seconds() / 60:g} minutes", file=sys.stderr)
+    else:
         (sleep if os.environ["RANK"] == "1" else keep_the_interpreter)()
     return gather(*args)
 
