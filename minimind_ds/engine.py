@@ -89,7 +89,7 @@ def start(layout: Layout, hang_minutes: float = 0.0) -> None:
 
 
 def patience(hang_minutes: float) -> datetime.timedelta:
-    """How long collectives wait: longer than the watchdog, since they give up without a word of which rank is behind."""
+    """How long collectives wait: longer than the watchdog, which has more to say than that it has waited."""
     return datetime.timedelta(minutes=max(TIMEOUT_MINUTES, hang_minutes + 5))
 
 
