@@ -129,8 +129,11 @@ def test_changing_a_moves_no_bit_of_b(name, backend, precision):
 
 @pytest.mark.parametrize("name", ["top1", "top2"])
 def test_changing_a_moves_b_through_grouped_experts_by_rounding_at_most(name):
-    for one, other in probe(name, "sdpa", "fp64"):
-        assert (one - other).norm() <= 1e-13 * one.norm()
+    found = list(probe(name, "sdpa", "fp64"))
+    # A router that has one choice has no gradient but for rounding.
+    most = max(one.norm() for one, _ in found)
+    for one, other in found:
+        assert (one - other).norm() <= 1e-13 * one.norm() + 1e-16 * most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
