@@ -4,7 +4,7 @@ Nothing is left running, whatever happens: see tests/slurm/cluster.py.
 """
 
 import concurrent.futures
-import contextlib
+import json
 import os
 import pathlib
 import re
@@ -28,9 +28,8 @@ ONE_TASK = ("--nodelist=node1", "--ntasks-per-node=1", "--gpus-per-node=1")
 TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1")
 
 
-@contextlib.contextmanager
-def two_nodes():
-    """A cluster, and a tiny model's run.yaml in its home."""
+@pytest.fixture(scope="module")
+def cluster():
     if why := missing():
         # .ci/run has installed what is needed: there it is a failure.
         (pytest.fail if os.environ.get("MINIMIND_DS_NEEDS_ALL") else pytest.skip)(why)
@@ -45,12 +44,6 @@ def two_nodes():
             yield running
     finally:
         shutil.rmtree(home)
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    with two_nodes() as running:
-        yield running
 
 
 def facts(cluster: Cluster, job: str) -> dict:
@@ -247,6 +240,30 @@ def shim(path: pathlib.Path, text: str) -> None:
 
 
 @pytest.fixture(scope="module")
+def benchmark(cluster):
+    """One round of the benchmark, in a container whose program is a stand-in that only starts what it is given."""
+    tools = cluster.home / "container"
+    tools.mkdir()
+    shim(tools / "apptainer", """[ "$1 $2 $3 $5" = "exec --nv --bind --pwd" ] || exit 9
+        echo "inside $7 at $6 with $4"; exec "${@:8}" """)
+    path = f"{tools}:{environment()['PATH']}"
+    return Batch(cluster, "benchmark", *ONE_TASK, program="benchmark", PATH=path, APPTAINER_IMAGE="x.sif",
+                 flags=("--dtypes", "fp32", "--warm_up", "0", "--steps", "1", "--padded_rows", "2"))
+
+
+@pytest.fixture(scope="module")
+def chain(cluster):
+    """Pretraining, then fine-tuning of its weights, then an export; submitted all at once.  -> their ids"""
+    said = cluster.run(
+        "bash", "launch/slurm/chain.sh", str(cluster.home / "chain"), *ONE_TASK, "--cpus-per-task=1",
+        f"--output={cluster.home}/chain-%x.out", cwd=ROOT,
+        FLAGS=" ".join([*few(cluster), "--max_steps", "3", "--save_interval", "0"]), PYTHON=sys.executable,
+        LOG_DIR=str(cluster.home / "chain.logs"), **environment())
+    return re.fullmatch(rf"pretraining (\d+), fine-tuning (\d+), export (\d+) into {cluster.home}/chain/hf",
+                        said).groups()
+
+
+@pytest.fixture(scope="module")
 def broken(cluster):
     """A job whose program fails before any training: on node2 at once, on node1 when the file `dark` is there."""
     tool = cluster.home / "broken.sh"
@@ -255,7 +272,7 @@ def broken(cluster):
     return Batch(cluster, "broken", *TWO_NODES, PYTHON=str(tool))
 
 
-def test_a_lost_node_costs_one_restart_which_is_slurms_own(cluster, control, busy, early, broken):
+def test_a_lost_node_costs_one_restart_which_is_slurms_own(cluster, control, busy, early, chain, benchmark, broken):
     lost = early[2]
     early[4].result()
     broken.wait_for(lambda: "node2: task 1: Exited with exit code 3" in broken.said(), "the failure on node2")
@@ -280,6 +297,20 @@ def test_a_program_that_never_starts_is_tried_three_times_and_once_more_for_a_lo
     why = "the program did not start (exit code 3)"
     assert broken.requeued() == [(why, "2"), (why, "3")] and ended["Restarts"] == "3" and ended["ExitCode"] == "2:0"
     assert "error: the program did not start, three times; see " in broken.said()
+
+
+def test_a_chain_of_jobs_ends_in_a_hugging_face_folder(cluster, chain):
+    cluster.wait_for(lambda: facts(cluster, chain[-1])["JobState"] == "COMPLETED", "the end of the chain", 120)
+    assert (cluster.home / "chain" / "hf" / "config.json").exists()
+    times = [facts(cluster, job) for job in chain]
+    assert all(a["EndTime"] <= b["StartTime"] for a, b in zip(times, times[1:]))
+
+
+def test_the_benchmark_ends_with_one_json_document_inside_a_container_too(benchmark):
+    benchmark.wait("COMPLETED")
+    said = benchmark.out.read_text()
+    assert f"inside x.sif at {ROOT} with {ROOT},{ROOT}" in said
+    assert json.loads(said[said.index("\n{\n"):])["loops"]["packed fp32"]["tokens_per_s"] > 0
 
 
 @pytest.mark.slow
