@@ -37,17 +37,17 @@ def job_id() -> str | None:
     return os.environ.get("SLURM_JOB_ID")
 
 
-def goes_on(folder: pathlib.Path) -> bool:
-    """Whether this is a later start of the job that last trained here, begun by a batch system."""
-    return bool(automatic_restarts()) and read(folder)["job"] == job_id()
+def goes_on(past: dict) -> bool:
+    """Whether this is a later start, begun by a batch system, of the job that last trained where `past` was read."""
+    return bool(automatic_restarts()) and past["job"] == job_id()
 
 
 def has_own_checkpoint(folder: pathlib.Path) -> bool:
     """Whether this job, restarted by itself, has written a checkpoint here: it goes on from that whatever it was told
     to start from, or `--from_resume none` would throw the work away at each pre-emption."""
+    past = read(folder)
     # What stood here before is older.
-    began = read(folder)["began"]
-    return goes_on(folder) and any(path.stat().st_mtime > began for path in folder_of(folder).glob("step_*"))
+    return goes_on(past) and any(path.stat().st_mtime > past["began"] for path in folder_of(folder).glob("step_*"))
 
 
 def begin(folder: pathlib.Path, step: int) -> list[str]:
@@ -60,7 +60,7 @@ def begin(folder: pathlib.Path, step: int) -> list[str]:
         ValueError: automatic restarts fail over and over at one step, or from one checkpoint.
     """
     past = read(folder)
-    if not goes_on(folder):
+    if not goes_on(past):
         past = {"job": job_id(), "began": time.time(), "running": False, "failures": []}
     failures = past["failures"]
     if past["running"]:

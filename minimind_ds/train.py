@@ -138,7 +138,7 @@ def hold(folder: pathlib.Path):
     A lost node's hold is let go of by the file server, when its lease has run out: the job that is started again by
     itself waits for that.  Raises ValueError as checkpoint.lock, after that time or at once.
     """
-    deadline = time.monotonic() + (LEASE_S if restarts.goes_on(folder) else 0)
+    deadline = time.monotonic() + (LEASE_S if restarts.goes_on(restarts.read(folder)) else 0)
     while True:
         try:
             return checkpoint.lock(folder)

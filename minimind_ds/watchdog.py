@@ -46,7 +46,6 @@ class Watchdog:
         # A copy of its own: a store's client serves one call at a time, and collectives use the other.
         self.store = dist.distributed_c10d._get_default_store().clone() if ranks > 1 else None
         self.doing, self.since = "starting", time.monotonic()
-        self.steps: list[float] = []
 
     def __enter__(self) -> Watchdog:
         self.watcher = threading.Thread(target=self.watch, name="watchdog", daemon=True)

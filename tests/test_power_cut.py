@@ -98,8 +98,13 @@ def wrong(lying: Lying, acknowledged: int, final: dict[str, bytes]) -> str | Non
     step = manifest["step"] if path else 0
     if step < acknowledged:
         return f"the newest whole checkpoint is of step {step} instead of {acknowledged}"
-    for name in ("run.yaml", "ds_config.json", "DONE", "attempts.json"):
-        if (run / name).exists() and not (run / name).read_text().endswith(("}", "}\n", "\n")):
+    for name in ("run.yaml", "ds_config.json"):
+        if (run / name).exists() and (run / name).read_bytes() != final[f"{RUN}/{name}"]:
+            return f"{name} is torn"
+    for name in ("DONE", "attempts.json"):
+        try:
+            json.loads((run / name).read_text() if (run / name).exists() else "{}")
+        except ValueError:
             return f"{name} is torn"
     latest = run / "checkpoints" / "latest"
     if latest.exists() and not re.fullmatch(r"step_\d{8}\n", latest.read_text()):

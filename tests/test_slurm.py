@@ -248,7 +248,8 @@ def benchmark(cluster):
         echo "inside $7 at $6 with $4"; exec "${@:8}" """)
     path = f"{tools}:{environment()['PATH']}"
     return Batch(cluster, "benchmark", *ONE_TASK, program="benchmark", PATH=path, APPTAINER_IMAGE="x.sif",
-                 flags=("--dtypes", "fp32", "--warm_up", "0", "--steps", "1", "--padded_rows", "2"))
+                 PREFLIGHT_FLAGS="--min_free_gib 0.1",
+                 flags=("--preflight", "--dtypes", "fp32", "--warm_up", "0", "--steps", "1", "--padded_rows", "2"))
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +310,7 @@ def test_a_chain_of_jobs_ends_in_a_hugging_face_folder(cluster, chain):
 def test_the_benchmark_ends_with_one_json_document_inside_a_container_too(benchmark):
     benchmark.wait("COMPLETED")
     said = benchmark.out.read_text()
-    assert f"inside x.sif at {ROOT} with {ROOT},{ROOT}" in said
+    assert f"inside x.sif at {ROOT} with {ROOT},{ROOT}" in said and "pre-flight: all well" in said
     assert json.loads(said[said.index("\n{\n"):])["loops"]["packed fp32"]["tokens_per_s"] > 0
 
 
@@ -378,7 +379,8 @@ def test_a_plain_host_file_trains_as_slurm_does(cluster, control):
         for host in "${hosts[@]}"; do ssh "$host" "${command//%n/$n}" & n=$((n + 1)); done
         while [ $n -gt 0 ]; do wait -n || code=$?; n=$((n - 1)); done; exit $code""")
     hostfile, folder = cluster.home / "hostfile", cluster.home / "plain"
-    words = ["bash", "launch/multi_node.sh", str(hostfile), "sft", *control.flags, "--save_dir", str(folder)]
+    words = ["bash", "launch/multi_node.sh", str(hostfile), "sft", *control.flags, "--save_dir", str(folder),
+             "--preflight"]
     env = environment(MASTER_PORT="29511")
     env["PATH"] = f"{tools}:{env['PATH']}:/usr/sbin"
 
@@ -392,5 +394,5 @@ def test_a_plain_host_file_trains_as_slurm_does(cluster, control):
         refused = run(machines)
         assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1 and said in refused.stderr, refused
     done = run("# two machines\nnode1 slots=1\nnode2 slots=1")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
+    assert done.returncode == 0 and "pre-flight: all well" in done.stdout, done.stdout[-3000:] + done.stderr[-5000:]
     assert curve(folder) == curve(control.folder) and weights(folder) == weights(control.folder)

@@ -82,6 +82,14 @@ tasks() { # PROGRAM [FLAG...]: launch/PROGRAM.py, one task per GPU
         "${wrap[@]}" "$python" "$home/launch/$1.py" "${@:2}"
 }
 
+take_preflight() { # [FLAG...]: --preflight is PREFLIGHT=1, the others are in `others`
+    local word
+    others=()
+    for word; do
+        if [ "$word" = --preflight ]; then PREFLIGHT=1; else others+=("$word"); fi
+    done
+}
+
 preflight() { # the flags of the training, of which it reads the folders
     [ "${PREFLIGHT:-0}" = 1 ] || return 0
     local code=0
@@ -165,12 +173,9 @@ requeue() { # WHY
     exit 75
 }
 
-train() { # PROGRAM [FLAG...]; %a in a flag is the number of the array's task, --preflight is PREFLIGHT=1
-    local word words=()
-    for word in "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"; do
-        if [ "$word" = --preflight ]; then PREFLIGHT=1; else words+=("$word"); fi
-    done
-    set -- "${words[@]}"
+train() { # PROGRAM [FLAG...]; %a in a flag is the number of the array's task
+    take_preflight "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"
+    set -- "${others[@]}"
     case " $* " in
     *" --deepspeed"[\ =]* | *" --config"[\ =]*) ;;
     *) set -- "$@" --deepspeed "$home/ds_configs/zero2.json" ;;
