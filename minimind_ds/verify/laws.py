@@ -225,6 +225,7 @@ def resume_law(b: Bench) -> list[Finding]:
     whole, resumed = Lines(), Lines()
     ds_engine = train.build_engine(job)
     train.run_plan(job, ds_engine, train.Start(), whole)
+    job.finish_saving()
     ends = [engine.full_weights(ds_engine, job.stage)]
     forget(ds_engine)
     path = checkpoint.folder_of(folder) / checkpoint.name_of(STEPS // 2)
@@ -233,6 +234,8 @@ def resume_law(b: Bench) -> list[Finding]:
     ds_engine = train.build_engine(job)
     train.load_checkpoint(job, ds_engine, start)
     train.run_plan(job, ds_engine, start, resumed)
+    # Its last checkpoint may still be on the way into the folder, which is deleted next.
+    job.finish_saving()
     ends.append(engine.full_weights(ds_engine, job.stage))
     forget(ds_engine)
     assert len(whole) == STEPS and len(resumed) == STEPS - STEPS // 2, (len(whole), len(resumed))
