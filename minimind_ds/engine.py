@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from minimind_ds import lazy_compiler
+
 TIMEOUT_MINUTES = 30
 
 
@@ -80,7 +82,8 @@ def start(layout: Layout, hang_minutes: float = 0.0) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if layout.device.type == "cpu":
         # The shared-memory all-reduce is compiled at first use (about 45 s) and gains nothing at these sizes.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Whether it could be compiled is not asked either: that runs a compiler.
+        deepspeed.ops.__compatible_ops__ = {}
         # Stage 3 asks for it at every gradient bucket, and each time a process (numactl) is started to find out.
         accelerator = deepspeed.get_accelerator()
         accelerator.device_count = functools.cache(accelerator.device_count)
@@ -118,6 +121,7 @@ def initialize(model: torch.nn.Module, config: dict):
     """
     import deepspeed
 
+    lazy_compiler.keep_unloaded()
     if config.get("zero_optimization", {}).get("stage", 0) == 0 and not (config["fp16"]["enabled"]
                                                                          or config["bf16"]["enabled"]):
         # clip_gradients does it instead.
