@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from minimind_ds import lazy_compiler
+from minimind_ds import build_lock, lazy_compiler
 
 TIMEOUT_MINUTES = 30
 
@@ -77,6 +77,7 @@ def start(layout: Layout, hang_minutes: float = 0.0) -> None:
     import deepspeed
     from deepspeed.utils import logger
 
+    build_lock.install()
     logger.setLevel(logging.ERROR)
     # DeepSpeed still calls collectives by names that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -121,13 +122,13 @@ def initialize(model: torch.nn.Module, config: dict):
     """
     import deepspeed
 
-    lazy_compiler.keep_unloaded()
     if config.get("zero_optimization", {}).get("stage", 0) == 0 and not (config["fp16"]["enabled"]
                                                                          or config["bf16"]["enabled"]):
         # clip_gradients does it instead.
         config = {**config, "gradient_clipping": 0.0}
-    engine, optimizer, _, _ = deepspeed.initialize(model=model, config=config,
-                                                   model_parameters=[p for p in model.parameters() if p.requires_grad])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with lazy_compiler.kept_unloaded():
+        engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=trained)
     undo_warm_start(engine)
     engine.basic_optimizer.skip_update = False
     engine.basic_optimizer.register_step_pre_hook(stop_on_non_finite)

@@ -1,14 +1,15 @@
 """torch.compile's machinery stays unloaded in a run that compiles nothing: half of what a rank's start costs.
 
-Three things would load it all the same.  DeepSpeed imports its Muon whatever the optimizer, and Muon hands its kernels
-to torch.compile there and then; torch.optim tells the compiler, at their first call, of functions that it is to leave
-alone; and Adam's step asks it for a break in a graph that is not there.
+DeepSpeed and torch.optim would load it all the same, to tell it of functions that it is to leave alone, to break a
+graph that is not there, and to compile Muon's kernels, which are imported whatever the optimizer.  At ZeRO stage 3
+what the compiler makes of those functions would be called at each module, too.
 
     python -m pytest tests/test_lazy_compiler.py
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 
@@ -16,26 +17,46 @@ import torch
 
 # Where torch notes a function as the compiler gave it back when told to leave it alone.
 LEFT_ALONE = "__dynamo_disable"
+MARKED = []
 
 
-def keep_unloaded() -> None:
-    """Once deepspeed is imported and the model is made; does nothing where that has loaded the compiler.
+@contextlib.contextmanager
+def kept_unloaded():
+    """Around deepspeed.initialize; without effect where making the model has loaded the compiler.
 
-    What is reached into here is torch's own affair; where another version differs, its start takes longer, no more.
+    What is reached into here is DeepSpeed's and torch's own affair; where another version differs, its start takes
+    longer, no more.
     """
     if "torch._dynamo" in sys.modules:
+        while MARKED:
+            delattr(MARKED.pop(), LEFT_ALONE)
+        yield
         return
+    from deepspeed.runtime.zero import partitioned_param_coordinator as stage_3
+
     import_muon()
-    for method in vars(torch.optim.Optimizer).values():
-        leave_alone(method)
+    for owner in (torch.optim.Optimizer, stage_3, stage_3.PartitionedParameterCoordinator):
+        for function in vars(owner).values():
+            leave_alone(function)
     step_alone(torch.optim.Adam)
+    disable, torch.compiler.disable = torch.compiler.disable, unchanged
+    try:
+        yield
+    finally:
+        torch.compiler.disable = disable
 
 
-def leave_alone(method) -> None:
-    """Without a compiler, a function that it is to leave alone is the function itself."""
-    own = getattr(method, "__wrapped__", None)
+def unchanged(fn=None, recursive=True, *, reason=None):
+    """torch.compiler.disable where there is no compiler."""
+    return (lambda function: function) if fn is None else fn
+
+
+def leave_alone(function) -> None:
+    """A function that the compiler is to leave alone is itself, as long as there is none."""
+    own = getattr(function, "__wrapped__", None)
     if own is not None and not hasattr(own, LEFT_ALONE):
         setattr(own, LEFT_ALONE, own)
+        MARKED.append(own)
 
 
 def step_alone(kind: type[torch.optim.Optimizer]) -> None:

@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "minimind_ds"
 # Lower layers first; a module may import from its own layer and from those before it.
 LAYERS = [
-    {"config", "lazy_compiler"},
+    {"config", "lazy_compiler", "build_lock"},
     {"run_config", "tokenizer", "kernels", "data"},
     {"weights", "loss", "ds_config"},
     {"model", "metrics", "lora"},
