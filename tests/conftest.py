@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -94,11 +95,20 @@ def deepspeed():
 
     def run(ranks: int, *words: str, check: bool = True, timeout: float = 300, **extra: str):
         command = ranks_command if words[0].startswith("tests/") else deepspeed_command
-        done = subprocess.run(command(ranks, *words), cwd=ROOT, env=environment(**extra), text=True,
-                              capture_output=True, timeout=timeout)
-        if check and done.returncode:
-            pytest.fail(f"{' '.join(words)} ended with {done.returncode}\n{done.stdout[-4000:]}\n"
-                        f"{done.stderr[-6000:]}")
-        return done
+        process = subprocess.Popen(command(ranks, *words), cwd=ROOT, env=environment(**extra), text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        code = None
+        try:
+            out, err = process.communicate(timeout=timeout)
+            code = process.returncode
+        except subprocess.TimeoutExpired:
+            # The ranks are sessions of their own.
+            for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                one.kill()
+            out, err = process.communicate()
+        if code is None or check and code:
+            pytest.fail(f"{' '.join(words)} {f'took over {timeout} s' if code is None else f'ended with {code}'}\n"
+                        f"{out[-4000:]}\n{err[-6000:]}")
+        return subprocess.CompletedProcess(process.args, code, out, err)
 
     return run

@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 import signal
 import subprocess
 import sys
@@ -73,15 +72,27 @@ def weights(folder: pathlib.Path) -> dict[str, bytes]:
     return {k: v.numpy().tobytes() for k, v in load_file(next(folder.glob("sft_*.safetensors"))).items()}
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """undisturbed(stage): the folder of a run that nobody disturbed."""
+    home, folders = tmp_path_factory.mktemp("undisturbed"), {}
+
+    def of(stage: int) -> pathlib.Path:
+        if stage not in folders:
+            Run(home / f"stage_{stage}", home, stage).finish()
+            folders[stage] = home / f"stage_{stage}"
+        return folders[stage]
+    return of
+
+
 @pytest.mark.parametrize("stage, moments", [
     (0, ["while writing a checkpoint"]),
     (2, ["before the first checkpoint", "while writing a checkpoint", "near the end"]),
     (3, ["right after a checkpoint"]),
     *[pytest.param(stage, list(MOMENTS), marks=pytest.mark.slow) for stage in range(4)],
 ])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path, stage, moments):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    Run(whole, tmp_path, stage).finish()
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path, undisturbed, stage, moments):
+    whole, killed = undisturbed(stage), tmp_path / "killed"
     for moment in moments:
         Run(killed, tmp_path, stage).kill_at(MOMENTS[moment])
     Run(killed, tmp_path, stage).finish()
@@ -94,10 +105,23 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, stage, moments):
         assert weights(killed) == weights(whole) and "holds a finished run" in killed.with_suffix(".log").read_text()
 
 
-def test_damaged_checkpoints_are_named_and_the_newest_whole_one_is_used(tmp_path):
-    whole, hurt = tmp_path / "whole", tmp_path / "hurt"
-    Run(whole, tmp_path, 2).finish()
+def refuse_another(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A run of another model does not go on in the folder, nor touch it."""
+    before = sorted(p.name for p in folder.rglob("*"))
+    other = tmp_path / "other.yaml"
+    other.write_text("preset: debug\nmodel: {hidden_size: 64, num_hidden_layers: 2}\n")
+    done = subprocess.run([sys.executable, "launch/sft.py", "--config", str(other), "--deepspeed",
+                           "ds_configs/zero2.json", "--save_dir", str(folder), "--cache_dir", str(tmp_path)],
+                          cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(said) == 1 and "hidden_size is 48" in said[0], done.stderr
+    assert sorted(p.name for p in folder.rglob("*")) == before
+
+
+def test_another_run_is_refused_and_of_damaged_checkpoints_the_newest_whole_one_is_used(tmp_path, undisturbed):
+    whole, hurt = undisturbed(2), tmp_path / "hurt"
     Run(hurt, tmp_path, 2).kill_at(13)
+    refuse_another(hurt, tmp_path)
     home = hurt / "checkpoints"
     newest, older = sorted(home.glob("step_*"), reverse=True)[:2]
     file = next(newest.rglob("*optim_states.pt"))
@@ -109,18 +133,3 @@ def test_damaged_checkpoints_are_named_and_the_newest_whole_one_is_used(tmp_path
     said = hurt.with_suffix(".log").read_text()
     assert f"{newest.name}" in said and "was altered" in said and f"resuming from {older}" in said
     assert curve(hurt) == curve(whole) and weights(hurt) == weights(whole)
-
-
-def test_a_folder_of_another_run_is_refused(tmp_path):
-    folder = tmp_path / "run"
-    Run(folder, tmp_path, 2).kill_at(7)
-    before = sorted(p.name for p in folder.rglob("*"))
-    other = tmp_path / "other.yaml"
-    other.write_text("preset: debug\nmodel: {hidden_size: 64, num_hidden_layers: 2}\n")
-    done = subprocess.run([sys.executable, "launch/sft.py", "--config", str(other), "--deepspeed",
-                           "ds_configs/zero2.json", "--save_dir", str(folder), "--cache_dir", str(tmp_path)],
-                          cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(said) == 1 and "hidden_size is 48" in said[0], done.stderr
-    assert sorted(p.name for p in folder.rglob("*")) == before
-    shutil.rmtree(folder)

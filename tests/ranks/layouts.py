@@ -9,6 +9,7 @@ Rank 0 writes OUT_DIR/<model>_<stage>.safetensors (gradients) and OUT_DIR/losses
 import contextlib
 import functools
 import json
+import os
 import pathlib
 import sys
 
@@ -30,6 +31,8 @@ from minimind_ds.train import build_engine  # noqa: E402
 
 MODELS = {"dense": {}, "moe": {"use_moe": True, "moe_intermediate_size": 48}}
 STEPS = 10
+# Of the bundled samples: planning rows for all of them, at every case, would take longer than the steps.
+FEW = 800
 
 
 def make_job(layout, out: pathlib.Path, model: str, stage: int, accumulation: int, extra: list[str],
@@ -42,10 +45,22 @@ def make_job(layout, out: pathlib.Path, model: str, stage: int, accumulation: in
     ds = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
     path = out / f"stage_{layout.rank}.json"
     path.write_text(json.dumps({**ds, **(keys or {})}), encoding="utf-8")
-    return prepare("sft", ["--config", str(yaml), "--deepspeed", str(path),
+    return prepare("sft", ["--config", str(yaml), "--deepspeed", str(path), "--data_path", str(few(out, layout.rank)),
                            "--save_dir", str(out / "run"), "--cache_dir", str(out / "cache"), "--dtype", dtype,
                            "--max_seq_len", "128", "--pack_len", "128", "--batch_size", "2", "--learning_rate", "1e-2",
                            "--accumulation_steps", str(accumulation), "--warmup_ratio", "0", *extra], layout)
+
+
+def few(out: pathlib.Path, rank: int) -> pathlib.Path:
+    """Some of the bundled samples; the first rank to come writes them, none sees half of them."""
+    path = out / "few.jsonl"
+    if not path.exists():
+        lines = (ROOT / "examples" / "sft_train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        mine = out / f"few_{rank}.jsonl"
+        mine.write_text("".join(lines[:FEW]), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(mine, path)
+    return path
 
 
 def full_gradients(ds_engine, stage: int) -> dict:
@@ -88,10 +103,9 @@ def constant_rows(model: MiniMindForCausalLM) -> list[int]:
     return list(tokens.values())
 
 
-def idle_experts(job, ds_engine, reference) -> float:
+def idle_experts(job, ds_engine, reference, tokens: list[int]) -> float:
     """Largest gradient error when every micro-batch of every rank routes to another expert."""
-    tokens, layout, accumulation = constant_rows(reference), job.layout, job.run.accumulation_steps
-    batches = []
+    layout, accumulation, batches = job.layout, job.run.accumulation_steps, []
     for i in range(layout.ranks * accumulation):
         token = tokens[i % 3]
         targets = torch.cat([torch.full((15,), tokens[(i + 1) % 3]), torch.tensor([-100])])
@@ -122,7 +136,7 @@ def fresh_engine(job):
 def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
     layout = engine.read_layout()
     engine.start(layout)
-    losses = {}
+    losses, tokens = {}, None
     for model in MODELS:
         for stage in range(4):
             job = make_job(layout, out, model, stage, accumulation, extra)
@@ -136,7 +150,8 @@ def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
             if model == "moe":
                 torch.manual_seed(job.run.seed)
                 reference = MiniMindForCausalLM(job.model_config, balance="row")
-                case["idle_expert_error"] = idle_experts(job, fresh_engine(job), reference)
+                tokens = tokens or constant_rows(reference)
+                case["idle_expert_error"] = idle_experts(job, fresh_engine(job), reference, tokens)
             losses[f"{model}_{stage}"] = case
             if layout.rank == 0:
                 save_file(grads, out / f"{model}_{stage}.safetensors")
