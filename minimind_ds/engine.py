@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from minimind_ds import build_lock, lazy_compiler
+from minimind_ds import lazy_compiler, op_build
 
 TIMEOUT_MINUTES = 30
 
@@ -77,7 +77,7 @@ def start(layout: Layout, hang_minutes: float = 0.0) -> None:
     import deepspeed
     from deepspeed.utils import logger
 
-    build_lock.install()
+    op_build.install()
     logger.setLevel(logging.ERROR)
     # DeepSpeed still calls collectives by names that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "minimind_ds"
 # Lower layers first; a module may import from its own layer and from those before it.
 LAYERS = [
-    {"config", "lazy_compiler", "build_lock"},
+    {"config", "lazy_compiler", "op_build"},
     {"run_config", "tokenizer", "kernels", "data"},
     {"weights", "loss", "ds_config"},
     {"model", "metrics", "lora"},
@@ -22,7 +22,7 @@ LAYERS = [
 ]
 # deepspeed is imported by these only.
 DEEPSPEED = {"engine", "checkpoint", "train", "job", "ds_config", "kernels/deepspeed_ops",
-             "parallel", "expert_parallel", "whole", "lazy_compiler"}
+             "parallel", "expert_parallel", "whole", "lazy_compiler", "op_build"}
 
 
 def modules():

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from minimind_ds import build_lock
-from minimind_ds.build_lock import BuildLock
+from minimind_ds import op_build
+from minimind_ds.op_build import BuildLock
 from tests.conftest import ROOT, environment
 
 FORK = multiprocessing.get_context("fork")
@@ -80,8 +80,8 @@ def test_torch_s_own_lock_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, 
     ours.release()
 
     assert theirs.try_acquire()
-    monkeypatch.setattr(build_lock, "TELL_S", 0.05)
-    monkeypatch.setattr(build_lock, "FOREIGN_S", 0.3)
+    monkeypatch.setattr(op_build, "TELL_S", 0.05)
+    monkeypatch.setattr(op_build, "FOREIGN_S", 0.3)
     assert ours.try_acquire()
     said = capsys.readouterr().err
     assert said.count("waiting for another process that compiles") == 1 and str(path) in said
@@ -94,17 +94,20 @@ def test_where_files_cannot_be_locked_it_is_as_torch_s_but_for_old_files(tmp_pat
 
     def refuse(*_):
         raise OSError(getattr(errno, error), "no locks here")
-    monkeypatch.setattr(build_lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(op_build.fcntl, "flock", refuse)
     path = tmp_path / "lock"
     one, other = BuildLock(str(path)), BuildLock(str(path))
     assert one.take() and not other.take()
-    os.utime(path, (time.time() - 2 * build_lock.FOREIGN_S,) * 2)
+    os.utime(path, (time.time() - 2 * op_build.FOREIGN_S,) * 2)
     assert other.take()
     other.release()
 
 
 @pytest.mark.parametrize("first", ["", "import torch.utils.cpp_extension; "])
 def test_an_engine_s_process_compiles_under_it(first):
-    code = (f"{first}from minimind_ds import build_lock, engine; engine.start(engine.read_layout()); "
-            "import torch.utils.cpp_extension as c; assert c.FileBaton is build_lock.BuildLock; engine.stop()")
+    code = (f"{first}from minimind_ds import op_build, engine; engine.start(engine.read_layout()); "
+            "import torch.utils.cpp_extension as c; assert c.FileBaton is op_build.BuildLock; "
+            "from deepspeed.accelerator import get_accelerator; "
+            "args = get_accelerator().create_op_builder('CPUAdamBuilder').cxx_args(); "
+            "assert '-O3' in args and args[-1] == '-g0' and args.count('-g0') == 1, args; engine.stop()")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True, timeout=120)
