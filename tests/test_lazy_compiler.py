@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import ROOT, environment
 from tests.test_resume import curve, weights
 
-pytestmark = pytest.mark.skipif(version("deepspeed") == "0.19.7", reason="DeepSpeed 0.19.7 itself imports the compiler")
+pytestmark = pytest.mark.skipif(version("deepspeed") == "0.19.7", reason="this DeepSpeed imports the compiler itself")
 
 RUN = """
 import json, sys, torch
