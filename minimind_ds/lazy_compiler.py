@@ -22,8 +22,9 @@ MARKED = []
 
 @contextlib.contextmanager
 def kept_unloaded():
-    """Around deepspeed.initialize; without effect where making the model has loaded the compiler.
+    """Around deepspeed.initialize; without effect where the compiler is loaded.
 
+    What --compile compiles later are functions of tensors (kernels/compiled.py), which call none of these.
     What is reached into here is DeepSpeed's and torch's own affair; where another version differs, its start takes
     longer, no more.
     """

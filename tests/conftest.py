@@ -96,19 +96,19 @@ def deepspeed():
     def run(ranks: int, *words: str, check: bool = True, timeout: float = 300, **extra: str):
         command = ranks_command if words[0].startswith("tests/") else deepspeed_command
         process = subprocess.Popen(command(ranks, *words), cwd=ROOT, env=environment(**extra), text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-        code = None
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
             out, err = process.communicate(timeout=timeout)
-            code = process.returncode
-        except subprocess.TimeoutExpired:
-            # The ranks are sessions of their own.
+        except BaseException as error:
+            # The ranks are sessions of their own, and would outlive the launcher.
             for one in [*psutil.Process(process.pid).children(recursive=True), process]:
                 one.kill()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             out, err = process.communicate()
-        if code is None or check and code:
-            pytest.fail(f"{' '.join(words)} {f'took over {timeout} s' if code is None else f'ended with {code}'}\n"
-                        f"{out[-4000:]}\n{err[-6000:]}")
-        return subprocess.CompletedProcess(process.args, code, out, err)
+            pytest.fail(f"{' '.join(words)} took over {timeout} s\n{out[-4000:]}\n{err[-6000:]}")
+        if check and process.returncode:
+            pytest.fail(f"{' '.join(words)} ended with {process.returncode}\n{out[-4000:]}\n{err[-6000:]}")
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run

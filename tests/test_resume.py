@@ -88,7 +88,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("stage, moments", [
     (0, ["while writing a checkpoint"]),
     (2, ["before the first checkpoint", "while writing a checkpoint", "near the end"]),
-    # Stages 1 and 3 are killed by the dozen in test_faults.py.
+    (3, ["right after a checkpoint"]),
     *[pytest.param(stage, list(MOMENTS), marks=pytest.mark.slow) for stage in range(4)],
 ])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, undisturbed, stage, moments):
