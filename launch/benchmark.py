@@ -17,7 +17,7 @@ import sys
 # Works from a checkout that was not installed, and whatever the working directory is.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from minimind_ds import benchmark  # noqa: E402
+from minimind_ds.bench import throughput  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(benchmark.main(__doc__, sys.argv[1:]))
+    sys.exit(throughput.main(__doc__, sys.argv[1:]))

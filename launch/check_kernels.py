@@ -13,7 +13,7 @@ import sys
 # Works from a checkout that was not installed, and whatever the working directory is.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from minimind_ds import kernel_check  # noqa: E402
+from minimind_ds.bench import kernels  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(kernel_check.main(sys.argv[1:]))
+    sys.exit(kernels.main(sys.argv[1:]))

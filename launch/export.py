@@ -13,8 +13,8 @@ import sys
 # Works from a checkout that was not installed, and whatever the working directory is.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from minimind_ds import export  # noqa: E402
-from minimind_ds.config import PRESETS  # noqa: E402
+from minimind_ds.config.model import PRESETS  # noqa: E402
+from minimind_ds.convert import export  # noqa: E402
 
 
 def main() -> int:

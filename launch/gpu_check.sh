@@ -53,7 +53,7 @@ step "training throughput"
 work=$(mktemp -d) || exit 2
 trap 'rm -rf "$work"' EXIT
 data=${GPU_CHECK_DATA:-$work/conversations.jsonl}
-[ -n "${GPU_CHECK_DATA:-}" ] || run 20 python -m minimind_ds.kernel_check.long_data "$data"
+[ -n "${GPU_CHECK_DATA:-}" ] || run 20 python -m minimind_ds.bench.kernels.long_data "$data"
 # The one place where throughput is measured.
 measure() { # SECONDS NAME PRESET flags: launch/benchmark.py's, into NAME.json
     # shellcheck disable=SC2086

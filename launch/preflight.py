@@ -18,7 +18,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # A node that does not answer is this program's to name; PyTorch would add its C++ stacks.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
-from minimind_ds import engine, preflight  # noqa: E402
+from minimind_ds.distributed import engine  # noqa: E402
+from minimind_ds.resilience import preflight  # noqa: E402
 
 
 def main() -> int:

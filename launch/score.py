@@ -18,9 +18,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 
-from minimind_ds import chat, score  # noqa: E402
-from minimind_ds.export import DTYPES  # noqa: E402
-from minimind_ds.run_config import OneLineParser  # noqa: E402
+from minimind_ds.config.run import OneLineParser  # noqa: E402
+from minimind_ds.convert.export import DTYPES  # noqa: E402
+from minimind_ds.inference import chat, score  # noqa: E402
 
 
 def parser() -> OneLineParser:

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from minimind_ds.data.conversation import file_kind, read_records  # noqa: E402
 from minimind_ds.data.sample import render  # noqa: E402
-from minimind_ds.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
+from minimind_ds.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:

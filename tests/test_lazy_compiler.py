@@ -10,8 +10,8 @@ from importlib.metadata import version
 
 import pytest
 
+from tests.checkpoint.test_resume import curve, weights
 from tests.conftest import ROOT, environment
-from tests.test_resume import curve, weights
 
 pytestmark = pytest.mark.skipif(version("deepspeed") == "0.19.7", reason="this DeepSpeed imports the compiler itself")
 

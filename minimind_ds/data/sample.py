@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from minimind_ds.data.conversation import Conversation, Message, parse_conversation, parse_messages
-from minimind_ds.tokenizer import Tokenizer
+from minimind_ds.data.tokenizer import Tokenizer
 
 # Part of the key of anything that keeps samples: raise it when ids or labels of the same record change.
 RENDERING = 1

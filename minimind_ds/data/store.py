@@ -20,7 +20,6 @@ import hashlib
 import itertools
 import json
 import mmap
-import os
 import re
 import shutil
 import sys
@@ -39,8 +38,9 @@ from tqdm import tqdm
 
 from minimind_ds.data.conversation import DataError, read_records
 from minimind_ds.data.packing import IGNORE, random_keys
-from minimind_ds.data.sample import FATES, Augment, Sample, build_samples
-from minimind_ds.tokenizer import Tokenizer
+from minimind_ds.data.sample import FATES, RENDERING, Augment, Sample, build_samples
+from minimind_ds.data.tokenizer import Tokenizer
+from minimind_ds.io import fsync
 
 FORMAT = 1
 # Records tokenised with one call into the tokenizer library.
@@ -196,12 +196,10 @@ def open_or_build(path: str | Path, tok: Tokenizer, *, kind: str, max_seq_len: i
 
 
 def _key(path: Path, identity: dict) -> str:
-    """Hash of all that decides the content of a cache; the renderer's own code is part of it."""
-    path, here = path.resolve(), Path(__file__).resolve().parent
+    """Hash of all that decides the content of a cache.  Raise FORMAT or RENDERING with what they stand for."""
+    path = path.resolve()
     facts = path.stat()
-    code = [hashlib.sha256((here / name).read_bytes()).hexdigest()
-            for name in ("store.py", "sample.py", "conversation.py", "../tokenizer.py")]
-    parts = [FORMAT, str(path), facts.st_size, facts.st_mtime_ns, _hash_ends(path), code, identity]
+    parts = [FORMAT, RENDERING, str(path), facts.st_size, facts.st_mtime_ns, _hash_ends(path), identity]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -351,15 +349,15 @@ def _build(folder: Path, records, encode: _Encoder, key: str, workers: int, prog
         with (aside / "meta.json").open("w") as file:
             json.dump({**meta, "seal": _seal(meta)}, file, indent=1)
         for name in (*FILES, "meta.json"):
-            _sync(aside / name)
-        _sync(aside)
+            fsync(aside / name)
+        fsync(aside)
         try:
             aside.rename(folder)
         except OSError as err:
             # Only where locks do not work: another builder was faster.
             if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-        _sync(folder.parent)
+        fsync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -386,11 +384,3 @@ def _write_samples(aside: Path, records, encode: _Encoder, workers: int, progres
     del counts["whole"]
     return {"records": records.read, "lines": last_line, **counts, "skipped": records.skipped, "samples": samples,
             "tokens": tokens, "labelled": labelled}
-
-
-def _sync(path: Path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,8 +1,8 @@
 """The one door to attention over packed segments, dropless experts, their router and the elementwise parts.
 
 A backend is a module with `why_not(op, device, dtype, needs)` and the functions of the operations it does not refuse;
-LACKS, if it has one, says which operations it has no code for, and why.  A new one is a file here and a line in
-BACKENDS.
+LACKS, if it has one, says which operations it has no code for, and why; `load()`, if it has one, gives the module with
+the functions (what it imports may be missing).  A new one is a file here and a line in BACKENDS.
 
     python -c "from minimind_ds import kernels; print(kernels.resolve('auto', 'cpu', 'bfloat16').reason)"
 """
@@ -149,7 +149,8 @@ def backend_module(op: str, backend: str, x: Tensor, needs: Needs = NOTHING) -> 
     """The module that runs `op` for tensors like x.  Raises ValueError as the operations below do."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"kernels: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
-    return BACKENDS[choose(op, backend, x.device, x.dtype, needs)]
+    module = BACKENDS[choose(op, backend, x.device, x.dtype, needs)]
+    return module.load() if hasattr(module, "load") else module
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backend: str,
@@ -242,6 +243,6 @@ def swiglu(gate: Tensor, up: Tensor, *, backend: str) -> Tensor:
 def token_losses(logits: Tensor, labels: Tensor, *, backend: str) -> tuple[Tensor, Tensor]:
     """logits (n, V), labels (n,) in [0, V) -> each token's cross-entropy (n,), nats, and its gradient (n, V).
 
-    The gradient may be written over the logits.  No autograd: minimind_ds/loss.py is what calls it.
+    The gradient may be written over the logits.  No autograd: minimind_ds/model/loss.py is what calls it.
     """
     return backend_module("elementwise", backend, logits).token_losses(logits, labels)

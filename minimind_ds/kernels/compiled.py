@@ -3,7 +3,7 @@
 Only when asked for (`--compile`, or kernels "elementwise=compiled"): the first step waits for the compiler (about
 half a minute on a CPU, where it is g++).
 
-    python -m pytest tests/test_model.py -k compile
+    python -m pytest tests/model/test_model.py -k compile
 """
 
 from __future__ import annotations

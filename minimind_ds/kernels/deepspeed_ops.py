@@ -9,7 +9,7 @@ and every other operation runs on whatever backend `auto` finds.  Differences fr
 permuted in memory before and after, gate and up and their product are separate launches, and each product's tiles are
 chosen by timing at its first call, so two runs may differ in last bits.
 
-    python -m pytest tests/test_deepspeed_ops.py
+    python -m pytest tests/kernels/test_deepspeed_ops.py
 """
 
 from __future__ import annotations

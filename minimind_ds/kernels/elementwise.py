@@ -3,7 +3,7 @@
 Forward function, backward function, thin autograd class; the specification is in reference.py.  They save their
 inputs only and recompute the rest.
 
-    python -m pytest tests/test_kernels.py -k elementwise
+    python -m pytest tests/kernels/test_kernels.py -k elementwise
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ dtype (fp64 included, for gradcheck), and holds the strictest form of sample iso
 it were alone, and every expert sees all T tokens in one fixed-shape product, so what one sample holds cannot move a
 bit of another sample's result, whatever the router decides.  That costs E/K times the expert FLOPs of a fast backend.
 
-    python -m pytest tests/test_kernels.py
+    python -m pytest tests/kernels/test_kernels.py
 """
 
 from __future__ import annotations

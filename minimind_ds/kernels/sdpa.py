@@ -8,7 +8,7 @@ while the number of tokens each expert gets stays the same; when another sample'
 shapes of the products change, and with them, possibly, the last bits of their sums (the `reference` backend pays for
 not having even that).
 
-    python -m pytest tests/test_kernels.py
+    python -m pytest tests/kernels/test_kernels.py
 """
 
 from __future__ import annotations

@@ -20,11 +20,12 @@ from importlib.metadata import version
 
 import torch.distributed as dist
 
-from minimind_ds import checkpoint, engine
+from minimind_ds.config.run import OneLineParser, parse_run_config
 from minimind_ds.data.conversation import file_kind
-from minimind_ds.job import PROGRAMS, Job, prepare
-from minimind_ds.run_config import OneLineParser, parse_run_config
-from minimind_ds.train import user_error
+from minimind_ds.distributed import engine
+from minimind_ds.io import write_file
+from minimind_ds.training.loop import user_error
+from minimind_ds.training.prepare import PROGRAMS, Job, prepare
 
 from . import data
 from .finding import Finding, worst_over_ranks
@@ -110,7 +111,7 @@ def verify(job: Job, kind: str, b: Bench, options: argparse.Namespace, say: Call
                    "versions": {name: version(name) for name in ("torch", "deepspeed")},
                    "seconds": time.perf_counter() - began}]
         path = job.folder / "verify.json"
-        checkpoint.write_durably(path, json.dumps(report[0], indent=1, ensure_ascii=False))
+        write_file(path, json.dumps(report[0], indent=1, ensure_ascii=False))
         verdict = "every law holds" if ok else f"broken: {', '.join(failed(found))}"
         say(f"{verdict}; {report[0]['seconds']:.0f} s; wrote {path}")
     dist.broadcast_object_list(report)

@@ -15,8 +15,8 @@ import numpy as np
 from minimind_ds.data.conversation import Conversation, read_records
 from minimind_ds.data.packing import IGNORE, permutation
 from minimind_ds.data.store import TokenStore
-from minimind_ds.job import Job
-from minimind_ds.tokenizer import Tokenizer
+from minimind_ds.data.tokenizer import Tokenizer
+from minimind_ds.training.prepare import Job
 
 from .finding import Finding
 

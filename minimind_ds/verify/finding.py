@@ -1,6 +1,6 @@
 """A law's measured differences, and how two results are compared.
 
-    python -m pytest tests/test_verify.py
+    python -m pytest tests/verify/test_verify.py
 """
 
 from __future__ import annotations

@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind_ds import checkpoint, engine, kernels, train
+from minimind_ds import checkpoint, kernels
 from minimind_ds.data.packing import IGNORE, collate
 from minimind_ds.data.sample import Sample
-from minimind_ds.job import DTYPES, Job
-from minimind_ds.model import MiniMindForCausalLM
+from minimind_ds.distributed import engine
+from minimind_ds.model.decoder import MiniMindForCausalLM
+from minimind_ds.training import loop
+from minimind_ds.training.prepare import DTYPES, Job
 
 from .finding import Finding, apart, bits_apart, gradient_apart, gradients_apart, whole_norm
 from .small import STEPS, Bench
@@ -66,7 +68,7 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def trained(job: Job, steps: int) -> tuple[list[dict], dict[str, Tensor]]:
     """The first steps of a run: their lines of metrics, and the first step's gradients as the update saw them."""
-    ds_engine = train.build_engine(job)
+    ds_engine = loop.build_engine(job)
     update, seen = ds_engine.step, {}
 
     def watched_update(*args, **kwargs):
@@ -79,12 +81,12 @@ def trained(job: Job, steps: int) -> tuple[list[dict], dict[str, Tensor]]:
     for epoch in range(job.run.epochs):
         plan = job.plan(epoch)
         here = range(min(len(plan), steps - step))
-        batches = train.fetch(job, epoch, plan, here)
+        batches = loop.fetch(job, epoch, plan, here)
         for epoch_step in here:
             step += 1
             if "scheduler" not in job.ds:
                 engine.set_lr(ds_engine, job.run.learning_rate)
-            lines.append(train.train_step(job, ds_engine, plan, train.Position(step, epoch, epoch_step), batches))
+            lines.append(loop.train_step(job, ds_engine, plan, loop.Position(step, epoch, epoch_step), batches))
     forget(ds_engine)
     return lines, seen
 
@@ -223,17 +225,17 @@ def resume_law(b: Bench) -> list[Finding]:
     job = b.layout(accumulation=2, dtype=b.job.run.dtype, save_dir=str(folder), save_interval=STEPS // 2, keep=2,
                    keep_dropout=True)
     whole, resumed = Lines(), Lines()
-    ds_engine = train.build_engine(job)
-    train.run_plan(job, ds_engine, train.Start(), whole)
+    ds_engine = loop.build_engine(job)
+    loop.run_plan(job, ds_engine, loop.Start(), whole)
     job.finish_saving()
     ends = [engine.full_weights(ds_engine, job.stage)]
     forget(ds_engine)
     path = checkpoint.folder_of(folder) / checkpoint.name_of(STEPS // 2)
     facts = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    start = train.Start(path, facts["step"], facts["epoch"], facts["epoch_step"])
-    ds_engine = train.build_engine(job)
-    train.load_checkpoint(job, ds_engine, start)
-    train.run_plan(job, ds_engine, start, resumed)
+    start = loop.Start(path, facts["step"], facts["epoch"], facts["epoch_step"])
+    ds_engine = loop.build_engine(job)
+    loop.load_checkpoint(job, ds_engine, start)
+    loop.run_plan(job, ds_engine, start, resumed)
     # Its last checkpoint may still be on the way into the folder, which is deleted next.
     job.finish_saving()
     ends.append(engine.full_weights(ds_engine, job.stage))

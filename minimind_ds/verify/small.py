@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minimind_ds import kernels, lora, weights
-from minimind_ds.config import ModelConfig
+from minimind_ds import kernels
+from minimind_ds.config.model import ModelConfig
+from minimind_ds.convert import weights
 from minimind_ds.data.packing import permutation
 from minimind_ds.data.sample import Sample
 from minimind_ds.data.store import TokenStore
-from minimind_ds.job import DTYPES, Job, plan_epoch
-from minimind_ds.model import MiniMindForCausalLM, needs
+from minimind_ds.model import lora
+from minimind_ds.model.decoder import MiniMindForCausalLM, needs
+from minimind_ds.training.prepare import DTYPES, Job, plan_epoch
 
 # What is taken of data and model.  Parameters and tokens of a law's step, on a CPU and on a GPU.
 MOST_PARAMETERS = {"cpu": 8e6, "cuda": 300e6}

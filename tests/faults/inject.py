@@ -9,9 +9,9 @@ import sys
 import time
 from collections.abc import Callable
 
-from minimind_ds.restarts import last_step
-from minimind_ds.signals import STOPPED
-from minimind_ds.watchdog import HUNG as HUNG_CODE
+from minimind_ds.resilience.restarts import last_step
+from minimind_ds.resilience.signals import STOPPED
+from minimind_ds.resilience.watchdog import HUNG as HUNG_CODE
 from tests.conftest import ROOT, environment
 from tests.faults import disk
 from tests.faults.dealing import DAMAGES, HUNG, SLOW, Start

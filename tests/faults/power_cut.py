@@ -3,7 +3,7 @@
 A disk owes nothing but what was fsynced: until then each write and each change of a folder may be there or not, in
 any combination.  `kill -9` is the mild case: everything the calls before it did is there.
 
-    python -m pytest tests/test_power_cut.py
+    python -m pytest tests/checkpoint/test_power_cut.py
 """
 
 from __future__ import annotations

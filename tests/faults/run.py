@@ -15,7 +15,7 @@ from collections.abc import Callable
 import psutil
 from safetensors.torch import load_file
 
-from minimind_ds.restarts import last_step
+from minimind_ds.resilience.restarts import last_step
 from tests.conftest import ROOT, deepspeed_command, environment
 from tests.faults.dealing import EVERY, Configuration
 

@@ -16,8 +16,9 @@ import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
-from minimind_ds import checkpoint, train  # noqa: E402
-from minimind_ds.benchmark.cell import machine  # noqa: E402
+from minimind_ds import checkpoint  # noqa: E402
+from minimind_ds.bench.throughput.cell import machine  # noqa: E402
+from minimind_ds.training import loop  # noqa: E402
 
 SAVES, WINDOW = int(os.environ.get("SAVES", 8)), int(os.environ.get("WINDOW", 6))
 
@@ -34,7 +35,7 @@ def save_cost(argv: list[str], folder: pathlib.Path) -> dict:
         what its thread takes from the steps beside it.
     """
     begun, saves, late = [], [], 0
-    step, save = train.train_step, checkpoint.save
+    step, save = loop.train_step, checkpoint.save
 
     def timed_step(*args):
         nonlocal late
@@ -49,8 +50,8 @@ def save_cost(argv: list[str], folder: pathlib.Path) -> dict:
         saves.append((len(begun), time.perf_counter() - began, saving))
         return saving
 
-    train.train_step, checkpoint.save = timed_step, timed_save
-    code = train.main("sft", [*argv, "--save_dir", str(folder), "--max_steps", str(2 * WINDOW * (SAVES + 1)),
+    loop.train_step, checkpoint.save = timed_step, timed_save
+    code = loop.main("sft", [*argv, "--save_dir", str(folder), "--max_steps", str(2 * WINDOW * (SAVES + 1)),
                               "--epochs", "1000", "--save_interval", str(2 * WINDOW), "--keep", "1"])
     assert code == 0, code
     del saves[SAVES:]

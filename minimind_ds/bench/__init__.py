@@ -1,0 +1,1 @@
+"""Measurements: throughput of training (throughput/) and the kernels themselves (kernels/)."""

@@ -1,0 +1,306 @@
+"""The kernels on the machine at hand: right, how fast beside others', and do they train the same model.
+
+Every group of checks runs in a process of its own, so that a kernel that breaks the device, or never comes back,
+costs its own result and no other's: the process is started again and goes on with the next.  On a machine without a
+GPU the same checks run at tiny sizes in Triton's interpreter.
+
+    python launch/check_kernels.py OUT_DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from minimind_ds.io import write_file
+from minimind_ds.paths import ROOT
+
+from . import measure
+from .runner import DEVICE_BROKE, run_group
+
+PARTS = ("correctness", "curve", "timings")
+# Seconds of wall time: correctness and curve run side by side (nothing there is timed), timings by themselves.
+# The interpreter takes INTERPRETED times as long.
+INTERPRETED = 5
+BUDGETS = {"correctness": 190, "curve": 190, "timings": 170}
+TESTS = ("tests/kernels/test_triton_attention.py", "tests/kernels/test_triton_rope.py", "tests/kernels/test_triton_moe.py",
+         "tests/kernels/test_triton_model.py", "tests/kernels/test_deepspeed_ops.py")
+# Statuses of a result that has to be right and is not.
+BAD = ("wrong", "failed", "stopped")
+WHAT = {
+    "correctness": "outputs and gradients against the reference in fp64, and leak probes: changing one document moves "
+                   "no bit of another; the groups named others are what ours is timed against",
+    "curve": "training losses with our kernels and with PyTorch's own operations, same data, same start",
+    "timings": "ms (median, quartiles) of forward and of forward + backward, checked against the reference first; the "
+               "floor is max(bytes / bandwidth, FLOP / rate) at rates measured in the same process",
+}
+
+
+class Group(NamedTuple):
+    """A process to run: `file` receives its records; `command` is what starts it."""
+
+    part: str
+    name: str
+    file: pathlib.Path
+    command: tuple[str, ...]
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="check_kernels.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", type=pathlib.Path, help="folder for the JSON files")
+    parser.add_argument("--parts", default=",".join(PARTS), help="which, comma-separated (default: %(default)s)")
+    parser.add_argument("--groups", help="only groups whose name begins with one of these, comma-separated")
+    parser.add_argument("--small", action="store_true", help="tiny sizes; chosen by itself where there is no GPU")
+    parser.add_argument("--no_pytest", action="store_true", help="do not run the test files that compare on a GPU")
+    parser.add_argument("--without", default="", help="contenders to leave out: parts of names, comma-separated")
+    parser.add_argument("--cpu_ratios", type=pathlib.Path, metavar="OUT.json",
+                        help="instead: this project's operations against MiniMind's own way on the CPU")
+    parser.add_argument("--lengths", default="2048,8192", help="tokens, for --cpu_ratios (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=5, help="timed pairs, for --cpu_ratios (default: %(default)s)")
+    parser.add_argument("--summary", metavar="NAMES", help="only sum up these JSON files of OUT_DIR, comma-separated, "
+                        "the .json left out")
+    # How this program starts itself.
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if (args.out is None) == (args.cpu_ratios is None):
+        parser.error("give OUT_DIR, or --cpu_ratios OUT.json")
+    unknown = set(args.parts.split(",")) - set(PARTS)
+    if unknown:
+        parser.error(f"no part {sorted(unknown)[0]!r}; there are {', '.join(PARTS)}")
+    return args
+
+
+def main(argv: list[str]) -> int:
+    """-> 0, or 1 if a result of ours is wrong or missing."""
+    args = parse(argv)
+    if args.cpu_ratios:
+        from .cpu_ratios import compare
+
+        return compare(args.cpu_ratios, [int(n) for n in args.lengths.split(",")], args.pairs)
+    if args.child:
+        part, name = args.child.split(".")
+        return run_group(part, name, args.out, small=args.small, without=words(args.without))
+    # Children start in the checkout's root.
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.summary:
+        return summarise(args.out, words(args.summary))
+    # A timeout's signal: no child may outlive this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    return check(args)
+
+
+def words(text: str) -> tuple[str, ...]:
+    return tuple(word for word in text.split(",") if word)
+
+
+def check(args: argparse.Namespace) -> int:
+    import torch
+
+    cuda = torch.cuda.is_available()
+    args.small = args.small or not cuda
+    print(f"checking kernels on {measure.machine()['device']}", flush=True)
+    if not cuda:
+        print("PyTorch sees no GPU here: tiny sizes in Triton's interpreter, whose times mean nothing", flush=True)
+    # Compiling kernels is most of the work that is not timed: processes side by side.
+    side_by_side = min(8, max(2, (os.cpu_count() or 2) // 2)) if cuda else 1
+    parts = args.parts.split(",")
+    groups = plan(args, parts, cuda)
+    untimed = [group for group in groups if group.part != "timings"]
+    stretch = 1 if cuda else INTERPRETED
+    supervise(untimed, side_by_side, stretch * max((BUDGETS[g.part] for g in untimed), default=0), cuda)
+    supervise([group for group in groups if group.part == "timings"], 1, stretch * BUDGETS["timings"], cuda)
+    for part in parts:
+        write(args.out / f"{part}.json", collect(part, [g for g in groups if g.part == part], args.small))
+    return summarise(args.out, parts)
+
+
+def plan(args: argparse.Namespace, parts: list[str], cuda: bool) -> list[Group]:
+    """The processes to start.  The slowest first: they decide how long it takes."""
+    from .items import GROUPS
+
+    folder = args.out / "groups"
+    folder.mkdir(exist_ok=True)
+    program = str(ROOT / "launch" / "check_kernels.py")
+    flags = ["--small"] * args.small + (["--without", args.without] if args.without else [])
+    groups = []
+    for part in sorted(parts, reverse=True):
+        for name in GROUPS[part]:
+            if args.groups and not name.startswith(words(args.groups)):
+                continue
+            file = folder / f"{part}.{name}.json"
+            command = (sys.executable, program, str(file), "--child", f"{part}.{name}", *flags)
+            groups.append(Group(part, name, file, command))
+    if "correctness" in parts and not args.no_pytest and not args.groups:
+        file = folder / "correctness.tests.json"
+        groups.insert(0, Group("correctness", "tests", file, pytest_command(file.with_suffix(".xml"))))
+        if not cuda:
+            write(file, {"records": [{"op": "tests", "contender": "pytest", "ours": True, "status": "absent",
+                                      "reason": "no GPU: python -m pytest tests/ runs them in the interpreter"}]})
+            groups[0] = groups[0]._replace(command=())
+    for group in groups:
+        if group.command:
+            group.file.unlink(missing_ok=True)
+    return groups
+
+
+def pytest_command(report: pathlib.Path) -> tuple[str, ...]:
+    many = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "on_a_gpu", *many,
+            f"--junitxml={report}", *TESTS)
+
+
+def environment(cuda: bool) -> dict[str, str]:
+    """A child's: kernels are interpreted where there is no GPU, and only there."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return kept if cuda else {**kept, "TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def supervise(groups: list[Group], side_by_side: int, budget_s: float, cuda: bool) -> None:
+    """Runs every group's process, `side_by_side` at once, until each has ended or the time is up.
+
+    A process that dies is started again, and leaves out what it died of.
+    """
+    deadline = time.monotonic() + budget_s
+    waiting, running = [group for group in groups if group.command], {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < side_by_side:
+                group = waiting.pop(0)
+                print(f"-- {group.part}: {group.name}", flush=True)
+                running[group] = subprocess.Popen(group.command, cwd=ROOT, env=environment(cuda),
+                                                  start_new_session=True)
+            time.sleep(0.2)
+            late = time.monotonic() > deadline
+            for group, process in list(running.items()):
+                if process.poll() is None and not late:
+                    continue
+                if process.poll() is None:
+                    end(process)
+                del running[group]
+                if settle(group, process.returncode, late):
+                    waiting.insert(0, group)
+            if late:
+                for group in waiting:
+                    note(group, "stopped", f"not started: the {budget_s:.0f} s of its part were over")
+                waiting = []
+    finally:
+        for process in running.values():
+            end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """The process and those it started (pytest's workers)."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+
+
+def settle(group: Group, returncode: int, late: bool) -> bool:
+    """Notes how a group's process ended; True if it should be started again for what is left."""
+    if group.name == "tests":
+        write(group.file, {"records": [tests_record(group.file.with_suffix(".xml"), returncode)]})
+        return False
+    if late:
+        note(group, "stopped", "the time of its part was over")
+        return False
+    if returncode in (0, DEVICE_BROKE):
+        return returncode == DEVICE_BROKE
+    how = (f"killed by signal {-returncode}" + (" (the clock of a single check)" if returncode == -signal.SIGALRM
+                                                else "")) if returncode < 0 else f"ended with {returncode}"
+    return note(group, "failed", f"its process {how}; what it printed says more")
+
+
+def note(group: Group, status: str, reason: str) -> bool:
+    """Adds a record for the check that was under way; False if none was, so that starting again would not help."""
+    found = json.loads(group.file.read_text(encoding="utf-8")) if group.file.exists() else {"records": []}
+    name = found.pop("running", None)
+    print(f"   {status}: {group.part} {group.name} {name or ''}: {reason}", flush=True)
+    ours = not group.name.startswith("others")
+    found["records"].append({"item": name, "op": group.name, "ours": ours, "status": status, "reason": reason})
+    write(group.file, found)
+    return name is not None
+
+
+def tests_record(report: pathlib.Path, returncode: int) -> dict:
+    """What pytest's report says.  No test run at all is a failure: there is a GPU."""
+    record = {"op": "tests", "contender": "pytest", "ours": True, "files": list(TESTS)}
+    if not report.exists():
+        return {**record, "status": "failed", "reason": f"pytest ended with {returncode} and left no report"}
+    found = list(xml.etree.ElementTree.parse(report).iter("testcase"))
+    skipped = {f"{t.get('name')}: {t.find('skipped').get('message')}" for t in found if t.find("skipped") is not None}
+    failed = {t.get("name"): (t.find("failure") if t.find("failure") is not None else t.find("error")).get("message")
+              for t in found if t.find("failure") is not None or t.find("error") is not None}
+    passed = len(found) - len(skipped) - len(failed)
+    right = returncode == 0 and passed and not failed
+    return {**record, "status": "right" if right else "failed", "passed": passed, "failed": failed,
+            "skipped": sorted(skipped), "exit": returncode}
+
+
+def collect(part: str, groups: list[Group], small: bool) -> dict:
+    """One part's document from its groups' files."""
+    records, rates, seconds = [], {}, {}
+    for group in groups:
+        found = json.loads(group.file.read_text(encoding="utf-8")) if group.file.exists() else {"records": []}
+        records += [{"group": group.name, **record} for record in found["records"]]
+        rates.update({group.name: found["rates"]} if "rates" in found else {})
+        seconds[group.name] = found.get("seconds")
+    return {"what": WHAT[part], "mode": "interpreter, tiny sizes" if small else "device", "ok": all_right(records),
+            "counts": counts(records), "seconds": seconds, **({"rates": rates} if rates else {}),
+            "results": records, "machine": measure.machine()}
+
+
+def all_right(records: list[dict]) -> bool:
+    """No result of ours is wrong or missing, and there is one at all.  Others' faults are theirs."""
+    return bool(records) and not any(r["ours"] and r["status"] in BAD for r in records)
+
+
+def counts(records: list[dict]) -> dict:
+    statuses = [record["status"] for record in records]
+    return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
+
+
+def summarise(out: pathlib.Path, names: Sequence[str]) -> int:
+    """Prints what went wrong and, last, one JSON document; writes it to summary.json.  -> exit status."""
+    parts = {name: sum_up(out / f"{name}.json") for name in names}
+    document = {"what": "kernel checks", "ok": all(part["ok"] for part in parts.values()), "parts": parts,
+                "machine": measure.machine()}
+    write(out / "summary.json", document)
+    print(json.dumps(document, indent=1, ensure_ascii=False), flush=True)
+    return 0 if document["ok"] else 1
+
+
+def sum_up(path: pathlib.Path) -> dict:
+    """A file's line of the summary."""
+    if not path.exists():
+        return {"ok": False, "reason": "not measured: no such file"}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if "results" not in found:
+        # launch/benchmark.py's: it has no judgement of its own; the machine is told as in the others.
+        found["machine"] = {**measure.machine(), **found.get("machine", {})}
+        write(path, found)
+        return {"ok": True, **{key: value for key, value in found.items() if key not in ("what", "machine")}}
+    for r in found["results"]:
+        if r["status"] in BAD:
+            name = r.get("item") or " ".join(str(r.get(key, "")) for key in ("op", "dtype", "contender"))
+            why = next((r[key] for key in ("reason", "errors", "moved", "failed") if r.get(key)), "")
+            print(f"{path.stem}: {r['status']}{'' if r['ours'] else ' (not ours)'}: {name}: {why}", flush=True)
+    return {"ok": found["ok"], **found["counts"], "mode": found["mode"]}
+
+
+def write(path: pathlib.Path, document: dict) -> None:
+    """Whole or not at all: a process may be killed at any moment."""
+    write_file(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")

@@ -1,0 +1,251 @@
+"""Throughput of the real training step: sweeps, ratios, profiles and a guard; launch/benchmark.py's main.
+
+    python launch/benchmark.py --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+
+from minimind_ds.bench.throughput import report, sweep
+from minimind_ds.config.model import PRESETS
+from minimind_ds.distributed import engine
+from minimind_ds.distributed.engine import Layout
+from minimind_ds.paths import DS_CONFIGS, ROOT
+from minimind_ds.training.loop import user_error
+
+ZERO = [str(DS_CONFIGS / f"zero{stage}.json") for stage in range(4)]
+GUARD = ROOT / "docs" / "results" / "ratios.json"
+
+
+def main(doc: str, argv: list[str]) -> int:
+    """Exit code: 0, 1 for a guard that fails, 2 for a user's mistake."""
+    if "SLURM_STEP_ID" not in os.environ:
+        # A batch script is told it is task 0 of all; only what srun starts is one.
+        os.environ.pop("SLURM_PROCID", None)
+    layout = engine.read_layout()
+    args, flags = parse(doc, argv)
+    # Every started process is a rank of the one measurement; otherwise one process starts the others.
+    together = args.compare or args.profile or args.cell or args.append or in_srun_step()
+    if not together and int(os.environ["RANK"]) > 0:
+        return 0
+    try:
+        if args.cell or args.append or (in_srun_step() and not (args.compare or args.profile)):
+            return run_here(args, flags, layout)
+        if args.report:
+            return show(sweep.read(args.out / "results.json"), args.out)
+        if args.compare:
+            return compare(args, flags, layout)
+        if args.profile:
+            return profile(args, flags, layout)
+        if args.guard:
+            from minimind_ds.bench.throughput import guard
+
+            return guard.run(GUARD, update=args.update)
+        fill_in(args)
+        cells = sweep.cells_of(files=args.deepspeed, presets=args.preset, rows=args.rows, kernels=args.kernels,
+                               ranks=[int(n) for n in args.ranks], warm_up=args.warm_up, steps=args.steps,
+                               flags=flags)
+        return show(sweep.sweep(cells, args.out, timeout=args.timeout, retry=args.retry), args.out)
+    except ValueError as error:
+        return user_error(error, layout)
+    except KeyboardInterrupt:
+        return 130
+
+
+def parse(doc: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """-> (our flags, launch/sft.py's)."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--compare", choices=["padded", "plain", "ddp", "moe", "trl"],
+                      help="ratios, in turns in one process")
+    what.add_argument("--profile", type=pathlib.Path, metavar="FOLDER", help="a torch profiler trace and its summary")
+    what.add_argument("--guard", action="store_true", help="do the committed ratios still hold?")
+    what.add_argument("--report", action="store_true", help="table, CSV and plots of --out again, measuring nothing")
+    what.add_argument("--append", type=pathlib.Path, metavar="RESULTS.JSON",
+                      help="every started process is a rank of one cell (srun, torchrun, deepspeed --hostfile)")
+    what.add_argument("--cell", type=pathlib.Path, help=argparse.SUPPRESS)
+    parser.add_argument("--deepspeed", nargs="+", type=commas, metavar="FILE", help="default: zero0 to zero3.json")
+    parser.add_argument("--preset", nargs="+", type=commas, metavar="PRESET",
+                        help="default: debug, minimind-3; on a GPU minimind-3, minimind-3-moe")
+    parser.add_argument("--rows", nargs="+", type=commas, metavar="LENGTHxROWSxACCUMULATION",
+                        help="per rank; default: 768x1x1, on a GPU 4096x8x1")
+    parser.add_argument("--kernels", nargs="+", metavar="SPEC", help="as launch/sft.py's, several (default: auto)")
+    parser.add_argument("--ranks", nargs="+", type=commas, metavar="N",
+                        help="default: 1 and as many as there are GPUs, were launched, or 2")
+    parser.add_argument("--warm_up", type=int, help="steps that are not counted (default: 2; --compare: 1)")
+    parser.add_argument("--steps", type=int, help="steps that are counted (default: 5; --compare: 3; --profile: 2)")
+    parser.add_argument("--out", type=pathlib.Path, help="folder of the sweep (default: out/benchmark); with "
+                                                         "--compare: also write the JSON document to this file")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds a cell may take (default: %(default)s)")
+    parser.add_argument("--retry", action="store_true", help="run cells again that are recorded without a result")
+    parser.add_argument("--update", action="store_true", help="with --guard: write the ratios measured now")
+    parser.add_argument("--dtypes", default="fp32,bf16", help="of --compare padded (default: %(default)s)")
+    parser.add_argument("--padded_rows", type=int, default=8, help="rows of the padded batch (default: %(default)s)")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    args, flags = parser.parse_known_args(argv)
+    for name in ("deepspeed", "preset", "rows", "ranks"):
+        if getattr(args, name):
+            setattr(args, name, [word for words in getattr(args, name) for word in words])
+    if not args.compare and not args.profile:
+        args.out = args.out or pathlib.Path("out/benchmark")
+    args.warm_up = args.warm_up if args.warm_up is not None else 1 if args.compare else 2
+    args.steps = args.steps if args.steps is not None else 3 if args.compare else 2 if args.profile else 5
+    return args, flags
+
+
+def commas(text: str) -> list[str]:
+    return [word for word in text.split(",") if word]
+
+
+def in_srun_step() -> bool:
+    """One of several tasks of an srun; a batch script has SLURM_PROCID too, but no step."""
+    return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """The sweep's defaults for this machine.  Raises ValueError for a value that cannot be."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    launched = int(os.environ["WORLD_SIZE"])
+    args.deepspeed = args.deepspeed or ZERO
+    args.preset = args.preset or (["minimind-3", "minimind-3-moe"] if gpus else ["debug", "minimind-3"])
+    args.rows = args.rows or (["4096x8x1"] if gpus else ["768x1x1"])
+    args.kernels = args.kernels or ["auto"]
+    most = launched if launched > 1 else gpus or min(2, len(os.sched_getaffinity(0)))
+    args.ranks = args.ranks or sorted({"1", str(most)})
+    for preset in args.preset:
+        if preset not in PRESETS:
+            raise ValueError(f"--preset {preset}: there are {', '.join(PRESETS)}")
+    for n in args.ranks:
+        if not n.isdecimal() or int(n) < 1:
+            raise ValueError(f"--ranks {n}: a whole number of at least 1")
+    for name in ("warm_up", "steps"):
+        if getattr(args, name) < (name == "steps"):
+            raise ValueError(f"--{name} {getattr(args, name)} is too few")
+
+
+def single(args: argparse.Namespace, name: str, default: str) -> str:
+    """The one value of a flag that a sweep may give many of."""
+    values = getattr(args, name) or [default]
+    if len(values) > 1:
+        raise ValueError(f"--{name} has {len(values)} values; one measurement takes one")
+    return values[0]
+
+
+def train_flags(args: argparse.Namespace, flags: list[str], *, deepspeed: bool = True) -> list[str]:
+    """launch/sft.py's flags of a single measurement: those given, in its own words."""
+    found = list(flags)
+    if deepspeed:
+        found += ["--deepspeed", single(args, "deepspeed", ZERO[0])]
+    for name in ("preset", "kernels"):
+        if getattr(args, name):
+            found += [f"--{name}", single(args, name, "")]
+    if args.rows:
+        length, rows, accumulation = sweep.parse_rows(single(args, "rows", ""))
+        found += ["--pack_len", str(length), "--batch_size", str(rows), "--accumulation_steps", str(accumulation)]
+        if "--max_seq_len" not in flags:
+            found += ["--max_seq_len", str(min(768, length))]
+    return found
+
+
+def run_here(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
+    """This process is a rank of one cell; rank 0 writes its record."""
+    from minimind_ds.bench.throughput import cell
+
+    path, record = args.cell, None
+    if not args.cell:
+        path = args.append or args.out / "results.json"
+        fill_in(args)
+        args.ranks = [str(layout.ranks)]
+        the = sweep.Cell(*(single(args, name, "") for name in ("deepspeed", "preset")),
+                         *sweep.parse_rows(single(args, "rows", "")), single(args, "kernels", ""), layout.ranks,
+                         args.warm_up, args.steps, tuple(flags))
+        if the.key in {c["key"] for c in sweep.read(path)["cells"]}:
+            print(f"{the.name} is in {path} already", flush=True)
+            return 0
+        flags = the.train_flags(path.parent / "work")
+        record = {"key": the.key, "name": the.name, "cell": {**vars(the), "flags": list(the.flags)}}
+    else:
+        flags = train_flags(args, flags)
+    job = None
+    try:
+        job = cell.prepare_cell(flags, layout)
+        engine.start(layout)
+        found = cell.run(job, warm_up=args.warm_up, steps=args.steps)
+    except Exception as error:
+        refused = job is None and isinstance(error, ValueError)
+        if record and (layout.rank == 0 or not refused):
+            text = " ".join(str(error if refused else f"{type(error).__name__}: {error}").split())
+            status, reason = sweep.diagnose(f"error: {text}", 2 if refused else 1, args.timeout)
+            sweep.append(path, {**record, "status": status, "reason": reason})
+        if refused:
+            raise
+        # One line for the record; the traceback for whoever reads the log.
+        import traceback
+
+        traceback.print_exc()
+        print(f"error: {type(error).__name__}: {' '.join(str(error).split())[:280]}", file=sys.stderr, flush=True)
+        os._exit(1)
+    if layout.rank == 0 and record is None:
+        path.write_text(json.dumps(found), encoding="utf-8")
+    elif layout.rank == 0:
+        record |= {"status": "ok", "reason": None, **found}
+        sweep.append(path, record)
+        print(f"{the.name}: {sweep.outcome(record)}", flush=True)
+    engine.stop()
+    return 0
+
+
+def show(document: dict, folder: pathlib.Path) -> int:
+    for line in report.write(document, folder):
+        print(line, flush=True)
+    return 0
+
+
+def compare(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
+    from minimind_ds.bench.throughput import ratios, trl_ratio
+
+    def say(text: str) -> None:
+        if layout.rank == 0:
+            print(text, flush=True)
+
+    timing = dict(warm_up=args.warm_up, steps=args.steps, say=say)
+    if args.compare == "padded":
+        result = ratios.compare_padded(train_flags(args, flags), dtypes=args.dtypes.split(","),
+                                          padded_rows=args.padded_rows, **timing)
+    elif args.compare == "moe":
+        result = ratios.compare_moe(train_flags(args, flags, deepspeed=False),
+                                       preset=single(args, "preset", "debug"),
+                                       file=single(args, "deepspeed", ZERO[0]), **timing)
+    elif args.compare == "trl":
+        result = trl_ratio.compare(train_flags(args, flags, deepspeed=False), files=args.deepspeed or ZERO[:1],
+                                   **timing)
+    else:
+        result = ratios.compare_engines(train_flags(args, flags, deepspeed=False), files=args.deepspeed or ZERO,
+                                           ddp=args.compare == "ddp", **timing)
+    if layout.rank == 0:
+        print("\n" + ratios.table(result) + "\n")
+        text = json.dumps(result, indent=1, ensure_ascii=False)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(text + "\n", encoding="utf-8")
+        print(text, flush=True)
+    engine.stop()
+    return 0
+
+
+def profile(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
+    from minimind_ds.bench.throughput import trace
+
+    lines = trace.run(train_flags(args, flags), layout, args.profile, warm_up=args.warm_up, steps=args.steps)
+    if layout.rank == 0:
+        print("\n".join(lines), flush=True)
+    engine.stop()
+    return 0

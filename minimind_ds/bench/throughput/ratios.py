@@ -1,0 +1,184 @@
+"""Ratios between training loops, each pair in turns (A B A B ...) in one process: a drifting machine weighs on both.
+
+Only real tokens count.
+
+    deepspeed launch/benchmark.py --compare padded --preset minimind-3 --data_path sft_gsm8k.jsonl
+    python launch/benchmark.py --compare plain
+"""
+
+from __future__ import annotations
+
+import gc
+import pathlib
+import statistics
+import time
+
+import torch
+
+from minimind_ds.bench.throughput.cell import machine, prepare_cell
+from minimind_ds.bench.throughput.loops import Loop, packed_loop, padded_loop, torch_loop
+from minimind_ds.convert import weights
+from minimind_ds.distributed import engine
+from minimind_ds.training.prepare import Job, prepare
+
+# One rank, as a share of the plain loop's tokens/s.
+GOALS = {"zero1": 0.95, "zero2": 0.95, "zero3": 0.85}
+
+
+def measure(loops: list[Loop], warm_up: int, steps: int, device: torch.device, say) -> dict:
+    """Time the loops in turns.  -> by name: median, least and most tokens/s, median seconds, first and last loss."""
+    seconds = {loop.name: [] for loop in loops}
+    rates = {loop.name: [] for loop in loops}
+    losses = {loop.name: [] for loop in loops}
+    for round_number in range(warm_up + steps):
+        for loop in loops:
+            began = time.perf_counter()
+            tokens, loss = loop.step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            took = time.perf_counter() - began
+            losses[loop.name].append(loss)
+            if round_number >= warm_up:
+                seconds[loop.name].append(took)
+                rates[loop.name].append(tokens / took)
+            say(f"round {round_number + 1}/{warm_up + steps}  {loop.name}: {tokens} tokens in {took:.2f} s = "
+                f"{tokens / took:,.0f} tokens/s, loss {loss:.3f}")
+    return {name: {"tokens_per_s": statistics.median(rates[name]), "tokens_per_s_min": min(rates[name]),
+                   "tokens_per_s_max": max(rates[name]), "step_s": statistics.median(seconds[name]),
+                   "loss_first": losses[name][0], "loss_last": losses[name][-1], "rates": rates[name],
+                   "losses": losses[name]} for name in rates}
+
+
+def pair(base: Loop, other: Loop, *, warm_up: int, steps: int, device: torch.device, say) -> dict:
+    """other / base in tokens/s: the median over rounds of each round's own ratio, with its quartiles."""
+    found = measure([base, other], warm_up, steps, device, say)
+    a, b = found[base.name], found[other.name]
+    ratios = [y / x for x, y in zip(a["rates"], b["rates"])]
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+    losses = [abs(x - y) / abs(x) for x, y in zip(a["losses"], b["losses"])]
+    return {"ratio": statistics.median(ratios), "ratio_q1": low, "ratio_q3": high, "rounds": steps,
+            "tokens_per_s": {base.name: a["tokens_per_s"], other.name: b["tokens_per_s"]},
+            "largest_loss_difference": max(losses)}
+
+
+def compare_engines(program_flags: list[str], *, files: list[str], ddp: bool, warm_up: int, steps: int, say) -> dict:
+    """Each DeepSpeed file against PyTorch alone on one rank, or against DistributedDataParallel; collective.
+
+    The same batches from the same weights: in fp32 the losses must be the same too.
+
+    Raises:
+        ValueError: a user's mistake in the flags.
+        RuntimeError: the loops do not train the same model.
+    """
+    layout = engine.read_layout()
+    if ddp and layout.ranks < 2:
+        raise ValueError("--compare ddp needs ranks: deepspeed --num_gpus 2 launch/benchmark.py --compare ddp")
+    if not ddp and layout.ranks > 1:
+        raise ValueError("--compare plain is on one rank: python launch/benchmark.py --compare plain")
+    jobs = [prepare_cell([*program_flags, "--deepspeed", file], layout) for file in files]
+    for job in jobs:
+        if job.degrees.sequence > 1 or job.degrees.experts > 1 or job.lora:
+            raise ValueError(f"{job.run.deepspeed}: the plain loop has no sequence or expert parallelism and no LoRA")
+    engine.start(layout)
+    base_name, pairs = "ddp" if ddp else "plain", {}
+    for job in jobs:
+        name = pathlib.Path(job.run.deepspeed).stem
+        base = torch_loop(job, base_name, ddp=ddp)
+        found = pair(base, packed_loop(job, name), warm_up=warm_up, steps=steps, device=layout.device, say=say)
+        if job.run.dtype == "fp32" and not found["largest_loss_difference"] < 1e-3:
+            raise RuntimeError(f"{name} and {base_name} do not train the same model: their losses differ by "
+                               f"{found['largest_loss_difference']:.1e}")
+        goal = None if ddp else GOALS.get(name)
+        pairs[f"{name} / {base_name}"] = {**found, **({"goal": goal} if goal else {})}
+        del base
+        gc.collect()
+    return {"what": f"{layout.ranks} rank(s): each DeepSpeed file / {base_name}, real tokens/s, in turns",
+            **facts(jobs[0]), "pairs": pairs, "machine": machine(layout)}
+
+
+def compare_moe(program_flags: list[str], *, preset: str, file: str, warm_up: int, steps: int, say) -> dict:
+    """PRESET-moe / PRESET on the same data and rows; collective.
+
+    Raises:
+        ValueError: a user's mistake in the flags.
+    """
+    layout = engine.read_layout()
+    preset = preset.removesuffix("-moe")
+    names = [preset, f"{preset}-moe"]
+    dense, moe = (prepare_cell([*without(program_flags, "--preset"), "--preset", name, "--deepspeed", file], layout)
+                  for name in names)
+    engine.start(layout)
+    found = pair(packed_loop(dense, names[0]), packed_loop(moe, names[1]), warm_up=warm_up, steps=steps,
+                 device=layout.device, say=say)
+    # Two models: their losses are not meant to agree.
+    del found["largest_loss_difference"]
+    return {"what": "mixture of experts / dense, real tokens/s, in turns", **facts(dense),
+            "pairs": {f"{names[1]} / {names[0]}": found}, "machine": machine(layout)}
+
+
+def without(flags: list[str], name: str) -> list[str]:
+    """The flags but for `name VALUE`."""
+    return [f for i, f in enumerate(flags) if f != name and (i == 0 or flags[i - 1] != name)]
+
+
+def facts(job: Job) -> dict:
+    run = job.run
+    return {"preset": run.preset, "data": pathlib.Path(run.data_path).name, "dtype": run.dtype,
+            "rows": f"{run.row_len}x{run.batch_size}x{run.accumulation_steps}", "ranks": job.layout.ranks,
+            "kernels": job.kernels.reason, "packing_fill": job.first_plan.fill}
+
+
+def compare_padded(program_flags: list[str], *, dtypes: list[str], padded_rows: int, warm_up: int, steps: int,
+                   say) -> dict:
+    """The table of launch/benchmark.py --compare padded, as one JSON-ready dict.  Single process.
+
+    Raises:
+        ValueError: a user's mistake in the flags.
+    """
+    layout = engine.read_layout()
+    if layout.ranks > 1:
+        raise ValueError("--compare padded runs on one rank: the padded loop is MiniMind's single-device trainer")
+    jobs = {dtype: prepare("sft", [*program_flags, "--dtype", dtype], layout) for dtype in dtypes}
+    engine.start(layout)
+    first = next(iter(jobs.values()))
+    torch.manual_seed(first.run.seed)
+    start = dict(weights.fresh(first.model_config))
+    loops = []
+    for dtype, job in jobs.items():
+        loops += [padded_loop(job, dtype, padded_rows, job.run.max_seq_len, start)]
+        job.start_weights = start
+        loops += [packed_loop(job, f"packed {dtype}")]
+    results = measure(loops, warm_up, steps, layout.device, say)
+    for result in results.values():
+        del result["rates"], result["losses"]
+    plan, store = first.first_plan, first.stores[0]
+    base = results[loops[0].name]["tokens_per_s"]
+    for result in results.values():
+        result["ratio_to_" + loops[0].name.replace(" ", "_")] = result["tokens_per_s"] / base
+    ratios = {dtype: results[f"packed {dtype}"]["tokens_per_s"] / results[f"padded {dtype}"]["tokens_per_s"]
+              for dtype in dtypes}
+    return {"what": "real (non-padding) tokens per second, training step: forward, backward, clipping, AdamW",
+            "preset": first.run.preset, "data": pathlib.Path(first.run.data_path).name,
+            "mean_length": float(store.lengths.mean()), "padded": f"{padded_rows} rows of {first.run.max_seq_len}",
+            "packed": f"{first.run.batch_size} rows of {first.run.row_len}",
+            "packing_fill": plan.fill,
+            "packed_to_padded_same_dtype": ratios, "loops": results, "machine": machine()}
+
+
+def table(result: dict) -> str:
+    """The result as Markdown."""
+    if "pairs" in result:
+        rows = [f"| {result['preset']}, {result['data']}, {result['dtype']}, {result['ranks']} rank(s) | ratio | "
+                "quartiles | goal |", "|---|---:|---:|---:|"]
+        for name, p in result["pairs"].items():
+            goal = f"{p['goal']:.2f} {'met' if p['ratio'] >= p['goal'] else 'missed'}" if "goal" in p else ""
+            rows.append(f"| {name} | {p['ratio']:.3f} | {p['ratio_q1']:.3f} to {p['ratio_q3']:.3f} | {goal} |")
+        return "\n".join([*rows, *(f"\n{note}" for note in result.get("notes", []))])
+    first = next(iter(result["loops"]))
+    rows = [f"| loop ({result['preset']}, {result['data']}) | real tokens/s | min to max | × {first} |",
+            "|---|---:|---:|---:|"]
+    for name, r in result["loops"].items():
+        ratio = r["ratio_to_" + first.replace(" ", "_")]
+        rows.append(f"| {name} | {r['tokens_per_s']:,.0f} | {r['tokens_per_s_min']:,.0f} to "
+                    f"{r['tokens_per_s_max']:,.0f} | {ratio:.2f} |")
+    return "\n".join(rows)

@@ -1,0 +1,24 @@
+"""Checkpoints that are whole or do not exist: write, verify, find, retain; load on this layout or another."""
+
+from .folder import (
+    NoCheckpoint,
+    commit,
+    discard,
+    find,
+    folder_of,
+    keep_metrics,
+    load,
+    load_rng,
+    lock,
+    name_of,
+    retain,
+    rng_state,
+    save,
+    set_rng_state,
+    together,
+    verify,
+    write_state,
+)
+
+__all__ = ["NoCheckpoint", "commit", "discard", "find", "folder_of", "keep_metrics", "load", "load_rng", "lock",
+           "name_of", "retain", "rng_state", "save", "set_rng_state", "together", "verify", "write_state"]

@@ -1,0 +1,306 @@
+"""Checkpoints that are whole or do not exist.
+
+A checkpoint is written aside, every file is fsynced and hashed into a manifest, the folder is renamed into place, and
+only then does `latest` point to it.  Loading checks every size and hash first; a torn or altered checkpoint is named
+and the newest good one is used.  DeepSpeed's own files (pickles) are opened only after that check.
+
+    <run>/checkpoints/step_00000040/{manifest.*, state/*.pt, rng_rank0.safetensors}    <run>/checkpoints/latest
+"""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import json
+import os
+import pathlib
+import shutil
+import socket
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from minimind_ds.checkpoint import full_state
+from minimind_ds.checkpoint.async_save import SaveFailed, Saving, facts_of, sha256, snapshot
+from minimind_ds.distributed.engine import continue_betas
+from minimind_ds.io import fsync, write_file
+
+FORMAT = 2
+TAG = "state"
+
+
+class NoCheckpoint(ValueError):
+    """A checkpoint that was asked for by name is not there or not whole."""
+
+
+def folder_of(run_dir: pathlib.Path) -> pathlib.Path:
+    return run_dir / "checkpoints"
+
+
+def name_of(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def lock(run_dir: pathlib.Path):
+    """Hold a run folder for this process; the operating system lets go when it ends, however it ends.
+
+    Returns:
+        The open file; keep it.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    file = (run_dir / ".lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(f"{run_dir} is in use by {file.read().strip() or 'another run'}; stop that run, or name "
+                         "another --save_dir") from None
+    except OSError:
+        # A file system without locks: nothing can be held there.
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def together(error: Exception | None, doing: str, kind: type = RuntimeError) -> None:
+    """Raise a `kind` of error on all ranks when one failed, so that none waits for it."""
+    errors = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, None if error is None else f"{type(error).__name__}: {error}")
+    for rank, message in enumerate(errors):
+        if message is not None:
+            raise kind(f"{doing} failed on rank {rank}: {message}")
+
+
+def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> Saving:
+    """Begin a checkpoint; collective.  It is there when the result's `finish` has returned.
+
+    Its state is DeepSpeed's own files; or the whole state (whole.py), where experts are shared out.
+
+    Args:
+        engine: the DeepSpeed engine; it may train on as soon as this returns.
+        facts: goes into the manifest: at least 'step', 'epoch', 'epoch_step', 'layout' and 'identity'.
+        keep: how many of the newest checkpoints stay: the one just written and those before it.
+
+    Raises:
+        SaveFailed: on every rank, naming the one that failed.  Earlier checkpoints are untouched.
+    """
+    rank, home = dist.get_rank(), folder_of(run_dir)
+    aside, final = home / f".writing_{name_of(facts['step'])}", home / name_of(facts["step"])
+    error, files = None, []
+    if rank == 0:
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        except OSError as caught:
+            error = caught
+    together(error, f"writing {final}", SaveFailed)
+    try:
+        files = [(aside / f"rng_rank{rank}.safetensors", functools.partial(save_file, rng_state())),
+                 *state_files(engine, aside)]
+    except (OSError, RuntimeError) as caught:
+        error = caught
+    together(error, f"writing {final}", SaveFailed)
+
+    def commit_and_retain(written: dict) -> None:
+        commit(aside, final, facts, written)
+        retain(final, keep)
+
+    return Saving(files, root=aside, commit=commit_and_retain, what=f"writing {final}")
+
+
+def state_files(engine, aside: pathlib.Path) -> list[tuple[pathlib.Path, Callable]]:
+    """The files of the training state that this rank has to write, and what writes each; collective."""
+    if engine.has_moe_layers:
+        state = full_state.collect(engine)
+        return [] if state is None else [(aside / TAG / full_state.FILE, functools.partial(full_state.write_file, state))]
+    own, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script
+    engine.checkpoint_engine = recorder = Recorder(own)
+    # Rank 0 copies programs of DeepSpeed's into the checkpoint.  If it did so here and the disk were full, the others
+    # would wait for it at DeepSpeed's next barrier for ever.
+    engine._copy_recovery_script = lambda folder: recorder.files.append(
+        (pathlib.Path(folder) / "zero_to_fp32.py", lambda path: copy_scripts(path.parent)))
+    try:
+        # DeepSpeed refuses to convert a checkpoint to its universal format without this.
+        engine.save_checkpoint(str(aside), tag=TAG, save_latest=False,
+                               client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
+    finally:
+        engine.checkpoint_engine = own
+        del engine._copy_recovery_script
+    return recorder.files
+
+
+class Recorder:
+    """Stands before DeepSpeed's writer of files: takes copies in memory, to be written later; touches no disk."""
+
+    def __init__(self, own):
+        self.own, self.files = own, []
+
+    def __getattr__(self, name: str):
+        return getattr(self.own, name)
+
+    def makedirs(self, path: str, exist_ok: bool = False):
+        pass
+
+    def save(self, state_dict, path: str):
+        self.files.append((pathlib.Path(path), functools.partial(write_state, snapshot(state_dict))))
+
+
+def write_state(state, path: pathlib.Path) -> None:
+    """torch.save.  Raises OSError for what the disk says."""
+    # Given a path, torch writes the file itself and knows no errors of disks.
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:
+            # Its zip writer, told to end the file after the disk's error, complains of "unexpected pos 704 vs 598".
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def commit(aside: pathlib.Path, final: pathlib.Path, facts: dict, written: dict) -> None:
+    """Manifest, fsync, rename, pointer: in this order.  `written`: the files that ranks wrote, fsynced and hashed."""
+    files = dict(written)
+    for path in (p for p in aside.rglob("*") if p.is_file()):
+        name = path.relative_to(aside).as_posix()
+        if name not in files:
+            # DeepSpeed adds another program.
+            fsync(path)
+            files[name] = facts_of(path)
+    for path in (aside, *(p for p in aside.rglob("*") if p.is_dir())):
+        fsync(path)
+    keep_metrics(final.parent.parent)
+    listed = dict(sorted(files.items()))
+    write_file(aside / "manifest.json", json.dumps({"format": FORMAT, **facts, "files": listed}, indent=1))
+    write_file(aside / "manifest.sha256", sha256(aside / "manifest.json") + "\n")
+    if final.exists():
+        discard(final)
+    os.rename(aside, final)
+    fsync(final.parent)
+    write_file(final.parent / "latest", final.name + "\n")
+
+
+def keep_metrics(run_dir: pathlib.Path) -> None:
+    """What metrics.jsonl says so far is on disk from now on: a resumed run goes on with its lines."""
+    if (path := run_dir / "metrics.jsonl").exists():
+        fsync(path)
+        # It is new there, or has replaced the one of the start before.
+        fsync(run_dir)
+
+
+def discard(path: pathlib.Path) -> None:
+    """Delete a checkpoint so that a half-deleted one is never taken for one."""
+    doomed = path.with_name(f".deleting_{path.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def retain(newest: pathlib.Path, keep: int) -> None:
+    """Delete all but `newest`, which was just written, and the keep - 1 before it.
+
+    Those of later steps go too: this run passed them over, as damaged or because it was told to start from an earlier
+    one, and takes their steps again.  Counted among the newest they would push out whole ones.
+    """
+    home, kept = newest.parent, 0
+    for path in sorted(home.glob("step_*"), reverse=True):
+        if path.name <= newest.name and kept < keep:
+            kept += 1
+        else:
+            discard(path)
+    for left in [*home.glob(".writing_*"), *home.glob(".deleting_*")]:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def verify(path: pathlib.Path) -> tuple[dict | None, str | None]:
+    """-> (manifest, None) for a whole checkpoint, (None, what is wrong) for any other."""
+    try:
+        if (path / "manifest.sha256").read_text(encoding="utf-8") != sha256(path / "manifest.json") + "\n":
+            return None, f"{path / 'manifest.json'} was altered: its SHA-256 is not that of manifest.sha256"
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        files = manifest["files"].items()
+        if manifest["format"] != FORMAT:
+            return None, f"{path} has format {manifest['format']}; this program reads format {FORMAT}"
+        for name, facts in files:
+            file = path / name
+            if not file.is_file():
+                return None, f"{file} is missing"
+            if file.stat().st_size != facts["bytes"]:
+                return None, f"{file} has {file.stat().st_size} bytes instead of {facts['bytes']}"
+        for name, facts in files:
+            if sha256(path / name) != facts["sha256"]:
+                return None, f"{path / name} was altered: its SHA-256 is not the manifest's"
+    except FileNotFoundError:
+        return None, f"{path} has no manifest.json or manifest.sha256"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return None, f"{path}: the manifest is damaged ({error})"
+    return manifest, None
+
+
+def find(asked: str, run_dir: pathlib.Path) -> tuple[pathlib.Path | None, dict | None, list[str]]:
+    """The checkpoint to resume from.
+
+    Args:
+        asked: 'none', 'auto' (the newest whole one under run_dir) or a path to a checkpoint or a run folder.
+
+    Returns:
+        (path, manifest, complaints): path None means start fresh; complaints name what was passed over.
+
+    Raises:
+        NoCheckpoint: a path that was asked for holds no whole checkpoint; or 'auto' found only damaged ones.
+    """
+    if asked == "none":
+        return None, None, []
+    root = run_dir if asked == "auto" else pathlib.Path(asked)
+    if (root / "manifest.json").exists():
+        manifest, wrong = verify(root)
+        if wrong:
+            raise NoCheckpoint(f"--from_resume: {wrong}")
+        return root, manifest, []
+    complaints = []
+    for path in sorted(folder_of(root).glob("step_*"), reverse=True):
+        manifest, wrong = verify(path)
+        if manifest:
+            pointed = folder_of(root) / "latest"
+            if not pointed.exists() or pointed.read_text(encoding="utf-8", errors="replace").strip() != path.name:
+                complaints.append(f"{pointed} does not name the newest whole checkpoint; using {path.name}")
+            return path, manifest, complaints
+        complaints.append(f"passed over a damaged checkpoint: {wrong}")
+    if asked != "auto":
+        raise NoCheckpoint(f"--from_resume: no checkpoint in {asked}" + "".join(f"; {c}" for c in complaints))
+    if complaints:
+        raise NoCheckpoint(f"no whole checkpoint left in {run_dir} ({'; '.join(complaints)}); "
+                           "--from_resume none starts over")
+    return None, None, []
+
+
+def load(engine, path: pathlib.Path) -> None:
+    """Load a verified checkpoint of the same layout into the engine; collective."""
+    loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
+    assert loaded is not None, f"DeepSpeed found nothing under {path}"
+    continue_betas(engine)
+    load_rng(path)
+
+
+def load_rng(path: pathlib.Path) -> None:
+    set_rng_state(load_file(path / f"rng_rank{dist.get_rank()}.safetensors"))
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """torch's generators, which dropout draws from; the order of the data needs none."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,396 @@
+"""Resume on another layout: other ranks, another ZeRO stage, optimizer states on the GPU or offloaded.
+
+A checkpoint's files -> one whole state, by parameter name -> the partitions of the new layout, in the form in which
+DeepSpeed itself writes and loads them.  Nothing is computed: masters and optimizer states keep every bit.
+(DeepSpeed's universal format needs a conversion program and asserts between stages 2 and 3.)
+
+    deepspeed --num_gpus 2 launch/sft.py --deepspeed ds_configs/zero2.json --save_dir out     # stopped
+    deepspeed --num_gpus 1 launch/sft.py --deepspeed ds_configs/zero3.json --save_dir out --accumulation_steps 2
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import pathlib
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from minimind_ds import checkpoint
+from minimind_ds.checkpoint import full_state as whole_state
+from minimind_ds.checkpoint.full_state import COUNTERS, SCHEDULED, Whole, read_scaler
+from minimind_ds.distributed import engine
+
+# Of the layout (train.layout_facts), what may differ between the halves of a run.
+MAY_DIFFER = ("ranks", "ZeRO stage", "offload", "batch_size", "accumulation_steps", "sequence_parallel_size",
+              "expert_parallel.autoep_size")
+
+
+class Piece(NamedTuple):
+    """`numel` elements of a parameter from its `start`, lying in a flat tensor from `at`."""
+
+    name: str
+    at: int
+    start: int
+    numel: int
+
+
+def check(then: dict, now: dict, path: pathlib.Path) -> None:
+    """Raises ValueError, in one line, where the states cannot go from one layout to the other."""
+    back = f"resume it on {words(then)}, or start over with --from_resume none"
+    if now["optimizer"].lower() not in ("adam", "adamw"):
+        raise ValueError(f"cannot resume from {path} on another layout with the optimizer {now['optimizer']}: only "
+                         f"Adam and AdamW are reshaped; {back}")
+    if "nvme" in (then["offload"], now["offload"]):
+        raise ValueError(f"cannot resume from {path} on another layout with optimizer states on NVMe; {back}")
+
+
+def words(layout: dict) -> str:
+    """'2 ranks at ZeRO stage 2'."""
+    ranks = f"{layout['ranks']} rank{'s' * (layout['ranks'] != 1)}"
+    offload = "" if layout["offload"] == "none" else f" with optimizer states on the {layout['offload'].upper()}"
+    rows = f", rows over {layout['sequence_parallel_size']}" if layout["sequence_parallel_size"] > 1 else ""
+    experts = layout["expert_parallel.autoep_size"]
+    experts = f", experts over {experts}" if experts > 1 else ""
+    return f"{ranks} at ZeRO stage {layout['ZeRO stage']}{offload}{rows}{experts}"
+
+
+def note(then: dict, now: dict) -> str:
+    """What is done, for the log."""
+    if words(then) != words(now):
+        return f"written on {words(then)}; now {words(now).replace('ZeRO ', '')}: reshaped"
+    before, after = (f"{facts['batch_size']} rows x {facts['accumulation_steps']} micro-batches"
+                     for facts in (then, now))
+    return f"written with {before} on each rank; now {after}: reshaped"
+
+
+def load(ds_engine, path: pathlib.Path, *, layout: dict, same: bool, seed: int, step: int) -> None:
+    """Load a verified checkpoint of another layout, or one that holds a whole state, into a fresh engine; collective.
+
+    Args:
+        layout: the checkpoint's.
+        same: it is this run's too, whose draws go on where they stopped.
+        seed, step: the run's seed and the step it goes on from: dropout's draws begin anew from these and the rank,
+            because no other number of ranks can continue them.
+
+    Raises:
+        RuntimeError: on every rank, if rank 0 cannot read it.
+    """
+    shapes, fixed = inventory(ds_engine)
+    whole, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            whole = read(path, layout, shapes=shapes, fixed=set(fixed))
+        except (OSError, ValueError, KeyError) as caught:
+            error = caught
+    checkpoint.together(error, f"reading {path}")
+    write(ds_engine, whole)
+    engine.continue_betas(ds_engine)
+    if same:
+        checkpoint.load_rng(path)
+        return
+    digest = hashlib.sha256(f"{seed} {step} {dist.get_rank()}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def inventory(ds_engine) -> tuple[dict[str, torch.Size], dict[str, torch.Tensor]]:
+    """-> (name -> whole shape of the parameters that are trained, name -> everything else in the module's state)."""
+    module = ds_engine.module
+    parameters = dict(module.named_parameters())
+    shapes = {name: whole_shape(p) for name, p in parameters.items() if p.requires_grad}
+    kept = module.state_dict(keep_vars=True).keys()
+    others = itertools.chain(parameters.items(), module.named_buffers())
+    return shapes, {name: t for name, t in others if name in kept and name not in shapes}
+
+
+def whole_shape(p: torch.nn.Parameter) -> torch.Size:
+    """A parameter's shape before ZeRO-3 cut it and before its experts were shared out."""
+    shape = getattr(p, "ds_shape", p.shape)
+    return torch.Size((shape[0] * expert_ranks(p), *shape[1:]))
+
+
+def expert_ranks(p: torch.nn.Parameter) -> int:
+    """How many ranks share out the experts of this parameter; 1 for every other."""
+    if getattr(p, "ds_zero_partition_group_name", None) is None:
+        return 1
+    from minimind_ds.distributed import expert_parallel
+
+    return dist.get_world_size(expert_parallel.group_of(p))
+
+
+# Reading: a checkpoint's files, one at a time, on rank 0.
+
+
+def read(path: pathlib.Path, layout: dict, *, shapes: dict[str, torch.Size], fixed: set[str]) -> Whole:
+    """The whole state in a verified checkpoint; one of its files is in memory at a time.
+
+    Args:
+        layout: the checkpoint's: 'ranks' and 'ZeRO stage'.
+        shapes: the trained parameters, in the model's order.
+        fixed: names of frozen parameters and buffers to look for.
+
+    Raises:
+        ValueError: the files do not hold exactly these parameters.
+    """
+    if (path / checkpoint.TAG / whole_state.FILE).exists():
+        return whole_state.read_file(path / checkpoint.TAG, shapes=shapes)
+    stage, ranks = layout["ZeRO stage"], layout["ranks"]
+    folder, whole, seen = path / checkpoint.TAG, Whole({name: {} for name in shapes}), {}
+    for rank in range(ranks if stage > 0 else 1):
+        model = open_file(folder, f"zero_pp_rank_{rank}_mp_rank_00_model" if stage == 3 else "mp_rank_00_model")
+        if rank == 0:
+            whole.counters = {name: model[name] for name in COUNTERS}
+            whole.scheduler = model["lr_scheduler"]
+        states = model["optimizer"] if stage == 0 else open_file(
+            folder, f"zero_pp_rank_{rank}_mp_rank_00_optim")["optimizer_state_dict"]
+        if stage == 0:
+            base, masters = stage_zero_parts(states, model["module"], shapes)
+            slots = in_order([t.numel() for t in masters], shapes)
+        elif stage == 3:
+            base, masters = states["optimizer_state_dict"], states["fp32_flat_groups"]
+            slots = in_partitions(model["param_shapes"], rank, ranks)
+        else:
+            base, masters = states["base_optimizer_state"], states["single_partition_of_fp32_groups"]
+            slots = [[Piece(name, part.start, seen.get((name, "fp32"), 0), part.numel) for name, part in group.items()]
+                     for group in states["param_slice_mappings"]]
+        if not isinstance(base, dict):
+            raise ValueError(f"{folder}: it was written with zero_optimization.elastic_checkpoint, which only its own "
+                             "layout can resume")
+        gather(whole, slots, masters, base, seen=seen, shapes=shapes)
+        gather_fixed(whole, model, fixed, whole_files=stage < 3)
+        whole.groups = [{key: group[key] for key in SCHEDULED if key in group} for group in base["param_groups"]]
+        whole.scaler = read_scaler(states)
+    keys = {key for _, key in seen}
+    torn = [name for name in shapes for key in keys if seen.get((name, key), 0) != shapes[name].numel()]
+    if torn:
+        raise ValueError(f"{folder}: it does not hold the whole of {torn[0]}")
+    return whole
+
+
+def open_file(folder: pathlib.Path, name: str) -> dict:
+    """A file of a verified checkpoint: a pickle, DeepSpeed's own."""
+    path = folder / f"{name}_states.pt"
+    if not path.exists():
+        # DeepSpeed names the optimizer's files of a bf16 run so.
+        path = folder / f"bf16_{name}_states.pt"
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def stage_zero_parts(states: dict, module: dict, shapes: dict) -> tuple[dict, list[torch.Tensor]]:
+    """-> (torch's optimizer state, masters in its order).  In fp32 the weights are the masters."""
+    if "fp32_groups_flat" in states:
+        return states["optimizer_state_dict"], list(states["fp32_groups_flat"])
+    if "fp32_groups" in states:
+        return states["optimizer_state_dict"], [t for group in states["fp32_groups"] for t in group]
+    return states, [module[name] for name in shapes]
+
+
+def in_order(sizes: list[int], shapes: dict[str, torch.Size]) -> list[list[Piece]]:
+    """Where parameters lie in flat tensors of these sizes that are filled with them one after the other."""
+    slots, names = [], iter(shapes)
+    for size in sizes:
+        slots.append([])
+        at = 0
+        while at < size:
+            name = next(names, None)
+            if name is None or at + shapes[name].numel() > size:
+                raise ValueError(f"{size} elements are not whole parameters; the next is {name}")
+            slots[-1].append(Piece(name, at, 0, shapes[name].numel()))
+            at += shapes[name].numel()
+    return slots
+
+
+def in_partitions(groups: list[dict[str, torch.Size]], rank: int, ranks: int) -> list[list[Piece]]:
+    """Where parameters lie in a rank's flat tensors at stage 3: each is cut into `ranks` parts of one size."""
+    slots = []
+    for group in groups:
+        slots.append([])
+        at = 0
+        for name, shape in group.items():
+            part = math.ceil(shape.numel() / ranks)
+            start = min(part * rank, shape.numel())
+            slots[-1].append(Piece(name, at, start, min(part, shape.numel() - start)))
+            at += part
+    return slots
+
+
+def gather(whole: Whole, slots: list[list[Piece]], masters: list[torch.Tensor], base: dict, *, seen: dict,
+           shapes: dict) -> None:
+    """Copy one file's pieces into the whole; `seen` counts the elements of each (parameter, key)."""
+    for i, (pieces, master) in enumerate(zip(slots, masters, strict=True)):
+        tensors = dict(base["state"].get(i, {}))
+        # DeepSpeed's fused Adam counts in one of a group's states only.
+        whole.step = max(whole.step, int(tensors.pop("step", 0)))
+        for key, flat in {"fp32": master, **tensors}.items():
+            for name, at, start, numel in pieces:
+                if name not in shapes:
+                    raise ValueError(f"the checkpoint trains {name}, this run does not")
+                parts = whole.parameters[name]
+                if key not in parts:
+                    parts[key] = torch.empty(shapes[name].numel(), dtype=flat.dtype)
+                parts[key][start:start + numel] = flat.detach().reshape(-1)[at:at + numel]
+                seen[name, key] = seen.get((name, key), 0) + numel
+
+
+def gather_fixed(whole: Whole, model: dict, names: set[str], *, whole_files: bool) -> None:
+    """Frozen parameters and buffers: whole in each file, or frozen parameters in parts at stage 3."""
+    parts = {} if whole_files else model.get("frozen_param_fragments") or {}
+    for name in names:
+        if name in parts:
+            numel = model["frozen_param_shapes"][name].numel()
+            before = whole.fixed.get(name, parts[name].new_empty(0))
+            whole.fixed[name] = torch.cat([before, parts[name].reshape(-1)])[:numel]
+        elif name in model["module"] and (whole_files or name in model["buffer_names"]):
+            whole.fixed[name] = model["module"][name].detach().reshape(-1).clone()
+
+
+# Writing: every rank, from rank 0's whole state.
+
+
+def write(ds_engine, whole: Whole | None) -> None:
+    """Put a whole state, which rank 0 holds, into a fresh engine of any layout; collective.
+
+    The engine's own state_dict() is filled in and handed back to its load_state_dict(), which is what loading a
+    checkpoint of the same layout comes to.
+    """
+    stage, optimizer = ds_engine.zero_optimization_stage(), ds_engine.optimizer
+    if stage == 3:
+        optimizer.checkpoint_event_prologue()
+    shapes, fixed = inventory(ds_engine)
+    header = broadcast_header(whole)
+    masters, slots = live_masters(ds_engine, stage), live_slots(ds_engine, stage, shapes)
+    states = scatter(whole, header, masters, slots, shapes=shapes,
+                     parameters=dict(ds_engine.module.named_parameters()))
+    scatter_fixed(whole, header, fixed)
+    template = optimizer.state_dict()
+    name = {0: "optimizer_state_dict", 1: "base_optimizer_state", 2: "base_optimizer_state", 3: "optimizer_state_dict"}
+    base = template.get(name[stage], template)
+    base["state"] = with_step(states, header["step"], ds_engine.basic_optimizer)
+    # Experts that are shared out have groups of their own; what is SCHEDULED is the same in all.
+    for i, group in enumerate(base["param_groups"]):
+        group.update(header["groups"][min(i, len(header["groups"]) - 1)])
+    write_scaler(template, header["scaler"])
+    if stage == 0:
+        optimizer.load_state_dict(template)
+        for low, high in (engine.stage_zero_masters(ds_engine) or {}).items():
+            low.data.copy_(high.data)
+    else:
+        optimizer.load_state_dict([None] * dist.get_rank() + [template], load_optimizer_states=True,
+                                  load_from_fp32_weights=True)
+    if stage in (1, 2):
+        optimizer.update_lp_params()
+    elif stage == 3:
+        optimizer.checkpoint_event_epilogue()
+    for counter, value in header["counters"].items():
+        setattr(ds_engine, counter, value)
+    if ds_engine.lr_scheduler is not None:
+        ds_engine.lr_scheduler.load_state_dict(header["scheduler"])
+
+
+def broadcast_header(whole: Whole | None) -> dict:
+    """Everything of the whole state that is no tensor, to every rank."""
+    header = [None]
+    if whole is not None:
+        first = next(iter(whole.parameters.values()))
+        header = [{"keys": {key: flat.dtype for key, flat in first.items()}, "step": whole.step,
+                   "fixed": {name: (flat.numel(), flat.dtype) for name, flat in whole.fixed.items()},
+                   "groups": whole.groups, "scaler": whole.scaler, "counters": whole.counters,
+                   "scheduler": whole.scheduler}]
+    dist.broadcast_object_list(header)
+    return header[0]
+
+
+def broadcast(flat: torch.Tensor | None, numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rank 0's flat tensor on every rank, on its device."""
+    device = engine.current_device()
+    flat = torch.empty(numel, dtype=dtype, device=device) if flat is None else flat.to(device)
+    dist.broadcast(flat, src=0)
+    return flat
+
+
+def live_masters(ds_engine, stage: int) -> list[torch.Tensor]:
+    """The tensors that this rank's optimizer updates, in the order of its state."""
+    optimizer = ds_engine.optimizer
+    if stage == 3:
+        return optimizer.fp32_partitioned_groups_flat
+    if stage > 0:
+        return optimizer.single_partition_of_fp32_groups
+    return [p for group in ds_engine.basic_optimizer.param_groups for p in group["params"]]
+
+
+def live_slots(ds_engine, stage: int, shapes: dict[str, torch.Size]) -> list[list[Piece]]:
+    """Where parameters lie in live_masters."""
+    optimizer, names = ds_engine.optimizer, {p: name for name, p in ds_engine.module.named_parameters()}
+    if stage == 3:
+        slots = []
+        for group in optimizer.fp16_groups:
+            # Experts that are shared out are cut over the ranks that hold the same ones.
+            ranks = group[0].ds_process_group
+            slots += in_partitions([{names[p]: p.ds_shape for p in group}], dist.get_rank(ranks),
+                                   dist.get_world_size(ranks))
+        return slots
+    if stage > 0:
+        slots = []
+        for group in optimizer.bit16_groups:
+            linked = [(names[p], p._hp_mapping) for p in group if p._hp_mapping is not None]
+            slots.append([Piece(name, link.hp_fragment_address.start, link.lp_fragment_address.start,
+                                link.hp_fragment_address.numel) for name, link in linked])
+        return slots
+    return in_order([t.numel() for t in live_masters(ds_engine, stage)], shapes)
+
+
+def scatter(whole: Whole | None, header: dict, masters: list[torch.Tensor], slots: list[list[Piece]], *,
+            shapes: dict[str, torch.Size], parameters: dict) -> list[dict[str, torch.Tensor]]:
+    """Fill this rank's masters, one broadcast parameter at a time; -> the optimizer state of each, padding zero."""
+    states = [{key: torch.zeros(master.shape, dtype=dtype, device=master.device)
+               for key, dtype in header["keys"].items() if key != "fp32"} for master in masters]
+    mine = {}
+    for i, pieces in enumerate(slots):
+        for piece in pieces:
+            mine.setdefault(piece.name, []).append((i, piece))
+    for name, shape in shapes.items():
+        for key, dtype in header["keys"].items():
+            flat = my_experts(parameters[name], broadcast(whole and whole.parameters[name][key], shape.numel(), dtype))
+            for i, (_, at, start, numel) in mine.get(name, ()):
+                target = masters[i].data if key == "fp32" else states[i][key]
+                target.view(-1)[at:at + numel].copy_(flat[start:start + numel])
+    return states
+
+
+def my_experts(p: torch.nn.Parameter, flat: torch.Tensor) -> torch.Tensor:
+    """Of a whole parameter, what this rank holds before ZeRO cuts it: its experts, or all of it."""
+    if expert_ranks(p) == 1:
+        return flat
+    from minimind_ds.distributed import expert_parallel
+
+    return expert_parallel.part(p, flat)
+
+
+def scatter_fixed(whole: Whole | None, header: dict, fixed: dict[str, torch.Tensor]) -> None:
+    """Fill frozen parameters and buffers; those the checkpoint does not hold stay as the model was built."""
+    for name, target in fixed.items():
+        if name not in header["fixed"]:
+            continue
+        flat, start = broadcast(whole and whole.fixed[name], *header["fixed"][name]), 0
+        target = target.data
+        if hasattr(fixed[name], "ds_tensor"):
+            target = fixed[name].ds_tensor.data
+            start = min(target.numel() * dist.get_rank(), flat.numel())
+        part = flat[start:start + target.numel()]
+        target.view(-1)[:part.numel()].copy_(part)
+
+
+def with_step(states: list[dict], step: int, optimizer) -> dict[int, dict]:
+    """torch's optimizers count in a tensor, DeepSpeed's in an int.  Before the first update there is no state."""
+    in_torch = type(optimizer).__module__.startswith("torch.")
+    return {i: {"step": torch.tensor(float(step)) if in_torch else step, **state}
+            for i, state in enumerate(states) if state}
+
+
+def write_scaler(template: dict, scaler: dict) -> None:
+    target = vars(template["loss_scaler"]) if "loss_scaler" in template else template
+    if "last_overflow_iter" in target:
+        target.update({key: value for key, value in scaler.items() if key in target})

@@ -1,0 +1,278 @@
+"""What a run is: one frozen RunConfig made of a YAML file and the command line, each number with one owner.
+
+The flags keep MiniMind's names.  `--config run.yaml` gives any of them as `name: value` (and a `model:` block of
+ModelConfig fields that changes the preset); what stands in both places must agree.  RunConfig remembers where each
+value was given, so that a later clash with the DeepSpeed JSON can name both places.
+
+    python launch/sft.py --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import sys
+import types
+import typing
+from dataclasses import dataclass, field
+
+import yaml
+
+from minimind_ds.config.model import PRESETS, ModelConfig
+
+DTYPES = ("bf16", "fp16", "fp32")
+
+
+def flag(default, help, *, choices=None):
+    """A RunConfig field: `help` ends up in --help, with its unit and default."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a training run, besides the DeepSpeed JSON.  None means: chosen by the program."""
+
+    deepspeed: str | None = flag(None, "DeepSpeed JSON file, for example ds_configs/zero2.json (required)")
+    preset: str | None = flag(None, "model size; default: the one that fits the machine", choices=tuple(PRESETS))
+    tokenizer: str | None = flag(None, "Hugging Face tokenizer folder or SentencePiece .model; default: embedded")
+    data_path: str | None = flag(None, "training data, JSONL; default: the bundled sample")
+    eval_path: str | None = flag(None, "held-out data, JSONL")
+    eval_fraction: float = flag(0.0, "share of the training samples to hold out when there is no eval_path, 0 to 0.5")
+    eval_interval: int = flag(0, "optimizer steps between evaluations; 0: at the end of each epoch")
+    max_seq_len: int = flag(768, "longest sample, in tokens")
+    too_long: str = flag("cut", "what happens to longer samples", choices=("cut", "drop"))
+    pack_len: int = flag(4096, "length of a packed row, in tokens")
+    packing: bool = flag(True, "pack samples into rows; off: one sample a row, padded")
+    batch_size: int = flag(1, "rows per rank and micro-batch")
+    accumulation_steps: int = flag(1, "micro-batches per optimizer step")
+    epochs: int = flag(2, "passes over the data")
+    max_steps: int = flag(0, "stop after this many optimizer steps; 0: run all epochs")
+    learning_rate: float = flag(5e-4, "peak learning rate")
+    min_lr_ratio: float = flag(0.1, "last learning rate as a share of the peak")
+    warmup_ratio: float = flag(0.03, "share of the run in which the learning rate rises from 0")
+    weight_decay: float = flag(0.01, "AdamW's decoupled weight decay")
+    adam_beta1: float = flag(0.9, "AdamW's decay of the first moment")
+    adam_beta2: float = flag(0.999, "AdamW's decay of the second moment")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
+    grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping")
+    from_weight: str = flag("none", "weights to start from: none, a run folder, .safetensors, .pth or HF folder")
+    lora_rank: int = flag(0, "train adapters of this rank beside frozen --from_weight; 0: train all weights")
+    lora_alpha: float | None = flag(None, "the adapters' output is scaled by lora_alpha / lora_rank; default: "
+                                          "lora_rank, a factor of 1 as MiniMind's")
+    lora_targets: str | None = flag(None, "comma list of projections to adapt, for example q_proj,k_proj,v_proj; "
+                                          "default: the square ones as MiniMind, q_proj,o_proj in MiniMind-3")
+    lora_dropout: float = flag(0.0, "dropout probability on the adapters' input")
+    from_resume: str = flag("auto", "auto: the newest whole checkpoint of save_dir, if any; none: start over; PATH")
+    save_dir: str = flag("out", "run folder")
+    save_weight: str | None = flag(None, "name of the weights file; default: the program's (sft or pretrain)")
+    save_interval: int = flag(100, "optimizer steps between checkpoints; 0: none")
+    keep: int = flag(2, "checkpoints to keep")
+    log_interval: int = flag(10, "optimizer steps between printed lines where there is no terminal for the bar")
+    seed: int = flag(42, "seed of the weights, the order of the data and dropout")
+    dtype: str | None = flag(None, "precision; default: bf16 where the machine has it, else fp32", choices=DTYPES)
+    kernels: str = flag("auto", "auto, a backend's name, or one per operation: attention=sdpa,moe=reference")
+    dropout: float | None = flag(None, "dropout probability; default: the preset's (0)")
+    moe_balance: str = flag("row", "tokens over which the experts' load is balanced",
+                            choices=("row", "batch", "document", "global"))
+    gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
+    compile: bool = flag(False, "torch.compile the model's layers")
+    on_spike: str = flag("log", "what a loss does that is 6 standard deviations above the last 128 steps'",
+                         choices=("log", "skip", "stop"))
+    on_non_finite: str = flag("stop", "what a loss that is NaN or infinite does", choices=("stop", "skip"))
+    hang_minutes: float = flag(30.0, "minutes in one phase of a step after which a rank dumps its stacks and ends")
+    on_bad_record: str = flag("stop", "what a malformed line does", choices=("stop", "skip"))
+    random_system_ratio: float = flag(0.0, "share of conversations given a random system prompt (MiniMind: 0.2)")
+    drop_empty_think_ratio: float = flag(0.0, "share of empty think blocks removed (MiniMind: 0.8)")
+    cache_dir: str | None = flag(None, "where tokenised data is kept; default: ~/.cache/minimind_ds")
+    num_workers: int = flag(0, "processes that tokenise; 0: one")
+    use_wandb: bool = flag(False, "log to Weights & Biases (WANDB_MODE=offline works)")
+    wandb_project: str = flag("minimind_ds", "Weights & Biases project")
+    use_tensorboard: bool = flag(False, "write TensorBoard files under save_dir/tensorboard")
+    # Not flags: fields of ModelConfig that change the preset (YAML `model:`), and where each value was given.
+    model: dict = field(default_factory=dict)
+    given: dict = field(default_factory=dict, compare=False)
+
+    def __post_init__(self):
+        at_least = dict(max_seq_len=2, pack_len=2, batch_size=1, accumulation_steps=1, epochs=1, max_steps=0, keep=1,
+                        log_interval=1, save_interval=0, eval_interval=0, num_workers=0, grad_clip=0, weight_decay=0,
+                        learning_rate=0, seed=0, lora_rank=0)
+        for name, least in at_least.items():
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{self.place(name)} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("min_lr_ratio", "warmup_ratio", "eval_fraction", "random_system_ratio", "drop_empty_think_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{self.place(name)} is {getattr(self, name)}; it must be between 0 and 1")
+        self.check_lora()
+        if self.eval_fraction > 0.5:
+            raise ValueError(f"{self.place('eval_fraction')} is {self.eval_fraction}; more than half is not training")
+        if self.packing and self.pack_len < self.max_seq_len:
+            raise ValueError(f"a sample may be {self.max_seq_len} tokens long (max_seq_len) and the row holds "
+                             f"{self.pack_len} (pack_len): raise pack_len or lower max_seq_len")
+
+    def check_lora(self) -> None:
+        """Raises ValueError on a LoRA flag without its rank, adapters without a base, a number out of range."""
+        if self.lora_rank == 0:
+            for name, off in (("lora_alpha", None), ("lora_targets", None), ("lora_dropout", 0)):
+                if getattr(self, name) != off:
+                    raise ValueError(f"{self.place(name)} is {getattr(self, name)} without --lora_rank: name a rank, "
+                                     "for example 16")
+            return
+        if self.from_weight == "none":
+            raise ValueError(f"{self.place('lora_rank')} is {self.lora_rank}: adapters stand beside a trained model; "
+                             "name its weights with --from_weight")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"{self.place('lora_alpha')} is {self.lora_alpha}; it must be above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"{self.place('lora_dropout')} is {self.lora_dropout}; it must be at least 0 and below 1")
+
+    def place(self, name: str) -> str:
+        """Where a value comes from, for messages: '--epochs', 'epochs in run.yaml' or '--epochs (default)'."""
+        return self.given.get(name, f"--{name} (default)")
+
+    @property
+    def row_len(self) -> int:
+        """Tokens in a row: pack_len, or max_seq_len where samples are padded one by one."""
+        return self.pack_len if self.packing else self.max_seq_len
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """The preset with the run's changes and the tokenizer's vocabulary.
+
+        Raises:
+            ValueError: an unknown or impossible field in the YAML's `model:` block.
+        """
+        changes = dict(self.model)
+        if self.dropout is not None:
+            changes["dropout"] = self.dropout
+        values = PRESETS[self.preset].to_dict()
+        # Sizes that were derived from others are derived again when those change.
+        for derived, sources in DERIVED.items():
+            if derived not in changes and any(s in changes for s in sources):
+                values[derived] = None
+        config = ModelConfig.from_dict({**values, "vocab_size": vocab_size, **changes})
+        if config.vocab_size < vocab_size:
+            raise ValueError(f"vocab_size {config.vocab_size} in the model block is smaller than the tokenizer's "
+                             f"{vocab_size}")
+        return config
+
+    def replace(self, **changes) -> RunConfig:
+        return dataclasses.replace(self, **changes)
+
+    def to_yaml(self) -> str:
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k != "given"}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+DERIVED = {"head_dim": ("hidden_size", "num_attention_heads"), "intermediate_size": ("hidden_size",),
+           "moe_intermediate_size": ("hidden_size", "intermediate_size")}
+FLAGS = [f for f in dataclasses.fields(RunConfig) if f.metadata]
+
+
+def value_type(f: dataclasses.Field) -> type:
+    """int, float, str or bool of a field written `int` or `int | None`."""
+    hint = typing.get_type_hints(RunConfig)[f.name]
+    if isinstance(hint, types.UnionType):
+        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+    return hint
+
+
+def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig:
+    """Command line (and the YAML it names) -> RunConfig.
+
+    Args:
+        argv: the command line without the program's name.
+        program: 'sft' or 'pretrain', for --help.
+        defaults: the program's own defaults, by field name.
+
+    Raises:
+        ValueError: unknown YAML key, wrong type, or a value given twice with two values.
+        SystemExit: argparse's, code 2, after one line on stderr.
+    """
+    parser = OneLineParser(prog=f"deepspeed launch/{program}.py", allow_abbrev=False,
+                           description="Flags may also stand in a YAML file given with --config.")
+    parser.add_argument("--config", metavar="RUN.YAML", help="YAML file with any of the flags below")
+    # The launcher adds --local_rank; the rank itself is read from the environment.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    for f in FLAGS:
+        kind, default = value_type(f), defaults.get(f.name, f.default)
+        shown = f.metadata["help"] + ("" if default is None else f" (default: {default})")
+        extra = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
+        if kind is bool:
+            extra, kind = {"nargs": "?", "const": True}, to_bool
+        parser.add_argument(f"--{f.name}", type=kind, default=None, help=shown.replace("%", "%%"), **extra)
+    args = vars(parser.parse_args(argv))
+    args.pop("local_rank")
+    yaml_path = args.pop("config")
+    values, given = read_yaml(yaml_path) if yaml_path else ({}, {})
+    for name, value in args.items():
+        if value is None:
+            continue
+        if name in values and values[name] != value:
+            raise ValueError(f"{name} is {value} on the command line and {values[name]} in {yaml_path}: give it once")
+        values[name], given[name] = value, f"--{name}"
+    return RunConfig(**{**defaults, **values}, given=given)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse with its error on a single line."""
+
+    def error(self, message):
+        # Every rank parses the same line; one of them says so.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def to_bool(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def read_yaml(path: str) -> tuple[dict, dict]:
+    """A run YAML -> (values by field, where each was given)."""
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8") from None
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        raise ValueError(f"{path}{'' if line is None else f' line {line + 1}'}: not valid YAML: "
+                         f"{getattr(error, 'problem', None) or 'cannot be parsed'}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a run file is a list of `flag: value` lines")
+    by_name = {f.name: f for f in FLAGS}
+    for name, value in values.items():
+        if name == "model":
+            if not isinstance(value, dict):
+                raise ValueError(f"{path}: model is not a block of `field: value` lines")
+            continue
+        if name not in by_name:
+            raise ValueError(f"{path}: unknown key {name!r}")
+        values[name] = check_type(path, by_name[name], value)
+    # A null leaves the choice to the program, as leaving the line out does.
+    values = {name: value for name, value in values.items() if value is not None}
+    return values, {name: f"{name} in {path}" for name in values}
+
+
+def check_type(path: str, f: dataclasses.Field, value):
+    kind = value_type(f)
+    if value is None and f.default is None:
+        return None
+    # YAML reads 1e-4 (without a dot) as text; the other way round, 1 is a fine float.
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            value = float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise ValueError(f"{path}: {f.name} is {value!r}; it must be {kind.__name__}")
+    if f.metadata["choices"] and value not in f.metadata["choices"]:
+        raise ValueError(f"{path}: {f.name} is {value!r}; choose from {', '.join(f.metadata['choices'])}")
+    return value

@@ -1,0 +1,1 @@
+"""Weights that come in and leave: MiniMind's .pth, safetensors, Hugging Face folders."""

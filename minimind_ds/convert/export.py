@@ -1,0 +1,171 @@
+"""Weights out of a run: a folder that transformers and vLLM load, or the .pth that the original MiniMind loads.
+
+    python launch/export.py --weight out/sft --to hf --out out/sft-hf
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minimind_ds.config.model import PRESETS, ModelConfig
+from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
+from minimind_ds.io import write_file
+from minimind_ds.model import lora as adapters
+
+from . import weights
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load(weight: str | Path, preset: str | None = None,
+         lora: str | Path | None = None) -> tuple[dict[str, Tensor], ModelConfig]:
+    """Weights under our names and their configuration.
+
+    Args:
+        weight: as weights.load_weights takes it.
+        preset: the model's shape, for files that do not carry their own (.pth); its vocabulary may differ.
+        lora: adapters to merge into the weights, as lora.load_adapters takes them.
+
+    Raises:
+        ValueError: what weights.load_weights or lora.load_adapters refuses; adapters of another base; an unknown
+            preset, or none where one is needed.
+    """
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+    config = weights.read_config(weight) or (PRESETS[preset] if preset else None)
+    if config is None:
+        raise ValueError(f"{weight} does not carry its model's configuration: name a preset")
+    state = weights.load_weights(weight, config)
+    if lora is None:
+        return state, config
+    matrices, facts, _ = adapters.load_adapters(lora, config)
+    try:
+        return adapters.merge(state, facts, matrices), config
+    except ValueError as error:
+        raise ValueError(f"{lora} beside {weight}: {error}") from None
+
+
+def find_tokenizer(weight: str | Path) -> str | None:
+    """Where the tokenizer of these weights lies: the run folder's copy, or the Hugging Face folder itself."""
+    folder = Path(weight) if Path(weight).is_dir() else Path(weight).parent
+    if (folder / "tokenizer").is_dir():
+        return str(folder / "tokenizer")
+    return str(folder) if (folder / "tokenizer.json").is_file() else None
+
+
+def export_hf(state: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, out: str | Path, *,
+              dtype: torch.dtype, overwrite: bool = False):
+    """A Hugging Face folder: config.json, generation_config.json, model.safetensors, tokenizer and chat template.
+
+    The folder appears whole or not at all.
+
+    Raises:
+        ValueError: a folder that is there already, a tokenizer larger than the vocabulary, or a model without a
+            counterpart in transformers.
+    """
+    out = Path(out)
+    # What cannot work is found before anything is written.
+    config_json = weights.to_hf_config(config, dtype)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+    config_json |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+                    "pad_token_id": tokenizer.pad_id}
+    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
+                  "pad_token_id": tokenizer.pad_id, "do_sample": True, "temperature": 0.85, "top_p": 0.85,
+                  "top_k": 50}
+    named = weights.to_minimind(state, config)
+    if config.tie_word_embeddings:
+        del named["lm_head.weight"]
+    named = {name: tensor.to(dtype).contiguous() for name, tensor in named.items()}
+    check_free(out, overwrite)
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        write_json(temporary / "config.json", config_json)
+        write_json(temporary / "generation_config.json", generation)
+        save_file(named, temporary / "model.safetensors", metadata={"format": "pt"})
+        tokenizer.save_hf(temporary)
+        temporary.chmod(0o755)
+        if out.exists():
+            shutil.rmtree(out)
+        os.replace(temporary, out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def export_minimind(state: dict[str, Tensor], config: ModelConfig, out: str | Path, *, dtype: torch.dtype,
+                    overwrite: bool = False):
+    """A .pth that the original MiniMind loads with strict=True: its names, its shapes, a state dict and no more.
+
+    Without qk_norm the keys are those of MiniMind2's time, which today's original no longer takes.
+
+    Raises:
+        ValueError: a file that is there already.
+    """
+    named = {name: tensor.to(dtype).contiguous().clone()
+             for name, tensor in weights.to_minimind(state, config).items()}
+    if config.tie_word_embeddings:
+        named["lm_head.weight"] = named["model.embed_tokens.weight"]
+    write_pth(Path(out), named, overwrite)
+
+
+def export_minimind_lora(lora: str | Path, out: str | Path, *, dtype: torch.dtype, overwrite: bool = False):
+    """A .pth that the original's load_lora takes after its apply_lora(model): see lora.to_minimind.
+
+    Raises:
+        ValueError: what lora.load_adapters or lora.to_minimind refuses, or a file that is there already.
+    """
+    named = adapters.to_minimind(*adapters.load_adapters(lora))
+    write_pth(Path(out), {name: tensor.to(dtype) for name, tensor in named.items()}, overwrite)
+
+
+def write_pth(out: Path, named: dict[str, Tensor], overwrite: bool):
+    check_free(out, overwrite)
+    content = io.BytesIO()
+    torch.save(named, content)
+    write_file(out, content.getbuffer())
+
+
+def check_free(out: Path, overwrite: bool):
+    if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"{out} exists already (replace it with --overwrite)")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written: {error}") from None
+    if not os.access(out.parent, os.W_OK):
+        raise ValueError(f"{out}: {out.parent} is not writable")
+
+
+def write_json(path: Path, value: dict):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def run(weight: str | None, to: str, out: str, *, dtype: str | None, preset: str | None, tokenizer: str | None,
+        overwrite: bool, lora: str | None = None):
+    """What launch/export.py does.  Raises ValueError: a user's mistake."""
+    if to == "minimind_lora":
+        if lora is None:
+            raise ValueError("--to minimind_lora writes adapters: name them with --lora")
+        export_minimind_lora(lora, out, dtype=DTYPES[dtype or "fp16"], overwrite=overwrite)
+        return
+    if weight is None:
+        raise ValueError(f"--to {to} writes a whole model: name its weights with --weight")
+    state, config = load(weight, preset, lora)
+    if to == "minimind":
+        export_minimind(state, config, out, dtype=DTYPES[dtype or "fp16"], overwrite=overwrite)
+        return
+    path = tokenizer or find_tokenizer(weight)
+    if path is None:
+        raise ValueError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer")
+    # Weights keep the precision they were trained in, unless told otherwise.
+    kept = state["model.embed_tokens.weight"].dtype
+    export_hf(state, config, load_tokenizer(path), out, dtype=DTYPES[dtype] if dtype else kept, overwrite=overwrite)

@@ -1,0 +1,262 @@
+"""Talk to a trained model: load a run folder or an exported one, stream the answer, keep the history.
+
+Generation is `transformers`' own, on the architecture a model is exported to (Qwen3, Qwen3-MoE or Llama), so what is
+heard here is what an exported folder says.  The prompt is rendered by the same code as the training data.
+
+    python launch/chat.py --weight out/sft --prompt "What is the opposite of hot?"
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from minimind_ds.config.model import ModelConfig
+from minimind_ds.convert import export, weights
+from minimind_ds.data.sample import prompt_ids
+from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
+
+# A think block with nothing in it; its opening may have stood in the prompt.
+EMPTY_THINK = re.compile(r"\s*(<think>)?\s*</think>\s*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn.  temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off."""
+
+    temperature: float = 0.85
+    top_p: float = 0.95
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    max_new_tokens: int = 512
+
+    def __post_init__(self):
+        for name, good, what in (("temperature", self.temperature >= 0, "at least 0"),
+                                 ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+                                 ("top_k", self.top_k >= 0, "at least 0"),
+                                 ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+                                 ("max_new_tokens", self.max_new_tokens >= 1, "at least 1")):
+            if not good:
+                raise ValueError(f"--{name} is {getattr(self, name)}; it must be {what}")
+
+    def generation_config(self, tok: Tokenizer, vocab_size: int) -> GenerationConfig:
+        """The same for transformers; ids beyond the tokenizer's are never drawn."""
+        drawn = dict(do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
+        beyond = list(range(tok.vocab_size, vocab_size)) or None
+        return GenerationConfig(**(drawn if self.temperature else dict(do_sample=False)),
+                                repetition_penalty=self.repetition_penalty, max_new_tokens=self.max_new_tokens,
+                                bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id,
+                                suppress_tokens=beyond)
+
+
+def load_model(weight: str, tokenizer: str | None = None, *, dtype: torch.dtype | None = None,
+               device: str = "cpu", lora: str | None = None) -> tuple[PreTrainedModel, Tokenizer]:
+    """A run folder, its weights file or an exported folder -> a transformers model in eval mode, and its tokenizer.
+
+    Args:
+        tokenizer: another than the one beside the weights.
+        dtype: None keeps the precision of the file.
+        lora: adapters to merge into the weights.
+
+    Raises:
+        ValueError: nothing there, several weights, weights, adapters or a configuration that do not fit, no
+            tokenizer, one of another vocabulary, or no such device.
+    """
+    state, config = export.load(weight, lora=lora)
+    where = tokenizer or export.find_tokenizer(weight)
+    if where is None:
+        raise ValueError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer")
+    tok = load_tokenizer(where)
+    if tok.vocab_size > config.vocab_size:
+        raise ValueError(f"{weight}: these are weights of another tokenizer: {tok.name} has {tok.vocab_size} ids, "
+                         f"the model {config.vocab_size}")
+    return as_transformers(state, config, dtype or state["model.embed_tokens.weight"].dtype, device), tok
+
+
+def as_transformers(state: dict[str, torch.Tensor], config: ModelConfig, dtype: torch.dtype,
+                    device: str = "cpu") -> PreTrainedModel:
+    """Weights under our names as the transformers model that an export of them would load as.
+
+    Raises:
+        ValueError: no such device, or a model without a counterpart in transformers.
+    """
+    values = weights.to_hf_config(config, dtype)
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+    hf_config = AutoConfig.for_model(**values)
+    hf_config.architectures = values["architectures"]
+    model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    state = dict(state)
+    if config.tie_word_embeddings:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    # Names are transformers 5's own, experts included: nothing is missing and nothing left over.
+    model.load_state_dict(state, strict=True)
+    return model.to(target).eval()
+
+
+def visible(text: str, final: bool = False) -> str:
+    """The answer without an empty think block at its start; nothing yet while it may still turn out to be one."""
+    if block := EMPTY_THINK.match(text):
+        return text[block.end():]
+    tight = "".join(text.split())
+    undecided = "<think></think>".startswith(tight) or "</think>".startswith(tight)
+    return "" if undecided and not final else text
+
+
+class Stream(BaseStreamer):
+    """What generate() calls with every token: passes on text as soon as it is certain.
+
+    A character may take several tokens (SentencePiece falls back to bytes), so the replacement character at the end
+    of a decoded prefix is held back until the next token settles it.
+
+    Attributes: ids (tokens so far, the stop token included), times (of the first and the latest of them).
+    """
+
+    def __init__(self, tok: Tokenizer, write: Callable[[str], None], opening: str = ""):
+        self.tok, self.write, self.opening = tok, write, opening
+        self.ids: list[int] = []
+        self.times: list[float] = []
+        self.written = 0
+        self.in_prompt = True
+
+    @property
+    def text(self) -> str:
+        """All of the answer so far, think block and all."""
+        ids = self.ids[:-1] if self.ids and self.ids[-1] == self.tok.eos_id else self.ids
+        return self.opening + self.tok.decode(ids, skip_special=True)
+
+    def put(self, value: torch.Tensor):
+        if self.in_prompt:
+            self.in_prompt = False
+            return
+        self.ids += value.flatten().tolist()
+        self.times = [*self.times[:1], time.perf_counter()]
+        self.pass_on(visible(self.text.rstrip("\N{REPLACEMENT CHARACTER}")))
+
+    def end(self):
+        self.pass_on(visible(self.text, final=True))
+
+    def pass_on(self, text: str):
+        if len(text) > self.written:
+            self.write(text[self.written:])
+            self.written = len(text)
+
+    def tokens_per_second(self) -> float:
+        """After the first token, whose time is the prompt's; 0 when there was but one."""
+        spent = self.times[-1] - self.times[0] if self.times else 0.0
+        return (len(self.ids) - 1) / spent if spent else 0.0
+
+
+def generate(model: PreTrainedModel, tok: Tokenizer, ids: list[int], sampling: Sampling, stream: Stream):
+    """Continue one prompt into `stream`, to the stop token or max_new_tokens.
+
+    A KeyboardInterrupt leaves what was generated in the stream, and passes on.
+    """
+    prompt_1T = torch.tensor([ids], device=model.device)
+    config = sampling.generation_config(tok, model.config.vocab_size)
+    try:
+        with torch.inference_mode():
+            model.generate(input_ids=prompt_1T, attention_mask=torch.ones_like(prompt_1T), generation_config=config,
+                           streamer=stream)
+    except KeyboardInterrupt:
+        stream.end()
+        raise
+
+
+@dataclass
+class Chat:
+    """A conversation with a model.  `history` question-answer pairs go with each new question; 0: none."""
+
+    model: PreTrainedModel
+    tok: Tokenizer
+    sampling: Sampling
+    system: str = ""
+    history: int = 8
+    open_thinking: bool = False
+    turns: list[tuple[str, str]] = field(default_factory=list)
+
+    def messages(self, question: str, kept: int) -> list[dict]:
+        """System prompt, the last `kept` pairs, the question."""
+        past = self.turns[len(self.turns) - kept:]
+        said = [{"role": role, "content": text} for pair in past for role, text in zip(("user", "assistant"), pair)]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return [*system, *said, {"role": "user", "content": question}]
+
+    def prompt(self, question: str) -> list[int]:
+        """Token ids of the turns, the oldest left out until the answer fits the model's longest text.
+
+        Raises:
+            ValueError: the question alone is too long.
+        """
+        room = self.model.config.max_position_embeddings - self.sampling.max_new_tokens
+        for kept in range(min(self.history, len(self.turns)), -1, -1):
+            ids = prompt_ids(self.messages(question, kept), self.tok, open_thinking=self.open_thinking)
+            if len(ids) <= room:
+                return ids
+        raise ValueError(f"the question takes {len(ids)} tokens; with --max_new_tokens "
+                         f"{self.sampling.max_new_tokens} there is room for {max(room, 0)}")
+
+    def ask(self, question: str, write: Callable[[str], None]) -> Stream:
+        """Stream the answer into `write`; it joins the history, a broken-off one too (KeyboardInterrupt).
+
+        Raises:
+            ValueError: a question that is too long.
+        """
+        ids = self.prompt(question)
+        stream = Stream(self.tok, write, opening="<think>\n" if self.open_thinking else "")
+        try:
+            generate(self.model, self.tok, ids, self.sampling, stream)
+        finally:
+            self.turns.append((question, stream.text))
+        return stream
+
+
+def say(text: str):
+    """To the terminal at once; a character it cannot show is replaced."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def answer(chat: Chat, question: str):
+    """One turn on the terminal: the answer on stdout, its speed on stderr; Ctrl-C stops it."""
+    try:
+        stream = chat.ask(question, say)
+    except KeyboardInterrupt:
+        say("\n")
+        print("[stopped]", file=sys.stderr)
+        return
+    say("\n")
+    print(f"[{len(stream.ids)} tokens, {stream.tokens_per_second():.1f} tokens/s]", file=sys.stderr)
+
+
+def converse(chat: Chat, lines: Callable[[str], str] = input):
+    """Questions from the terminal until /exit or Ctrl-D; /clear forgets what was said."""
+    print("/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer.", file=sys.stderr)
+    while True:
+        try:
+            question = lines("> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            continue
+        if question == "/exit":
+            return
+        if question == "/clear":
+            chat.turns.clear()
+        elif question:
+            try:
+                answer(chat, question)
+            except ValueError as error:
+                print(f"error: {error}", file=sys.stderr)

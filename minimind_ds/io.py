@@ -1,0 +1,32 @@
+"""Files that are whole or not there, even through a power cut.
+
+    python -m pytest tests/checkpoint/test_power_cut.py
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def fsync(path: str | Path) -> None:
+    """A file's content, or a folder's list of names, is on disk when this returns.  Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_file(path: str | Path, content: str | bytes | memoryview) -> None:
+    """Write or replace a file in one step that survives a power cut; text as UTF-8.  Raises OSError."""
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.aside")
+    try:
+        aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        fsync(aside)
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)

@@ -1,0 +1,222 @@
+"""The rest of the step in Triton: residual sum + RMSNorm, SwiGLU, and the loss of a token with its gradient.
+
+All of it is bound by memory: each kernel reads its inputs once and writes its results once, rounds where the reference
+rounds, computes in fp32 between, and recomputes in backward what costs less than storing it.  Sums over tokens (the
+norms' weights) are partial sums per program, added in a fixed order: two runs give the same bits.
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/elementwise_facts.py
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .host import on
+
+# Numbers of a norm's tile forward and backward, and tiles that a backward program goes through.
+TILE, BACK_TILE, TILES = 4096, 2048, 32
+# Numbers of a SwiGLU block, widest block of logits.
+BLOCK, LOGITS = 1024, 8192
+
+
+def accumulator(dtype: torch.dtype):
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+@triton.jit(do_not_specialize=["n"])
+def norm_kernel(x_ptr, residual_ptr, weight_ptr, sum_ptr, y_ptr, n, EPS: tl.constexpr, C: tl.constexpr,
+                C_PAD: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, ACC: tl.constexpr):
+    """y (n, C), and x + residual (n, C) if ADD."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, C_PAD)
+    inside = (row < n)[:, None] & (column < C)[None, :]
+    place = row[:, None] * C + column[None, :]
+    x = tl.load(x_ptr + place, mask=inside, other=0.0)
+    if ADD:
+        x = (x.to(ACC) + tl.load(residual_ptr + place, mask=inside, other=0.0).to(ACC)).to(x_ptr.dtype.element_ty)
+        tl.store(sum_ptr + place, x, mask=inside)
+    x = x.to(ACC)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / C + EPS)[:, None]
+    weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(ACC)[None, :]
+    tl.store(y_ptr + place, (weight * (x * scale)).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def norm_gradient_kernel(dy_ptr, dsum_ptr, x_ptr, weight_ptr, dx_ptr, partial_ptr, n, EPS: tl.constexpr,
+                         C: tl.constexpr, C_PAD: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+                         ADD: tl.constexpr, ACC: tl.constexpr):
+    """dx (n, C), dsum included if ADD, and each program's share of the weight's gradient (programs, C)."""
+    column = tl.arange(0, C_PAD)
+    weight = tl.load(weight_ptr + column, mask=column < C, other=0.0).to(ACC)[None, :]
+    dweight = tl.zeros([ROWS, C_PAD], ACC)
+    for turn in range(0, TILES):
+        row = (tl.program_id(0).to(tl.int64) * TILES + turn) * ROWS + tl.arange(0, ROWS)
+        inside = (row < n)[:, None] & (column < C)[None, :]
+        place = row[:, None] * C + column[None, :]
+        x = tl.load(x_ptr + place, mask=inside, other=0.0).to(ACC)
+        dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(ACC)
+        scale = tl.rsqrt(tl.sum(x * x, 1) / C + EPS)[:, None]
+        x = x * scale
+        dweight += dy * x
+        dy = dy * weight
+        dx = (dy - x * (tl.sum(dy * x, 1) / C)[:, None]) * scale
+        if ADD:
+            dx += tl.load(dsum_ptr + place, mask=inside, other=0.0).to(ACC)
+        tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * C + column, tl.sum(dweight, 0), mask=column < C)
+
+
+@triton.jit(do_not_specialize=["n"])
+def swiglu_kernel(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < n
+    gate = tl.load(gate_ptr + place, mask=inside, other=0.0).to(ACC)
+    up = tl.load(up_ptr + place, mask=inside, other=0.0).to(ACC)
+    tl.store(y_ptr + place, (gate / (1 + tl.exp(-gate)) * up).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < n
+    dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(ACC)
+    gate = tl.load(gate_ptr + place, mask=inside, other=0.0).to(ACC)
+    up = tl.load(up_ptr + place, mask=inside, other=0.0).to(ACC)
+    share = 1 / (1 + tl.exp(-gate))
+    dgate = dy * up * share * (1 + gate * (1 - share))
+    tl.store(dgate_ptr + place, dgate.to(dgate_ptr.dtype.element_ty), mask=inside)
+    tl.store(dup_ptr + place, (dy * (gate * share)).to(dup_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def token_loss_kernel(logits_ptr, labels_ptr, losses_ptr, V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """One program a row: its loss, and softmax - one_hot in the logits' place.  V up to BLOCK is read once."""
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(labels_ptr + row)
+    most = tl.full([], float("-inf"), ACC)
+    total = tl.zeros([], ACC)
+    picked = tl.zeros([], ACC)
+    for first in tl.static_range(0, V, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        logits = tl.load(logits_ptr + row * V + column, mask=column < V, other=float("-inf")).to(ACC)
+        higher = tl.maximum(most, tl.max(logits, 0))
+        total = total * tl.exp(most - higher) + tl.sum(tl.exp(logits - higher), 0)
+        picked += tl.sum(tl.where(column == label, logits, 0.0), 0)
+        most = higher
+    tl.store(losses_ptr + row, most - picked + tl.log(total))
+    for first in tl.static_range(0, V, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        place = logits_ptr + row * V + column
+        logits = tl.load(place, mask=column < V, other=float("-inf")).to(ACC)
+        share = tl.exp(logits - most) / total - tl.where(column == label, 1.0, 0.0)
+        tl.store(place, share.to(logits_ptr.dtype.element_ty), mask=column < V)
+
+
+def norm_constants(x: Tensor, eps: float, tile: int) -> dict:
+    C = x.shape[-1]
+    C_PAD = triton.next_power_of_2(C)
+    return dict(EPS=eps, C=C, C_PAD=C_PAD, ROWS=max(1, tile // C_PAD), ACC=accumulator(x.dtype), num_warps=4)
+
+
+def apply_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> x + residual (x itself without one) and its norm."""
+    n, constants, add = x.numel() // x.shape[-1], norm_constants(x, eps, TILE), residual is not None
+    y, total = torch.empty_like(x), torch.empty_like(x) if add else x
+    with on(x.device):
+        norm_kernel[(triton.cdiv(n, constants["ROWS"]),)](x, residual if add else x, weight, total, y, n, ADD=add,
+                                                          **constants)
+    return total, y
+
+
+def norm_gradient(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """-> dx with dsum added, dweight."""
+    n, constants, add = x.numel() // x.shape[-1], norm_constants(x, eps, BACK_TILE), dsum is not None
+    programs = triton.cdiv(n, constants["ROWS"] * TILES)
+    dx, dy = torch.empty_like(x), dy.contiguous()
+    partial = torch.empty(programs, x.shape[-1], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    with on(x.device):
+        norm_gradient_kernel[(programs,)](dy, dsum.contiguous() if add else dy, x, weight, dx, partial, n,
+                                          TILES=TILES, ADD=add, **constants)
+    return dx, partial.sum(0).to(weight.dtype)
+
+
+class RMSNorm(Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return apply_norm(x, None, weight, eps)[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        return *norm_gradient(dy, None, *ctx.saved_tensors, ctx.eps), None
+
+
+class AddRMSNorm(Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        total, y = apply_norm(x, residual, weight, eps)
+        ctx.save_for_backward(total, weight)
+        ctx.eps = eps
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dsum, dy):
+        dx, dweight = norm_gradient(dy, dsum, *ctx.saved_tensors, ctx.eps)
+        return dx, dx, dweight, None
+
+
+class SwiGLU(Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        y = torch.empty_like(gate)
+        with on(gate.device):
+            swiglu_kernel[(triton.cdiv(y.numel(), BLOCK),)](gate, up, y, y.numel(), BLOCK=BLOCK,
+                                                            ACC=accumulator(y.dtype), num_warps=4)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        with on(gate.device):
+            swiglu_gradient_kernel[(triton.cdiv(dy.numel(), BLOCK),)](
+                dy.contiguous(), gate, up, dgate, dup, dy.numel(), BLOCK=BLOCK, ACC=accumulator(dy.dtype), num_warps=4)
+        return dgate, dup
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, (..., C)."""
+    return RMSNorm.apply(x.contiguous(), weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """total = x + residual, and rms_norm(total); all (..., C)."""
+    return AddRMSNorm.apply(x.contiguous(), residual.contiguous(), weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of any shape; rounded once, where PyTorch's own two operations round twice."""
+    return SwiGLU.apply(gate.contiguous(), up.contiguous())
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (n, V), labels (n,) in [0, V) -> cross-entropy (n,) in fp32 or wider; the logits become its gradient."""
+    n, V = logits.shape
+    assert logits.is_contiguous()
+    losses = torch.empty(n, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    block = min(LOGITS, triton.next_power_of_2(V))
+    if n:
+        with on(logits.device):
+            token_loss_kernel[(n,)](logits, labels, losses, V=V, BLOCK=block, ACC=accumulator(logits.dtype),
+                                    num_warps=8 if block > 2048 else 4)
+    return losses, logits

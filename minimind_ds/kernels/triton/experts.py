@@ -1,0 +1,188 @@
+"""Dropless mixture of SwiGLU experts on a GPU: grouped products in Triton, forward and backward.
+
+The method is ScatterMoE's (arXiv:2403.08245), with the activation fused in as well:
+
+- Choices (token, k) are sorted by expert on the device, stably, by two small kernels.  Nothing waits for the GPU: a
+  launch has as many programs as there can be row blocks, and a table tells each its expert or that it has none.
+- Gathering is part of the loads and scattering part of the stores: no permuted copy of x, y or their gradients.
+- Gate and up are one launch with silu(gate) * up in its epilogue.  Backward reads gate and up back, and makes
+  silu(gate) * up again beside their gradients: storing costs a third of what another product would.
+- Every number is written once, by one program, in an order that does not depend on the others: deterministic, without
+  atomics, and a token's result does not depend on what other tokens are or choose, to the bit.
+
+    python -m pytest tests/kernels/test_triton_moe.py        (docs/KERNELS.md has the figures)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .grouped_gemm import gate_up_kernel, hidden_gradient_kernel, linear_kernel, weight_gradient_kernel
+from .host import architecture, on
+from .sort import Plan, plan
+
+
+class Sizes(NamedTuple):
+    """A kernel's tile: `rows` x `columns` of output, summed over `depth` at a time."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+# From compiled resource tables (docs/KERNELS.md): no spills, both operands of every product copied asynchronously.
+# The kernels over rows share one table of row blocks, so one number of `rows`; gate_up has two tiles of its columns.
+HOPPER = {
+    "gate_up": Sizes(128, 128, 64, 8, 3),
+    "linear": Sizes(128, 256, 64, 8, 3),
+    "hidden_gradient": Sizes(128, 128, 64, 8, 3),
+    "gate_up_gradient": Sizes(128, 256, 64, 8, 3),
+    "down_gradient": Sizes(256, 128, 64, 8, 3),
+}
+# Within the 99 KB of shared memory that consumer GPUs have as well.
+AMPERE = {
+    "gate_up": Sizes(128, 128, 32, 8, 4),
+    "linear": Sizes(128, 256, 32, 8, 4),
+    "hidden_gradient": Sizes(128, 64, 64, 4, 3),
+    "gate_up_gradient": Sizes(128, 256, 32, 8, 4),
+    "down_gradient": Sizes(256, 128, 32, 8, 4),
+}
+# fp32 without tensor cores: exact products, for tests and small models.
+WIDE = dict.fromkeys(HOPPER, Sizes(64, 64, 16, 4, 2))
+
+
+def sizes_for(dtype: torch.dtype) -> dict[str, Sizes]:
+    """Tiles for the GPU that kernels start on."""
+    if dtype.itemsize > 2:
+        return WIDE
+    return HOPPER if 90 <= architecture() < 120 else AMPERE
+
+
+def splits(tiles: int, rows: int, device: torch.device) -> int:
+    """How many programs share the sum of one tile of a weight's gradient: enough to fill the GPU, 512 rows for each.
+
+    Their sums are stored apart and added in order.  At MiniMind's own sizes it is one.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return max(1, min(processors // tiles, rows // 512))
+
+
+def constants(sizes: Sizes, dtype: torch.dtype) -> dict:
+    return dict(ROWS=sizes.rows, COLUMNS=sizes.columns, DEPTH=sizes.depth, num_warps=sizes.warps,
+                num_stages=sizes.stages, ACC=tl.float64 if dtype == torch.float64 else tl.float32)
+
+
+def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def apply_gate_up(x: Tensor, weight: Tensor, K: int, made: Plan, sizes: Sizes, save: bool) -> tuple[Tensor, Tensor]:
+    """x (T, C), weight (E, 2 I, C) -> gate_up (M, 2 I), empty unless `save`, and silu(gate) * up (M, I), sorted."""
+    M, C, I, n = len(made.order), x.shape[1], weight.shape[1] // 2, len(made.blocks)
+    gate_up, hidden = empty(x, M if save else 0, 2 * I), empty(x, M, I)
+    gate_up_kernel[(n * triton.cdiv(I, sizes.columns),)](
+        x, weight, gate_up, hidden, made.order, made.blocks, n, C, C=C, I=I, K=K, SAVE=save,
+        **constants(sizes, x.dtype))
+    return gate_up, hidden
+
+
+def apply_linear(a: Tensor, weight: Tensor, scale: Tensor | None, K: int, made: Plan, sizes: Sizes) -> Tensor:
+    """Sorted rows a (M, D) times their experts' weights, by token: (T, N).
+
+    weight is (E, N, D) with a scale (T, K), and (E, D, N) without one.  A token's K results are stored apart and then
+    added, in order.
+    """
+    (M, D), N, n = a.shape, weight.shape[1 if scale is not None else 2], len(made.blocks)
+    out, scaled = empty(a, M, N), scale is not None
+    linear_kernel[(n * triton.cdiv(N, sizes.columns),)](
+        a, weight, scale if scaled else out, out, made.order, made.blocks, n, D, N=N, D=D, TRANSPOSED=scaled,
+        SCALED=scaled, **constants(sizes, a.dtype))
+    return out if K == 1 else out.view(M // K, K, N).sum(dim=1)
+
+
+def hidden_gradient(dy: Tensor, down: Tensor, scale: Tensor, gate_up: Tensor, made: Plan,
+                    sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
+    """dy (T, C) -> dgate_up (M, 2 I) and scale * hidden (M, I), both sorted, and dscale (T, K)."""
+    M, C, I, n = len(made.order), dy.shape[1], down.shape[2], len(made.blocks)
+    column_blocks = triton.cdiv(I, sizes.columns)
+    dgate_up, hidden = empty(dy, M, 2 * I), empty(dy, M, I)
+    dscale = empty(dy, column_blocks, M, dtype=torch.promote_types(dy.dtype, torch.float32))
+    hidden_gradient_kernel[(n * column_blocks,)](
+        dy, down, scale, gate_up, dgate_up, hidden, dscale, made.order, made.blocks, n, M, C, C=C, I=I,
+        K=scale.shape[1], **constants(sizes, dy.dtype))
+    return dgate_up, hidden, dscale.sum(dim=0).view(scale.shape).to(scale.dtype)
+
+
+def weight_gradient(a: Tensor, b: Tensor, gathered: str, K: int, made: Plan, sizes: Sizes) -> Tensor:
+    """sum of a^T b over each expert's rows: (E, P, Q) from a (., P) and b (., Q), of which `gathered` is by token."""
+    E, P, Q = len(made.offsets) - 1, a.shape[1], b.shape[1]
+    tiles = E * triton.cdiv(P, sizes.rows) * triton.cdiv(Q, sizes.columns)
+    split = splits(tiles, len(made.order) // E, a.device)
+    out = empty(a, split, E, P, Q, dtype=a.dtype if split == 1 else torch.promote_types(a.dtype, torch.float32))
+    weight_gradient_kernel[(tiles, split)](
+        a, b, out, made.order, made.offsets, E, P=P, Q=Q, K=K, GATHER_A=gathered == "a", GATHER_B=gathered == "b",
+        SPLIT=split, **constants(sizes, a.dtype))
+    return out[0] if split == 1 else out.sum(dim=0).to(a.dtype)
+
+
+class Moe(Function):
+    """Saves what it was given, gate_up and the plan; gate_up only if a gradient can be asked for."""
+
+    @staticmethod
+    def forward(ctx, x, gate_up, down, weights, experts, sizes, save):
+        K = experts.shape[1]
+        with on(x.device):
+            made = plan(experts, gate_up.shape[0], sizes["gate_up"].rows)
+            saved, hidden = apply_gate_up(x, gate_up, K, made, sizes["gate_up"], save)
+            y = apply_linear(hidden, down, weights, K, made, sizes["linear"])
+        ctx.save_for_backward(x, gate_up, down, weights, saved, *made)
+        ctx.sizes = sizes
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, gate_up, down, weights, saved, *made = ctx.saved_tensors
+        made, K, sizes, dy = Plan(*made), weights.shape[1], ctx.sizes, dy.contiguous()
+        wants_x, wants_gate_up, wants_down = ctx.needs_input_grad[:3]
+        with on(x.device):
+            dgate_up, hidden, dweights = hidden_gradient(dy, down, weights, saved, made, sizes["hidden_gradient"])
+            dx = apply_linear(dgate_up, gate_up, None, K, made, sizes["linear"]) if wants_x else None
+            dweight = weight_gradient(dgate_up, x, "b", K, made, sizes["gate_up_gradient"]) if wants_gate_up else None
+            ddown = weight_gradient(dy, hidden, "a", K, made, sizes["down_gradient"]) if wants_down else None
+        return dx, dweight, ddown, dweights, None, None, None
+
+
+def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor,
+        sizes: dict[str, Sizes] | None = None) -> Tensor:
+    """y_t = sum_k weights[t, k] * down_e @ (silu(gate_e @ x_t) * (up_e @ x_t)) with e = experts[t, k].
+
+    Args:
+        x: (T, C).  gate_up: (E, 2 I, C), gate first.  down: (E, C, I).  All of one dtype.
+        weights: (T, K) floating.  experts: (T, K) integers in [0, E); others are undefined behaviour.
+        sizes: the kernels' tiles, by name; chosen for the GPU if None.
+
+    Returns:
+        (T, C) in x's dtype.  Experts that nobody chose get gradients of exactly zero.
+
+    Raises:
+        ValueError: dtypes that differ, shapes that do not fit.
+    """
+    if not x.dtype == gate_up.dtype == down.dtype:
+        raise ValueError(f"x, gate_up and down must have one dtype, not {x.dtype}, {gate_up.dtype}, {down.dtype}")
+    E, C, I = down.shape
+    if gate_up.shape != (E, 2 * I, C) or x.shape != (len(weights), C) or weights.shape != experts.shape:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, gate_up, down, weights, experts))
+        raise ValueError(f"x, gate_up, down, weights, experts do not fit each other: {shapes}")
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gate_up, down, weights))
+    return Moe.apply(x.contiguous(), gate_up.contiguous(), down.contiguous(), weights.contiguous(), experts,
+                     sizes or sizes_for(x.dtype), save)

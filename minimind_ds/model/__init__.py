@@ -1,0 +1,1 @@
+"""MiniMind's decoder over packed rows, its loss, and LoRA adapters beside it."""

@@ -1,0 +1,408 @@
+"""MiniMind's decoder, dense or mixture of experts, over packed rows.
+
+Modules carry the names of the original and of transformers' Qwen3 and Qwen3-MoE, so weights move between the three
+without surgery.  (B, T) rows are flattened to tokens; `cu_seqlens` keeps samples apart; the head and the loss run on
+labelled tokens only.
+
+Shape letters: B rows, T tokens (flattened B * row length inside the layers), C hidden, H heads, D head size,
+I intermediate, E experts, K experts per token, G balance groups, N labelled tokens, V vocabulary.
+
+    python -c "from minimind_ds import PRESETS, MiniMindForCausalLM; print(MiniMindForCausalLM(PRESETS['debug']))"
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minimind_ds import kernels
+from minimind_ds.config.model import ModelConfig
+from minimind_ds.convert import weights
+from minimind_ds.kernels import Choice, Needs, attention, resolve, with_compiled
+from minimind_ds.kernels import parse as parse_kernels
+
+from . import loss
+
+if TYPE_CHECKING:
+    from minimind_ds.data.packing import PackedBatch
+
+BALANCE = ("batch", "row", "document", "global")
+
+
+class ModelOutput(NamedTuple):
+    """What a forward pass gives back; a tuple, because DeepSpeed hooks the tensors of tuples and not of other classes.
+
+    Without its hooks it learns of the last micro-batch of a step too late: with the optimizer offloaded at stage 3,
+    all but one micro-batch's gradients were lost.
+
+    loss_sum: cross-entropy summed over labelled tokens, nats, float32 (0 when there are none).
+    n_labelled: how many tokens carry a label.
+    aux_loss: the balance loss, coefficient included, a mean over real tokens (0 for a dense model and in eval mode).
+    logits: (B, T, V) when asked for, else None.
+    expert_counts: (layers, E), real tokens' choices of each expert, for metrics; None for a dense model or in eval.
+    """
+
+    loss_sum: Tensor
+    n_labelled: int
+    aux_loss: Tensor
+    logits: Tensor | None = None
+    expert_counts: Tensor | None = None
+
+
+class Packing(NamedTuple):
+    """What every layer of one forward pass shares."""
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    cos_TD: Tensor
+    sin_TD: Tensor
+    group_T: Tensor | None
+    n_groups: int
+    kernels: Choice
+    attend: Callable[..., Tensor]
+    total_counts: Callable[[Tensor], Tensor] | None
+
+
+def needs(config: ModelConfig) -> Needs:
+    """What this model asks of its kernels."""
+    return Needs(config.head_dim, config.dropout)
+
+
+def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
+    """(D / 2,) inverse wavelengths and the factor on cos and sin; YaRN (arXiv:2309.00071) as MiniMind blends it."""
+    D, base, yarn = config.head_dim, config.rope_theta, config.rope_scaling
+    freqs = 1.0 / (base ** (torch.arange(0, D, 2).float() / D))
+    if yarn is None:
+        return freqs, 1.0
+    original, factor = yarn.get("original_max_position_embeddings", 2048), yarn.get("factor", 16)
+    attention_factor = yarn.get("attention_factor", 1.0)
+    if config.max_position_embeddings <= original:
+        return freqs, attention_factor
+
+    def dimension(rotations: float) -> float:
+        return D * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dimension(yarn.get("beta_fast", 32.0))), 0)
+    high = min(math.ceil(dimension(yarn.get("beta_slow", 1.0))), D // 2 - 1)
+    ramp = ((torch.arange(D // 2).float() - low) / max(high - low, 0.001)).clamp(0, 1)
+    return freqs * (1 - ramp + ramp / factor), attention_factor
+
+
+class Rotary(nn.Module):
+    """cos and sin by position.
+
+    The tables are no buffers: casting a module to bf16 would round them, and a position of 4,097 has no bf16.  They
+    are made where and when they are first needed.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.tables: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, positions_T: Tensor) -> tuple[Tensor, Tensor]:
+        if self.tables is None or self.tables[0].device != positions_T.device:
+            freqs, factor = rotary_frequencies(self.config)
+            angles = torch.outer(torch.arange(self.config.max_position_embeddings), freqs).float()
+            self.tables = tuple((f(angles) * factor).to(positions_T.device) for f in (torch.cos, torch.sin))
+        return self.tables[0][positions_T], self.tables[1][positions_T]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps, backend=packing.kernels.elementwise)
+
+
+class ResidualNorm(RMSNorm):
+    def forward(self, x: Tensor, residual: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+        """-> x + residual, and its norm."""
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps, backend=packing.kernels.elementwise)
+
+
+class HeadNorm(RMSNorm):
+    def forward(self, x_THD: Tensor, packing: Packing) -> Tensor:
+        """-> each head normalised and rotated to its position."""
+        return rotate(x_THD, self.weight, self.eps, packing)
+
+
+def rotate(x_THD: Tensor, weight_D: Tensor | None, eps: float, packing: Packing) -> Tensor:
+    return kernels.norm_rope(x_THD, weight_D, packing.cos_TD, packing.sin_TD, eps, backend=packing.kernels.rope)
+
+
+class Linear(nn.Linear):
+    """No bias; the product is made in the input's dtype, which is wider than the weight's where that is faster."""
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None):
+        super().__init__(in_features, out_features, bias=False, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, H, Hkv, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.head_dim, self.dropout, self.qk_norm = D, config.dropout, config.qk_norm
+        self.q_proj = Linear(C, H * D)
+        self.k_proj = Linear(C, Hkv * D)
+        self.v_proj = Linear(C, Hkv * D)
+        self.o_proj = Linear(H * D, C)
+        if config.qk_norm:
+            self.q_norm = HeadNorm(D, config.rms_norm_eps)
+            self.k_norm = HeadNorm(D, config.rms_norm_eps)
+
+    def forward(self, x_TC: Tensor, packing: Packing) -> Tensor:
+        q_THD, k_THD, v_THD = (proj(x_TC).unflatten(-1, (-1, self.head_dim))
+                               for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if self.qk_norm:
+            q_THD, k_THD = self.q_norm(q_THD, packing), self.k_norm(k_THD, packing)
+        else:
+            q_THD, k_THD = (rotate(x_THD, None, 0.0, packing) for x_THD in (q_THD, k_THD))
+        out_THD = packing.attend(q_THD, k_THD, v_THD, packing.cu_seqlens, packing.max_seqlen,
+                                 backend=packing.kernels.attention, dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.o_proj(out_THD.flatten(1)), self.dropout, self.training)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x_TC: Tensor, packing: Packing) -> Tensor:
+        return self.down_proj(kernels.swiglu(self.gate_proj(x_TC), self.up_proj(x_TC),
+                                             backend=packing.kernels.elementwise))
+
+
+class Experts(nn.Module):
+    """All experts' weights in two stacked parameters: every rank and every step touches every one of them."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        E, C, I = config.num_experts, config.hidden_size, config.moe_intermediate_size  # noqa: E741
+        self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * I, C))
+        self.down_proj = nn.Parameter(torch.empty(E, C, I))
+
+    def forward(self, x_TC: Tensor, weights_TK: Tensor, experts_TK: Tensor, backend: str) -> Tensor:
+        return kernels.moe(x_TC, self.gate_up_proj.to(x_TC.dtype), self.down_proj.to(x_TC.dtype), weights_TK,
+                           experts_TK, backend=backend)
+
+
+class MoEFeedForward(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.gate = Linear(config.hidden_size, config.num_experts)
+        self.experts = Experts(config)
+
+    def forward(self, x_TC: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """-> output (T, C), balance loss, choices per expert (E,); the last two None when not asked for."""
+        weights_TK, experts_TK, counts_GE, scores_GE = kernels.route(
+            self.gate(x_TC), self.config.num_experts_per_tok, self.config.norm_topk_prob, packing.group_T,
+            packing.n_groups, backend=packing.kernels.router)
+        y_TC = self.experts(x_TC, weights_TK, experts_TK, packing.kernels.moe)
+        if packing.group_T is None:
+            return y_TC, None, None
+        total_GE = packing.total_counts(counts_GE) if packing.total_counts else counts_GE
+        balance = balance_loss(counts_GE, scores_GE, self.config.num_experts_per_tok, total_GE=total_GE)
+        return y_TC, balance * self.config.router_aux_loss_coef, counts_GE.sum(dim=0)
+
+
+def balance_loss(counts_GE: Tensor, scores_GE: Tensor, k: int, *, total_GE: Tensor) -> Tensor:
+    """E * sum_e load_e * mean score_e per group of tokens, averaged over groups by their tokens.
+
+    load_e is the number of choices of expert e per token of the group, so loads sum to k (as MiniMind counts).  Where
+    ranks hold parts of a group, the mean of their losses, weighted by their tokens, is the group's.
+
+    Args:
+        counts_GE: how often a group's tokens chose an expert.  scores_GE: the sums of their scores (differentiable).
+        k: experts per token.
+        total_GE: the counts over all ranks that hold tokens of the group.
+    """
+    load_GE = total_GE / (total_GE.sum(dim=1, keepdim=True) / k).clamp(min=1)
+    tokens = (counts_GE.sum() / k).clamp(min=1)
+    return counts_GE.shape[1] * (load_GE * scores_GE).sum() / tokens
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
+        self.use_moe = config.use_moe
+
+    def forward(self, x_TC: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        attended_TC = self.self_attn(self.input_layernorm(x_TC, packing), packing)
+        x_TC, normed_TC = self.post_attention_layernorm(attended_TC, x_TC, packing)
+        if not self.use_moe:
+            return x_TC + self.mlp(normed_TC, packing), None, None
+        y_TC, balance, counts_E = self.mlp(normed_TC, packing)
+        return x_TC + y_TC, balance, counts_E
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.dropout = config.dropout
+
+    def forward(self, ids_T: Tensor, packing: Packing, remember: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """-> hidden (T, C), the balance losses and the expert counts of the layers that have them."""
+        x_TC = self.embed_tokens(ids_T).to(packing.kernels.activations)
+        x_TC = F.dropout(x_TC, self.dropout, self.training)
+        balances, counts = [], []
+        for layer in self.layers:
+            if remember:
+                x_TC, balance, counts_E = layer(x_TC, packing)
+            else:
+                x_TC, balance, counts_E = checkpoint(layer, x_TC, packing, use_reentrant=False)
+            if balance is not None:
+                balances.append(balance)
+                counts.append(counts_E)
+        return self.norm(x_TC, packing), balances, counts
+
+
+class Head(Linear):
+    """The output projection.  With labels it gives the loss: under ZeRO-3 its weight is whole only inside forward."""
+
+    def forward(self, hidden_NC: Tensor, labels_N: Tensor | None = None, backend: str = "auto") -> Tensor:
+        if labels_N is None:
+            return super().forward(hidden_NC)
+        return loss.cross_entropy_sum(hidden_NC, self.weight.to(hidden_NC.dtype), labels_N, backend=backend)
+
+
+class MiniMindForCausalLM(nn.Module):
+    """MiniMind-3 or MiniMind2 for training and scoring.
+
+    Args:
+        config: the model's shape.
+        kernels: "auto", a backend's name, or "attention=NAME,moe=NAME" (see minimind_ds.kernels).
+        balance: the groups over which the experts' balance is asked for: "batch" (all real tokens of the
+            micro-batch, as MiniMind), "row" (each row of the batch: the same whichever ranks and micro-batches rows
+            are dealt to), "document" (each packed sample) or "global" (as "batch", over all ranks' micro-batches).
+
+    Raises:
+        ValueError: a backend or a balance that does not exist.
+    """
+
+    def __init__(self, config: ModelConfig, kernels: str = "auto", *, balance: str = "batch"):
+        super().__init__()
+        if balance not in BALANCE:
+            raise ValueError(f"balance is {balance!r}; it must be one of {', '.join(BALANCE)}")
+        parse_kernels(kernels)
+        self.config, self.balance, self.kernels = config, balance, kernels
+        self.gradient_checkpointing = False
+        # What parallel.install changes where ranks share rows: attention over all their tokens, counts over all ranks.
+        self.attend, self.total_counts = attention, None
+        self.model = Decoder(config)
+        self.rotary = Rotary(config)
+        # A tied head owns no memory of its own: both modules hold one Parameter, which ZeRO-3 gathers for either.
+        self.lm_head = Head(config.hidden_size, config.vocab_size,
+                            device="meta" if config.tie_word_embeddings else None)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        # For its dtype alone.  Under ZeRO-3 reading another module's parameter inside forward gathers it, at a moment
+        # that differs between ranks; a tuple is no such reading.
+        self.like = (self.model.norm.weight,)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        """Draws initial weights: see weights.fresh."""
+        parameters = dict(self.named_parameters())
+        for name, tensor in weights.fresh(self.config):
+            parameters[name].copy_(tensor)
+
+    def compile_layers(self):
+        """From now on the elementwise parts of the layers run through torch.compile.
+
+        Raises:
+            ValueError: another backend was asked for them, or there is no compiler.
+        """
+        self.kernels = with_compiled(self.kernels)
+        self.kernel_choice(self.like[0].device, self.like[0].dtype)
+
+    def kernel_choice(self, device: torch.device | str, dtype: torch.dtype) -> Choice:
+        """The backends this model uses there, with the reason: for printing once.  Raises ValueError if it cannot."""
+        return resolve(self.kernels, device, dtype, needs(self.config))
+
+    def forward(self, batch: PackedBatch, return_logits: bool = False) -> ModelOutput:
+        """Runs packed rows.  The balance loss and expert counts are worked out in training mode only.
+
+        Raises:
+            ValueError: a segment longer than max_position_embeddings.
+        """
+        if batch.max_seqlen > self.config.max_position_embeddings:
+            raise ValueError(f"a segment of {batch.max_seqlen} tokens is longer than max_position_embeddings "
+                             f"{self.config.max_position_embeddings}")
+        labels_T = batch.labels.flatten()
+        cos_TD, sin_TD = self.rotary(batch.position_ids.flatten())
+        choice = self.kernel_choice(labels_T.device, self.like[0].dtype)
+        packing = Packing(batch.cu_seqlens, batch.max_seqlen, cos_TD, sin_TD, *self.balance_groups(batch), choice,
+                          self.attend, self.total_counts)
+        remember = not (self.gradient_checkpointing and self.training)
+        hidden_TC, balances, counts = self.model(batch.input_ids.flatten(), packing, remember)
+        # A batch that brings the labelled positions spares a GPU the question how many there are.
+        labelled_N = getattr(batch, "labelled_index", None)
+        if labelled_N is None:
+            labelled_N = (labels_T != loss.IGNORE).nonzero().flatten()
+        loss_sum = self.lm_head(hidden_TC.index_select(0, labelled_N), labels_T.index_select(0, labelled_N),
+                                choice.elementwise)
+        return ModelOutput(
+            loss_sum=loss_sum,
+            n_labelled=len(labelled_N),
+            aux_loss=torch.stack(balances).sum() if balances else loss_sum.new_zeros(()),
+            logits=self.lm_head(hidden_TC).unflatten(0, batch.labels.shape) if return_logits else None,
+            expert_counts=torch.stack(counts) if counts else None,
+        )
+
+    def balance_groups(self, batch: PackedBatch) -> tuple[Tensor | None, int]:
+        """(T,) the group of each real token, -1 for padding, and how many groups; (None, 0) without a balance loss."""
+        if not (self.training and self.config.use_moe and self.config.router_aux_loss_coef > 0):
+            return None, 0
+        token_T = batch.first_token + torch.arange(batch.labels.numel(), device=batch.labels.device)
+        n_rows = batch.n_rows or len(batch.labels)
+        if self.balance in ("batch", "global"):
+            n_groups, group_T = 1, torch.zeros_like(token_T)
+        elif self.balance == "row":
+            # cu_seqlens end where the whole batch does, padding included.
+            n_groups, group_T = n_rows, token_T // (int(batch.cu_seqlens[-1]) // n_rows)
+        else:
+            n_groups = len(batch.cu_seqlens) - 1
+            group_T = torch.searchsorted(batch.cu_seqlens[1:].to(token_T), token_T, right=True)
+        real_mask = getattr(batch, "real_mask", None)
+        if real_mask is not None:
+            group_T = torch.where(real_mask.flatten(), group_T, -1)
+        return group_T, n_groups
+
+    def load_weights(self, state: dict[str, Tensor]):
+        """Loads weights under our own names, all and no others.  Raises ValueError naming what does not fit."""
+        state = weights.check(state, self.config, "state dict")
+        if self.config.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        self.load_state_dict(state, strict=True)
+
+    def load_minimind(self, state_dict: dict[str, Tensor]):
+        """Loads weights under MiniMind's names, all of them and no others.
+
+        Raises:
+            ValueError: one line naming what is missing, unexpected or of another shape.
+        """
+        self.load_weights(weights.from_minimind(state_dict, self.config))

@@ -1,0 +1,283 @@
+"""LoRA (arXiv:2106.09685): small trained matrices beside frozen projections, W x + alpha / rank * B (A x).
+
+Names, start (A normal with deviation 0.02, B zero) and the choice of modules are MiniMind's: the square projections
+of the layers, q_proj and o_proj in MiniMind-3, with a factor of 1 (alpha = rank).  Experts are stacked in one
+parameter a layer and get no adapters: of a mixture of experts the attention is adapted, and the router if asked for.
+A run writes its adapters only; a base's weights plus these make a model again (`merge`).
+
+    deepspeed launch/sft.py --deepspeed ds_configs/zero2.json --from_weight out/sft --lora_rank 8 --save_dir out/lora
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from minimind_ds.config.model import ModelConfig
+from minimind_ds.convert import weights
+
+from .decoder import Linear, MiniMindForCausalLM
+
+# The rank of every adapter that the original's own programs make room for.
+MINIMIND_RANK = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """What adapters are: their rank, their factor alpha / rank and the modules they stand beside.
+
+    targets: last names of the adapted modules ("q_proj"), in the model's order; every layer's are adapted.
+    dropout: on the adapters' input, in training only.
+    base: fingerprint of the weights they were trained on; None where it is not known (MiniMind's files).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dropout: float = 0.0
+    base: str | None = None
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def describe(self) -> str:
+        return f"rank {self.rank}, alpha {self.alpha:g}, on {', '.join(self.targets)}"
+
+    def identity(self) -> str:
+        """All of it in one line, for a checkpoint to compare."""
+        return f"{self.describe()}, dropout {self.dropout:g}, base {(self.base or '')[:16]}"
+
+
+class Adapter(nn.Module):
+    """x -> alpha / rank * B(A(x)).  A and B own their weights, so that ZeRO-3 gathers them where they are used."""
+
+    def __init__(self, lora: Lora, A_RC: Tensor, B_DR: Tensor):
+        super().__init__()
+        self.scale, self.dropout = lora.scale, lora.dropout
+        for name, matrix in (("A", A_RC), ("B", B_DR)):
+            linear = Linear(matrix.shape[1], matrix.shape[0], device="meta")
+            linear.weight = nn.Parameter(matrix)
+            self.add_module(name, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.B(self.A(F.dropout(x, self.dropout, self.training))) * self.scale
+
+
+class AdaptedLinear(Linear):
+    """A frozen Linear with an adapter beside it, under the original's names: weight, lora.A.weight, lora.B.weight."""
+
+    def __init__(self, base: Linear, adapter: Adapter):
+        super().__init__(base.in_features, base.out_features, device="meta")
+        self.weight, self.lora = base.weight, adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.lora(x)
+
+
+def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Module name -> (out, in) of every Linear in the layers; the experts' stacked weights are none."""
+    return {name.removesuffix(".weight"): shape for name, shape in weights.expected_shapes(config).items()
+            if name.startswith("model.layers.") and len(shape) == 2}
+
+
+def find_targets(config: ModelConfig, asked: str | None) -> tuple[str, ...]:
+    """The last names of the modules to adapt, in the model's order.
+
+    Args:
+        asked: a comma list, or None for the original's choice: the modules whose weight is square.
+
+    Raises:
+        ValueError: a name that is no module of the layers, or of experts; a model without a square module.
+    """
+    last = {name.rpartition(".")[2]: shape for name, shape in linear_shapes(config).items()}
+    if asked is None:
+        square = tuple(name for name, (out, into) in last.items() if out == into)
+        if not square:
+            raise ValueError(f"no projection of this model is square, as MiniMind's LoRA wants: name some of "
+                             f"{', '.join(last)} with --lora_targets")
+        return square
+    names = [name.strip() for name in asked.split(",") if name.strip()]
+    for name in names or [asked]:
+        if config.use_moe and name in ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "experts"):
+            raise ValueError(f"--lora_targets {name}: experts are stacked in one parameter a layer and get no "
+                             f"adapters; choose from {', '.join(last)}")
+        if name not in last:
+            raise ValueError(f"--lora_targets {name!r}: no such projection in the layers; choose from "
+                             f"{', '.join(last)}")
+    return tuple(name for name in last if name in names)
+
+
+def shapes(config: ModelConfig, lora: Lora) -> dict[str, tuple[int, int]]:
+    """Name -> shape of every adapter's A (rank, in) and B (out, rank), in the model's order."""
+    found = {}
+    for name, (out, into) in linear_shapes(config).items():
+        if name.rpartition(".")[2] in lora.targets:
+            found |= {f"{name}.lora.A.weight": (lora.rank, into), f"{name}.lora.B.weight": (out, lora.rank)}
+    return found
+
+
+def fresh(config: ModelConfig, lora: Lora, *, seed: int) -> dict[str, Tensor]:
+    """Adapters that change nothing yet: A normal with deviation 0.02, B zero; fixed by the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.empty(shape).normal_(0.0, 0.02, generator=generator) if name.endswith(".A.weight")
+            else torch.zeros(shape) for name, shape in shapes(config, lora).items()}
+
+
+def attach(model: MiniMindForCausalLM, lora: Lora, state: dict[str, Tensor]) -> None:
+    """Freezes a model and puts adapters with these weights (`fresh`, `load`) beside its targets; only they train."""
+    model.requires_grad_(False)
+    for name in [name.removesuffix(".lora.A.weight") for name in state if name.endswith(".lora.A.weight")]:
+        parent, _, last = name.rpartition(".")
+        base = model.get_submodule(name)
+        A_RC, B_DR = (state[f"{name}.lora.{part}.weight"].detach().clone().to(base.weight) for part in "AB")
+        setattr(model.get_submodule(parent), last, AdaptedLinear(base, Adapter(lora, A_RC, B_DR)))
+
+
+def fingerprint(state: dict[str, Tensor]) -> str:
+    """SHA-256 of a model's weights: names and values, whatever file and dtype hold them."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(f"{name} {tuple(state[name].shape)}\n".encode())
+        digest.update(state[name].detach().float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def merge(state: dict[str, Tensor], lora: Lora, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A base's weights with adapters added: W + alpha / rank * B A, in fp32 (fp64 where W is); the rest as it was.
+
+    Raises:
+        ValueError: adapters that were trained on other weights than these.
+    """
+    if lora.base is not None and lora.base != fingerprint(state):
+        raise ValueError("the adapters were trained on other weights than these: name the base that the run had as "
+                         "--from_weight, in its own precision")
+    merged = dict(state)
+    for name in adapters:
+        if name.endswith(".lora.A.weight"):
+            module = name.removesuffix(".lora.A.weight")
+            base = state[f"{module}.weight"]
+            wide = torch.promote_types(base.dtype, torch.float32)
+            B_DR, A_RC = adapters[f"{module}.lora.B.weight"].to(wide), adapters[name].to(wide)
+            merged[f"{module}.weight"] = base.to(wide) + lora.scale * (B_DR @ A_RC)
+    return merged
+
+
+def save_adapters(path: str | Path, adapters: dict[str, Tensor], lora: Lora, config: ModelConfig):
+    """Writes adapters with what they are and the model's configuration, wholly or not at all.
+
+    Raises:
+        ValueError: adapters that do not fit.
+    """
+    adapters = {name: tensor.detach().contiguous().cpu()
+                for name, tensor in weights.fit(adapters, shapes(config, lora), str(path)).items()}
+    facts = {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets, "dropout": lora.dropout,
+             "base": lora.base}
+    metadata = {"lora": json.dumps(facts), "config": json.dumps(config.to_dict()), "format": "pt"}
+    weights.write_whole(Path(path), save(adapters, metadata=metadata))
+
+
+def load_adapters(path: str | Path, config: ModelConfig | None = None) -> tuple[dict[str, Tensor], Lora, ModelConfig]:
+    """Adapters from a LoRA run's folder, its .safetensors file or MiniMind's LoRA .pth, on the CPU.
+
+    Args:
+        config: the base model's; None takes the file's own word for it.
+
+    Returns:
+        the adapters by name, what they are, and the model they belong to.
+
+    Raises:
+        ValueError: one line: nothing there, no adapters, adapters of another model, ranks that differ, a .pth (which
+            carries no configuration) without a config.
+    """
+    file = weights.find(path)[0]
+    if file.suffix != ".safetensors":
+        if config is None:
+            raise ValueError(f"{path}: a .pth does not say of which model its adapters are")
+        adapters, lora = from_minimind(weights.read_pth(file), str(path))
+    else:
+        metadata = weights.read_metadata(file)
+        if "lora" not in metadata:
+            raise ValueError(f"{path}: holds a whole model's weights, no LoRA adapters")
+        try:
+            lora, theirs = read_facts(metadata["lora"]), ModelConfig.from_dict(json.loads(metadata["config"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: what it says of its adapters is damaged: {error}") from None
+        weights.check_same_model(path, theirs, config or theirs)
+        adapters, config = weights.read_safetensors(file), config or theirs
+    return weights.fit(adapters, shapes(config, lora), str(path)), lora, config
+
+
+def read_facts(text: str) -> Lora:
+    """A file's own description of its adapters.  Raises TypeError or ValueError on anything else."""
+    values = json.loads(text)
+    lora = Lora(**{**values, "targets": tuple(values["targets"])})
+    numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in (lora.alpha, lora.dropout))
+    if not (isinstance(lora.rank, int) and lora.rank >= 1 and numbers
+            and lora.targets and all(isinstance(target, str) for target in lora.targets)):
+        raise ValueError(f"rank {lora.rank!r}, alpha {lora.alpha!r}, targets {lora.targets!r}")
+    return lora
+
+
+def from_minimind(state: dict[str, Tensor], source: str) -> tuple[dict[str, Tensor], Lora]:
+    """MiniMind's LoRA .pth -> adapters and what they are: the names are ours, the factor is 1.
+
+    Raises:
+        ValueError: one line: no adapters, ranks that differ, or experts that are adapted.
+    """
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    other = [name for name in state if not name.endswith((".lora.A.weight", ".lora.B.weight"))]
+    if other:
+        raise ValueError(f"{source}: holds {other[0]}, which is no LoRA adapter"
+                         + ("" if len(other) < len(state) else ": it looks like a whole model's weights"))
+    ours = {}
+    for name, tensor in state.items():
+        # An expert's adapter with B = 0 changes nothing: to_minimind writes such.
+        if ".experts." not in name:
+            ours[name] = tensor
+        elif name.endswith(".B.weight") and tensor.any():
+            raise ValueError(f"{source}: adapts experts ({name}), which minimind_ds keeps frozen; merge it into its "
+                             f"base with MiniMind's scripts/convert_model.py")
+    ranks = sorted({tensor.shape[0] for name, tensor in ours.items() if name.endswith(".A.weight") and tensor.dim()})
+    if len(ranks) != 1:
+        raise ValueError(f"{source}: its adapters have several ranks ({', '.join(map(str, ranks))})" if ranks else
+                         f"{source}: holds no adapter's A")
+    targets = dict.fromkeys(name.split(".")[-4] for name in ours if name.count(".") >= 4)
+    return ours, Lora(rank=ranks[0], alpha=ranks[0], targets=tuple(targets))
+
+
+def to_minimind(adapters: dict[str, Tensor], lora: Lora, config: ModelConfig) -> dict[str, Tensor]:
+    """Adapters under the original's names, for its load_lora after apply_lora(model).
+
+    The original adapts every square Linear, always with factor 1 and in its own programs with rank 16: alpha / rank
+    goes into B, smaller ranks are filled up with zeros, and square modules that were not adapted get zeros.  A rank
+    above 16 needs apply_lora(model, rank=...) there.
+
+    Raises:
+        ValueError: adapters on modules that are not square.
+    """
+    rank = max(lora.rank, MINIMIND_RANK)
+    empty = {name: torch.empty(shape, device="meta") for name, shape in weights.expected_shapes(config).items()}
+    square = {name.removesuffix(".weight"): tensor.shape[0] for name, tensor in weights.split_experts(empty).items()
+              if tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1] and name != "model.embed_tokens.weight"}
+    for name in adapters:
+        module = name.rpartition(".lora.")[0]
+        if module not in square:
+            raise ValueError(f"the original MiniMind adapts square projections only, and these adapters stand beside "
+                             f"{', '.join(lora.targets)}: merge them into their base instead (--to minimind)")
+    named = {}
+    for module, size in square.items():
+        A_RC, B_DR = torch.zeros(rank, size), torch.zeros(size, rank)
+        if f"{module}.lora.A.weight" in adapters:
+            A_RC[:lora.rank] = adapters[f"{module}.lora.A.weight"]
+            B_DR[:, :lora.rank] = adapters[f"{module}.lora.B.weight"].float() * lora.scale
+        named |= {f"{module}.lora.A.weight": A_RC, f"{module}.lora.B.weight": B_DR}
+    return named

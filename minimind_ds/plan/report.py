@@ -1,0 +1,243 @@
+"""The plan of a run, for people: every ZeRO stage side by side, and which file of ds_configs/ to start with.
+
+    python launch/plan.py --preset minimind-3 --ranks 8 --memory 80
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import torch
+
+from minimind_ds import kernels
+from minimind_ds.config import deepspeed_json
+from minimind_ds.config.run import OneLineParser, RunConfig, parse_run_config
+from minimind_ds.data.tokenizer import load_tokenizer
+from minimind_ds.distributed import sequence_parallel
+from minimind_ds.distributed.engine import free_port, read_layout, start, stop
+from minimind_ds.model.decoder import needs
+from minimind_ds.paths import DS_CONFIGS, ROOT
+from minimind_ds.plan import measure, memory_model
+from minimind_ds.plan.memory_model import GIB, Setting
+from minimind_ds.training.prepare import DTYPES, PROGRAMS, choose, choose_lora, prepare
+
+# Below so many tokens a GPU waits for its kernels to be launched.
+ENOUGH_TOKENS = 32_768
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+# When no stage fits: what leaves the device next.
+OFFLOADED = ("zero2_offload", "zero3_offload", "zero3_offload_param")
+# What is not counted: temporaries of single operations, fragments, the libraries' own.
+SPARE = 0.15
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    p = OneLineParser(prog="python launch/plan.py", allow_abbrev=False, description=__doc__.split("\n")[0],
+                      epilog="The flags of launch/sft.py that decide memory are taken, too: --preset --config "
+                             "--tokenizer --deepspeed --dtype --pack_len --batch_size --accumulation_steps --kernels "
+                             "--gradient_checkpointing --lora_rank ...")
+    p.add_argument("--ranks", type=int, default=1, help="GPUs of the run, all machines together (default: 1)")
+    p.add_argument("--memory", type=float, default=0,
+                   help="GiB of a device; 0: this machine's GPU, or 80 where there is none (default: 0)")
+    p.add_argument("--labelled", type=float, default=0.5, help="share of tokens with a label, 0 to 1 (default: 0.5)")
+    p.add_argument("--json", action="store_true", help="print the plan as one JSON line, last")
+    p.add_argument("--measure", action="store_true",
+                   help="run a step of each file on --ranks processes here, and print how far off the plan is")
+    p.add_argument("--child", help=argparse.SUPPRESS)
+    options, rest = p.parse_known_args(argv)
+    if options.ranks < 1:
+        raise ValueError(f"--ranks is {options.ranks}; it must be at least 1")
+    if options.memory < 0 or not 0 <= options.labelled <= 1:
+        name = "memory" if options.memory < 0 else "labelled"
+        raise ValueError(f"--{name} is {getattr(options, name)}; it must be "
+                         + ("at least 0" if name == "memory" else "between 0 and 1"))
+    return options, rest
+
+
+def main(argv: list[str]) -> int:
+    """The whole of launch/plan.py.  Returns the exit code."""
+    try:
+        options, rest = parse(argv)
+        if options.child:
+            return measure_here(pathlib.Path(options.child), rest)
+        run = parse_run_config(rest, "sft", PROGRAMS["sft"])
+        files = files_of(run)
+        settings = {name: setting(path, run, options) for name, path in files.items()}
+        memory = (options.memory or device_memory()) * GIB
+        plans = {name: plan(s, memory) for name, s in settings.items()}
+        advice = recommend(settings, plans, run, options, memory)
+        for line in [*table(settings, plans, memory), advice["line"]]:
+            print(line)
+        measured = compare_with_run(files, rest, options.ranks) if options.measure else {}
+    except ValueError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    if options.json:
+        print(json.dumps({"memory": memory, "ranks": options.ranks, "plans": plans, "recommended": advice,
+                          "off": measured}))
+    return 0
+
+
+def device_memory() -> float:
+    """GiB of the GPU, or of a common one."""
+    return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80.0
+
+
+def shipped(name: str) -> str:
+    return str(DS_CONFIGS / f"{name}.json")
+
+
+def files_of(run: RunConfig) -> dict[str, str]:
+    """Every stage's own file, and the user's beside them."""
+    files = {name: shipped(name) for name in STAGES}
+    if run.deepspeed:
+        path = pathlib.Path(run.deepspeed)
+        if path.resolve().as_posix() not in (pathlib.Path(p).resolve().as_posix() for p in files.values()):
+            files[path.stem if path.stem not in files else path.name] = run.deepspeed
+    return files
+
+
+def setting(path: str, run: RunConfig, options: argparse.Namespace) -> Setting:
+    """A file's run, resolved as the trainer does; nothing is read but flags, tokenizer and JSON.
+
+    Raises:
+        ValueError: one line about a mistake in them.
+    """
+    run, _ = choose(run.replace(deepspeed=path), read_layout())
+    config = run.model_config(load_tokenizer(run.tokenizer).vocab_size)
+    run, adapters = choose_lora(run, config)
+    raw = deepspeed_json.read_json(path)
+    deepspeed_json.check_keys(path, raw)
+    degrees = sequence_parallel.read_degrees(path, raw, options.ranks)
+    ds, run = deepspeed_json.resolve(raw, run, config, ranks=max(1, options.ranks // degrees.sequence), total_steps=0)
+    sequence_parallel.check(degrees, config, ranks=options.ranks, row_tokens=run.batch_size * run.row_len,
+                   stage=deepspeed_json.stage_of(ds), path=path)
+    on_cpu = not torch.cuda.is_available() and not options.memory
+    active = kernels.resolve(run.kernels, "cpu", DTYPES[run.dtype], needs(config)).activations.itemsize if on_cpu \
+        else None
+    return Setting(config=config, ds=ds, dtype=run.dtype, ranks=options.ranks, row_len=run.row_len,
+                   rows=run.batch_size, accumulation=run.accumulation_steps, labelled=options.labelled,
+                   activations=active, on_cpu=on_cpu, degrees=degrees, adapters=adapters,
+                   recompute=run.gradient_checkpointing)
+
+
+def plan(s: Setting, memory: float) -> dict:
+    """Bytes of a rank at this setting's micro-batch, and the largest micro-batch that fits."""
+    held = memory_model.states(s)
+    return {"stage": s.stage, "states": held["device"], "host": held["host"], "activations": memory_model.activations(s),
+            "gathered": memory_model.gathered(s), "peak": memory_model.peak(s), "sent": memory_model.sent(s),
+            "most_rows": memory_model.most_rows(s, memory * (1 - SPARE))}
+
+
+def recommend(settings: dict, plans: dict, run: RunConfig, options: argparse.Namespace, memory: float) -> dict:
+    """The lowest stage whose rows are enough, then whatever holds most of them, then offloading; and why."""
+    row_len = next(iter(settings.values())).row_len
+    enough = max(run.batch_size, min(ENOUGH_TOKENS // row_len, 64))
+    for name in STAGES:
+        if plans[name]["most_rows"] >= enough:
+            return {"file": f"ds_configs/{name}.json", "line": because(name, settings, plans, options)}
+    best = max(STAGES, key=lambda name: plans[name]["most_rows"])
+    rows = plans[best]["most_rows"]
+    if rows:
+        return {"file": f"ds_configs/{best}.json", "line": f"recommended: ds_configs/{best}.json: it holds the most "
+                f"rows, {rows}; --accumulation_steps makes up for more, --gradient_checkpointing makes room"}
+    for name in OFFLOADED:
+        s = setting(shipped(name), run, options)
+        plans[name] = plan(s, memory)
+        if plans[name]["most_rows"]:
+            return {"file": f"ds_configs/{name}.json", "line": f"recommended: ds_configs/{name}.json: no stage holds "
+                    f"one row of {row_len} tokens in {memory / GIB:.1f} GiB, and this leaves "
+                    f"{sum(plans[name]['host'].values()) / GIB:.1f} GiB a rank on the host"}
+    return {"file": None, "line": f"nothing fits: one row of {row_len} tokens needs more than {memory / GIB:.1f} GiB "
+            "even with everything offloaded; --gradient_checkpointing, a smaller --pack_len or model, more --ranks"}
+
+
+def because(name: str, settings: dict, plans: dict, options: argparse.Namespace) -> str:
+    chosen, rows = plans[name], plans[name]["most_rows"]
+    tokens = rows * settings[name].row_len
+    line = f"recommended: ds_configs/{name}.json: {rows} rows a micro-batch fit ({tokens:,} tokens)"
+    if options.ranks == 1:
+        return line + "; on one rank there is nothing to shard"
+    if name != "zero0":
+        lower = STAGES[STAGES.index(name) - 1]
+        return line + f", of {lower}.json {plans[lower]['most_rows']}"
+    spared = sum(chosen["states"].values()) - min(sum(plans[n]["states"].values()) - plans[n]["states"]["buckets"]
+                                                 for n in STAGES)
+    more = sum(plans["zero3"]["sent"].values()) / max(sum(chosen["sent"].values()), 1)
+    return line + (f"; sharding does not pay: it would free at most {spared / GIB:.2f} GiB of "
+                   f"{(options.memory or device_memory()):.0f}, and stage 3 sends {more:.1f} x the bytes")
+
+
+def table(settings: dict, plans: dict, memory: float) -> list[str]:
+    s = next(iter(settings.values()))
+    kind = "experts" if s.config.use_moe else "mlp"
+    size = sum(part.total for part in memory_model.trained_parts(s)) + sum(memory_model.frozen(s))
+    lines = [f"{size / 1e6:.1f} M parameters, {s.dtype}, {s.ranks} ranks; micro-batch {s.rows} x {s.row_len} tokens, "
+             f"{s.labelled:.0%} labelled; {memory / GIB:.1f} GiB a device, {SPARE:.0%} kept free; GiB a rank:",
+             f"{'file':<20} {'params':>7} {'optim.':>7} {'grads':>7} {'buckets':>7} {'gather':>7} {'attn.':>7} "
+             f"{kind:>7} {'rest':>7} {'logits':>7} {'peak':>7} {'host':>7} {'sent/step':>9} {'most rows':>9}"]
+    for name, p in plans.items():
+        made, held = p["activations"], p["states"]
+        rest = made["rest"] + made.get("copies of weights", 0)
+        values = [*held.values(), p["gathered"], made["attention"], made[kind], rest, made["logits"], p["peak"],
+                  sum(p["host"].values())]
+        lines.append(f"{name:<20} " + " ".join(f"{value / GIB:7.3f}" for value in values)
+                     + f" {sum(p['sent'].values()) / GIB:9.3f} {p['most_rows']:9,}")
+    return lines
+
+
+def compare_with_run(files: dict[str, str], rest: list[str], ranks: int) -> dict:
+    """Runs a step of each file under the launcher and prints how far off the plan is; {file: {kind: share}}.
+
+    Raises:
+        ValueError: the run failed; the message is its last line.
+    """
+    launcher = pathlib.Path(sys.executable).with_name("deepspeed")
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        flags = without_deepspeed(rest)
+        command = [str(launcher), "--num_gpus", str(ranks), "--master_port", free_port(),
+                   str(ROOT / "launch" / "plan.py"), "--child", folder, *flags, "--save_dir", folder]
+        (pathlib.Path(folder) / "files.json").write_text(json.dumps(files))
+        done = subprocess.run(command, text=True, capture_output=True)
+        results = [pathlib.Path(folder) / f"rank{rank}.json" for rank in range(ranks)]
+        if done.returncode or not all(path.exists() for path in results):
+            said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+            raise ValueError(said[0].removeprefix("error: ") if said else
+                             f"the measuring run ended with {done.returncode}: {done.stderr[-300:]}")
+        by_rank = [json.loads(path.read_text()) for path in results]
+    for name in files:
+        off = [measure.compare(rank[name]) for rank in by_rank]
+        # Planned is the rank that holds most.
+        found[name] = {kind: min(o[kind] for o in off) for kind in off[0]}
+        print(f"plan against run, {name}: " + ", ".join(f"{kind} {share:+.1%}" for kind, share in found[name].items()))
+    return found
+
+
+def without_deepspeed(rest: list[str]) -> list[str]:
+    """The flags but --deepspeed: every file has its turn."""
+    kept, skip = [], False
+    for word in rest:
+        if skip or word == "--deepspeed":
+            skip = not skip
+            continue
+        if not word.startswith("--deepspeed="):
+            kept.append(word)
+    return kept
+
+
+def measure_here(folder: pathlib.Path, rest: list[str]) -> int:
+    """What the launcher runs: a step of every file on this rank."""
+    layout = read_layout()
+    files, found = json.loads((folder / "files.json").read_text()), {}
+    jobs = {name: prepare("sft", [*rest, "--deepspeed", path], layout) for name, path in files.items()}
+    start(layout)
+    for name, job in jobs.items():
+        found[name] = measure.measure(job)
+    measure.write(folder / f"rank{layout.rank}.json", found)
+    stop()
+    return 0

@@ -1,0 +1,261 @@
+"""Facts about every node that a training will run on, and what is wrong with them, in a minute instead of in hours.
+
+Each rank tells rank 0 its facts through a key-value store, which needs no collective: a node that does not answer is
+named too.  Only then are they all timed in an all-reduce.
+
+    deepspeed launch/preflight.py --save_dir runs/sft
+"""
+
+from __future__ import annotations
+
+import collections
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from minimind_ds.distributed.engine import Layout
+from minimind_ds.paths import ROOT
+
+# Flags of launch/preflight.py: default and meaning.
+LIMITS = {"min_free_gib": (20.0, "least free disk in the run folder and the cache, GiB"),
+          "min_gpu_free": (0.9, "least free share of a GPU's memory"),
+          "max_clock_skew": (2.0, "most seconds between two nodes' clocks"),
+          "min_bandwidth": (0.0, "least all-reduce bandwidth over all ranks, GB/s; 0: only shown"),
+          "wait_seconds": (120.0, "how long to wait for a node to answer")}
+PACKAGES = ("torch", "deepspeed", "transformers", "triton")
+# What must be the same on all nodes.
+ALIKE = ("commit", "source", "python", *PACKAGES, "ranks", "GPU", "driver")
+
+
+def main(layout: Layout, *, save_dir: str, cache_dir: str | None, limits: dict) -> int:
+    """The whole of launch/preflight.py, on every rank.  Returns 0, or 2 when something is wrong."""
+    cache_dir = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
+                                          "minimind_ds")
+    store = open_store(layout, limits["wait_seconds"])
+    store.set(f"facts/{layout.rank}", json.dumps(facts(layout, save_dir, cache_dir)))
+    everyone, silent, bandwidth = [], [], None
+    if layout.rank == 0:
+        everyone, silent = collect(store, layout.ranks, limits["wait_seconds"])
+        problems = [f"rank {rank} did not answer within {limits['wait_seconds']:g} s" for rank in silent]
+        store.set("problems", json.dumps(problems + judge(everyone, limits)))
+    # Rank 0 waits for the slowest before it says so.
+    store.wait(["problems"], datetime.timedelta(seconds=2 * limits["wait_seconds"] + 60))
+    problems = json.loads(store.get("problems"))
+    if not problems:
+        # Alike and alive: only now is a collective sure not to hang.
+        bandwidth, clocks = measure(layout, store)
+        for fact, clock in zip(everyone, clocks):
+            fact["clock"] = clock
+        if layout.rank == 0:
+            store.set("connection", json.dumps(judge_connection(everyone, limits, bandwidth)))
+        problems = json.loads(store.get("connection"))
+        dist.destroy_process_group()
+    if layout.rank == 0:
+        report(everyone, problems, bandwidth)
+    leave(store, layout, len(everyone))
+    return 2 if problems else 0
+
+
+def leave(store, layout: Layout, answered: int) -> None:
+    """Rank 0 serves the store: it goes last."""
+    store.add("left", 1)
+    deadline = time.monotonic() + 10
+    while layout.rank == 0 and store.add("left", 0) < answered and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def open_store(layout: Layout, seconds: float) -> dist.TCPStore:
+    address = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "0"))
+    try:
+        return dist.TCPStore(*address, layout.ranks, layout.rank == 0, datetime.timedelta(seconds=seconds),
+                             wait_for_workers=False)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{socket.gethostname()} cannot reach {address[0]}:{address[1]}, where rank 0 is: "
+                         f"{str(error).splitlines()[0]}") from None
+
+
+def collect(store, ranks: int, seconds: float) -> tuple[list[dict], list[int]]:
+    """-> (the facts of the ranks that answered in time, the ranks that did not)."""
+    deadline, found, silent = time.monotonic() + seconds, [], []
+    for rank in range(ranks):
+        try:
+            store.wait([f"facts/{rank}"], datetime.timedelta(seconds=max(0.1, deadline - time.monotonic())))
+            found.append(json.loads(store.get(f"facts/{rank}")))
+        except RuntimeError:
+            silent.append(rank)
+    return found, silent
+
+
+def facts(layout: Layout, save_dir: str, cache_dir: str) -> dict:
+    """What this rank sees of its node."""
+    found = {"rank": layout.rank, "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+             "commit": commit(), "source": source(),
+             "python": platform.python_version(), "ranks": layout.ranks,
+             "save_dir": free_gib(save_dir), "cache_dir": free_gib(cache_dir)}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "none"
+    if layout.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(layout.device)
+        name = torch.cuda.get_device_name(layout.device)
+        found["uuid"] = str(getattr(torch.cuda.get_device_properties(layout.device), "uuid", layout.rank))
+        found |= {"GPU": f"{torch.cuda.device_count()} x {name}", "GPU free": free / total, **health(found["uuid"])}
+    return found
+
+
+def commit() -> str:
+    """The checkout's commit, with '+' when files of it were changed."""
+    git = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True)
+        dirty = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+
+
+def source() -> str:
+    """A hash of the program itself: a commit says nothing of files changed since."""
+    state = hashlib.sha256()
+    for path in sorted([*(ROOT / "minimind_ds").rglob("*.py"), *(ROOT / "launch").glob("*.py")]):
+        state.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return state.hexdigest()[:10]
+
+
+def free_gib(folder: str) -> float | str:
+    """Free space where a folder is or will be; what is wrong when it cannot be written to."""
+    path = pathlib.Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        return f"{path} cannot be written to"
+    return shutil.disk_usage(path).free / 2**30
+
+
+def health(uuid: str) -> dict:
+    """The driver and, where the GPU tells, its uncorrected memory errors since the last reset."""
+    try:
+        line = subprocess.run(["nvidia-smi", f"--id=GPU-{uuid}", "--format=csv,noheader,nounits",
+                               "--query-gpu=driver_version,ecc.errors.uncorrected.volatile.total"],
+                              capture_output=True, text=True, check=True, timeout=60).stdout
+        driver, errors = (word.strip() for word in line.split(","))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {}
+    return {"driver": driver, **({"ECC errors": int(errors)} if errors.isdigit() else {})}
+
+
+def measure(layout: Layout, store) -> tuple[float, list[float]]:
+    """All-reduce bandwidth over all ranks in GB/s (bus bandwidth, as NCCL's tests count it), and each rank's clock.
+
+    The clocks are read right after a barrier; of several readings rank 0 keeps the one in which they differ least.
+    """
+    cuda = layout.device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(layout.device)
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=layout.rank,
+                            world_size=layout.ranks, timeout=datetime.timedelta(minutes=5))
+    numbers, rounds = torch.ones((256 if cuda else 4) << 18, device=layout.device), 10 if cuda else 3
+    readings = []
+    for _ in range(5):
+        dist.barrier()
+        mine = torch.tensor([time.time()], dtype=torch.float64, device=layout.device)
+        every = [torch.zeros_like(mine) for _ in range(layout.ranks)]
+        dist.all_gather(every, mine)
+        readings.append([clock.item() for clock in every])
+    best = float("inf")
+    for _ in range(rounds):
+        dist.barrier()
+        began = time.perf_counter()
+        dist.all_reduce(numbers)
+        if cuda:
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - began)
+    moved = numbers.numel() * 4 * 2 * (layout.ranks - 1) / layout.ranks
+    return moved / best / 1e9, min(readings, key=lambda clocks: max(clocks) - min(clocks))
+
+
+def judge(everyone: list[dict], limits: dict) -> list[str]:
+    """What is wrong with the nodes, one line each, by the facts of each rank."""
+    problems, owners = [], {}
+    for key in ALIKE:
+        # A node's first rank speaks for it; the value most nodes have is taken for the right one.
+        values = {}
+        for fact in everyone:
+            values.setdefault(fact["node"], fact.get(key))
+        usual = collections.Counter(values.values()).most_common(1)[0][0]
+        problems += [f"{node}: {key} is {value or 'none'}, elsewhere {usual or 'none'}"
+                     for node, value in values.items() if value != usual]
+    for fact in everyone:
+        node, rank = fact["node"], fact["rank"]
+        for key in ("save_dir", "cache_dir"):
+            if isinstance(fact[key], str):
+                problems.append(f"{node}: {key}: {fact[key]}")
+            elif fact[key] < limits["min_free_gib"]:
+                problems.append(f"{node}: {key} has {fact[key]:.1f} GiB free, less than {limits['min_free_gib']:g}")
+        if fact.get("GPU free", 1) < limits["min_gpu_free"]:
+            problems.append(f"{node}: {fact['GPU free']:.0%} of the memory of rank {rank}'s GPU is free; another "
+                            "program is using it")
+        if fact.get("ECC errors", 0):
+            problems.append(f"{node}: rank {rank}'s GPU has {fact['ECC errors']} uncorrected memory errors")
+        if "uuid" in fact and owners.setdefault((node, fact["uuid"]), rank) != rank:
+            problems.append(f"{node}: ranks {owners[node, fact['uuid']]} and {rank} share a GPU; start one task a GPU")
+    # Ranks of one node find the same.
+    return list(dict.fromkeys(problems))
+
+
+def judge_connection(everyone: list[dict], limits: dict, bandwidth: float) -> list[str]:
+    """What is wrong between the nodes; each fact has its 'clock' by now."""
+    middle = sorted(fact["clock"] for fact in everyone)[len(everyone) // 2]
+    off = {fact["node"]: fact["clock"] - middle for fact in everyone}
+    problems = [f"{node}: its clock is {seconds:+.1f} s off" for node, seconds in off.items()
+                if abs(seconds) > limits["max_clock_skew"]]
+    if len(everyone) > 1 and bandwidth < limits["min_bandwidth"]:
+        problems.append(f"all-reduce over {len(everyone)} ranks: {bandwidth:.2f} GB/s, less than "
+                        f"{limits['min_bandwidth']:g}")
+    return problems
+
+
+def report(everyone: list[dict], problems: list[str], bandwidth: float | None) -> None:
+    """The table and the verdict."""
+    print(table(everyone))
+    if bandwidth is not None and len(everyone) > 1:
+        print(f"all-reduce over {len(everyone)} ranks: {bandwidth:.2f} GB/s")
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+    print(f"pre-flight: {len(problems)} problems" if problems else "pre-flight: all well", flush=True)
+
+
+def table(everyone: list[dict]) -> str:
+    """A line for each node, of its first rank."""
+    nodes = {}
+    for fact in everyone:
+        nodes.setdefault(fact["node"], fact)
+    keys = ["node", "commit", "source", "python", *PACKAGES, "GPU", "GPU free", "ECC errors", "save_dir", "cache_dir",
+            "clock"]
+    keys = [key for key in keys if any(key in fact for fact in nodes.values())]
+    first = min((fact["clock"] for fact in nodes.values() if "clock" in fact), default=0.0)
+
+    def cell(key: str, fact: dict) -> str:
+        value = fact.get(key, "-")
+        if key == "clock" and value != "-":
+            return f"{value - first:+.2f} s"
+        if key in ("save_dir", "cache_dir") and not isinstance(value, str):
+            return f"{value:.0f} GiB free"
+        return f"{value:.0%}" if key == "GPU free" and value != "-" else str(value)
+    rows = [keys, *([cell(key, fact) for key in keys] for fact in nodes.values())]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(keys))]
+    return "\n".join("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in rows)

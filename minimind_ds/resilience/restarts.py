@@ -1,0 +1,134 @@
+"""What one start of a run tells the next one, and the batch script that decides whether there is a next one.
+
+`attempts.json` in the run folder lists the failures since the run was last started by hand.  A run that a batch system
+restarts by itself gives up when the same step failed three times, so that a crash does not burn a week of GPU hours.
+The file named by MINIMIND_DS_OUTCOME (set by launch/slurm/common.sh) gets one word: training, stopped or done.
+
+    cat out/attempts.json
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import time
+
+from minimind_ds.checkpoint.folder import folder_of
+from minimind_ds.io import write_file
+from minimind_ds.resilience.signals import Stopped
+
+SAME_STEP = 3
+SAME_CHECKPOINT = 10
+
+
+def report(outcome: str) -> None:
+    """Tell the batch script how far this start came; rank 0 only."""
+    if path := os.environ.get("MINIMIND_DS_OUTCOME"):
+        write_file(pathlib.Path(path), outcome + "\n")
+
+
+def automatic_restarts() -> int:
+    """How often SLURM or torchrun has started this job again by itself."""
+    return int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
+def job_id() -> str | None:
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def goes_on(past: dict) -> bool:
+    """Whether this is a later start, begun by a batch system, of the job that last trained where `past` was read."""
+    return bool(automatic_restarts()) and past["job"] == job_id()
+
+
+def has_own_checkpoint(folder: pathlib.Path) -> bool:
+    """Whether this job, restarted by itself, has written a checkpoint here: it goes on from that whatever it was told
+    to start from, or `--from_resume none` would throw the work away at each pre-emption."""
+    past = read(folder)
+    # What stood here before is older.
+    return goes_on(past) and any(path.stat().st_mtime > past["began"] for path in folder_of(folder).glob("step_*"))
+
+
+def begin(folder: pathlib.Path, step: int) -> list[str]:
+    """Note that training begins after `step`; rank 0 only, before the metrics of lost steps are dropped.
+
+    Returns:
+        Lines for the user.
+
+    Raises:
+        ValueError: automatic restarts fail over and over at one step, or from one checkpoint.
+    """
+    past = read(folder)
+    if not goes_on(past):
+        past = {"job": job_id(), "began": time.time(), "running": False, "failures": []}
+    failures = past["failures"]
+    if past["running"]:
+        failures.append({"from": past["from"], "at": last_step(folder) + 1, "error": past.get("error")})
+    past.pop("error", None)
+    write(folder, {**past, "running": False})
+    for key, most, what in (("at", SAME_STEP, "at step"), ("from", SAME_CHECKPOINT, "after the checkpoint of step")):
+        latest = failures[-most:]
+        if len(latest) == most and len({failure[key] for failure in latest}) == 1:
+            why = latest[-1]["error"] or "the process was killed (out of memory?) or its node lost"
+            raise ValueError(f"{folder}: training failed {most} times {what} {latest[-1][key]}, the last time with: "
+                             f"{why}; not tried again; started by hand it goes on from the last checkpoint")
+    write(folder, {**past, "running": True, "from": step})
+    report("training")
+    if job_id() is None:
+        return []
+    return [f"SLURM job {job_id()}, restarted {automatic_restarts()} times"
+            + (f", failed {len(failures)} times" if failures else "")]
+
+
+class Attempt:
+    """Around the training: notes how it ended.  Does nothing but on rank 0."""
+
+    def __init__(self, folder: pathlib.Path, rank: int):
+        self.folder, self.rank = folder, rank
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, trace) -> None:
+        if self.rank != 0:
+            return
+        if error is None:
+            (self.folder / "attempts.json").unlink(missing_ok=True)
+            report("done")
+        elif isinstance(error, Stopped):
+            write(self.folder, {**read(self.folder), "running": False})
+            report("stopped")
+        else:
+            # A full disk fails here too; what it failed first is to be seen.
+            with contextlib.suppress(OSError):
+                write(self.folder, {**read(self.folder), "error": f"{kind.__name__}: {error}"[:500]})
+
+
+def read(folder: pathlib.Path) -> dict:
+    try:
+        found = json.loads((folder / "attempts.json").read_text(encoding="utf-8"))
+        return {**found, "job": found["job"], "began": float(found["began"]), "failures": list(found["failures"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {"job": None, "began": float("inf"), "running": False, "failures": []}
+
+
+def write(folder: pathlib.Path, record: dict) -> None:
+    write_file(folder / "attempts.json", json.dumps(record, indent=1) + "\n")
+
+
+def last_step(folder: pathlib.Path) -> int:
+    """The last step in metrics.jsonl, 0 when there is none; a torn last line does not count."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0

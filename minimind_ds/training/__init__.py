@@ -1,0 +1,1 @@
+"""A run, prepared and live: prepare, step, loop, metrics, spikes."""

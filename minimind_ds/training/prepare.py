@@ -1,0 +1,286 @@
+"""A run, prepared: everything that can fail by a user's mistake is read, checked and resolved here.
+
+Every rank prepares alone, before any rank talks to another, so that a mistake ends all of them with one line and exit
+code 2 instead of a hang.
+
+    deepspeed launch/sft.py --deepspeed ds_configs/zero2.json
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from minimind_ds import kernels
+from minimind_ds.checkpoint.async_save import Saving, fsync
+from minimind_ds.config import deepspeed_json
+from minimind_ds.config.model import Degrees, ModelConfig
+from minimind_ds.config.run import RunConfig, parse_run_config
+from minimind_ds.convert import weights
+from minimind_ds.data import loader
+from minimind_ds.data.store import TokenStore, open_or_build
+from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
+from minimind_ds.distributed import sequence_parallel
+from minimind_ds.distributed.engine import Layout
+from minimind_ds.model.decoder import needs
+from minimind_ds.model.lora import Lora, find_targets, fingerprint
+from minimind_ds.paths import EXAMPLES
+from minimind_ds.resilience import restarts
+from minimind_ds.resilience.signals import Stop
+from minimind_ds.resilience.watchdog import Watchdog
+from minimind_ds.training.spikes import Guard
+
+PROGRAMS = {
+    "sft": {"data_path": str(EXAMPLES / "sft_train.jsonl"), "save_weight": "sft"},
+    "pretrain": {"data_path": str(EXAMPLES / "pretrain.jsonl"), "save_weight": "pretrain"},
+}
+KINDS = {"sft": "conversations", "pretrain": "text"}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Job:
+    """A prepared run: nothing in it can still fail by a user's mistake."""
+
+    run: RunConfig
+    layout: Layout
+    degrees: Degrees
+    tokenizer: Tokenizer
+    model_config: ModelConfig
+    stores: list[TokenStore]
+    eval_store: TokenStore | None
+    first_plan: loader.EpochPlan
+    eval_plan: loader.EpochPlan | None
+    ds: dict
+    kernels: object
+    start_weights: dict | None
+    notes: list[str]
+    lora: Lora | None = None
+    stop: Stop = field(default_factory=Stop)
+    guard: Guard = field(default_factory=Guard)
+    watchdog: Watchdog | None = None
+    # Rank 0's hold on the run folder.
+    lock: object = None
+    # Seconds this rank took over the forward pass of the step before, and where each rank runs.
+    forward_s: float = 0.0
+    hosts: list[str] = field(default_factory=list)
+
+    saving: Saving | None = None
+
+    def finish_saving(self) -> None:
+        """Wait for the checkpoint that is being written, if any; raises as Saving.finish."""
+        if self.saving is not None:
+            self.saving.finish()
+            self.saving = None
+
+    def beat(self, doing: str) -> None:
+        """Tell the watchdog, if there is one, what this rank does now."""
+        if self.watchdog is not None:
+            self.watchdog.beat(doing)
+
+    @property
+    def stage(self) -> int:
+        return deepspeed_json.stage_of(self.ds)
+
+    @property
+    def keeps_checkpoints(self) -> bool:
+        """False where nothing could go on from one."""
+        return deepspeed_json.optimizer_device(self.ds) != "nvme"
+
+    @property
+    def rows_ranks(self) -> int:
+        """How many ranks, or groups of ranks that share rows, the rows of a step are dealt to."""
+        return self.layout.ranks // self.degrees.sequence
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run, if every epoch has as many as the first; packing may add or save a row."""
+        steps = self.run.epochs * len(self.first_plan)
+        return min(self.run.max_steps, steps) if self.run.max_steps else steps
+
+    def plan(self, epoch: int) -> loader.EpochPlan:
+        """An epoch's plan, made when the epoch begins: the start of a run does not wait for all of them."""
+        return self.first_plan if epoch == 0 else plan_epoch(self.stores[epoch], self.run, self.rows_ranks, epoch)
+
+    @property
+    def folder(self) -> pathlib.Path:
+        return pathlib.Path(self.run.save_dir)
+
+    @property
+    def done_path(self) -> pathlib.Path:
+        """Written last of all: the run is finished."""
+        return self.folder / "DONE"
+
+    @property
+    def weights_path(self) -> pathlib.Path:
+        name = f"{self.run.save_weight}_lora" if self.lora else self.run.save_weight
+        return self.folder / weights.file_name(name, self.model_config)
+
+
+def prepare(program: str, argv: list[str], layout: Layout) -> Job:
+    """Read, check and resolve everything.
+
+    Raises:
+        ValueError: one clear line about the user's input.
+    """
+    run = parse_run_config(argv, program, PROGRAMS[program])
+    if run.deepspeed is None:
+        raise ValueError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero2.json")
+    raw = deepspeed_json.read_json(run.deepspeed)
+    deepspeed_json.check_keys(run.deepspeed, raw)
+    run, notes = choose(run, layout)
+    tokenizer = load_tokenizer(run.tokenizer)
+    model_config = run.model_config(tokenizer.vocab_size)
+    run, lora = choose_lora(run, model_config)
+    check_writable(pathlib.Path(run.save_dir))
+    stores, eval_store = open_data(KINDS[program], run, tokenizer)
+    # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
+    degrees = sequence_parallel.read_degrees(run.deepspeed, raw, layout.ranks)
+    ranks = max(1, layout.ranks // degrees.sequence)
+    ds, run = deepspeed_json.resolve(raw, run, model_config, ranks=ranks, total_steps=0)
+    sequence_parallel.check(degrees, model_config, ranks=layout.ranks, row_tokens=run.batch_size * run.row_len,
+                   stage=deepspeed_json.stage_of(ds), path=run.deepspeed)
+    if lora is not None and degrees.experts > 1:
+        raise ValueError(f"{run.deepspeed}: expert_parallel shares out experts to train, and LoRA leaves them as they "
+                         "are; leave it out, or --lora_rank 0")
+    spec = kernels.with_compiled(run.kernels) if run.compile else run.kernels
+    choice = kernels.resolve(spec, layout.device, DTYPES[run.dtype], needs(model_config))
+    check_machine(run, ds, layout)
+    plan = plan_epoch(stores[0], run, ranks, 0)
+    eval_plan = eval_store and plan_epoch(eval_store, run, ranks, 0)
+    start_weights = None
+    if run.from_weight != "none":
+        start_weights = weights.load_weights(run.from_weight, model_config)
+    if lora is not None:
+        lora = replace(lora, base=fingerprint(start_weights))
+    job = Job(run, layout, degrees, tokenizer, model_config, stores, eval_store, plan, eval_plan, ds, choice,
+              start_weights, notes, lora)
+    if "scheduler" in raw:
+        job.ds, _ = deepspeed_json.resolve(raw, run, model_config, ranks=ranks, total_steps=job.total_steps)
+    return job
+
+
+def choose(run: RunConfig, layout: Layout) -> tuple[RunConfig, list[str]]:
+    """Fill in what the user left to the program; the notes say what was chosen and why."""
+    notes, cuda = [], layout.device.type == "cuda"
+    if run.preset is None:
+        memory = torch.cuda.get_device_properties(layout.device).total_memory / 2**30 if cuda else 0
+        run = run.replace(preset="minimind-3" if memory >= 12 else "debug")
+        why = f"{memory:.0f} GiB of GPU memory" if cuda else "no GPU"
+        notes.append(f"preset {run.preset}, chosen for this machine ({why}); --preset names another")
+    if run.dtype is None:
+        if cuda:
+            dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        else:
+            dtype = "fp32" if kernels.why_slow(layout.device, torch.bfloat16) else "bf16"
+        run = run.replace(dtype=dtype)
+    if run.from_resume != "auto" and restarts.has_own_checkpoint(pathlib.Path(run.save_dir)):
+        notes.append(f"started again by itself: from this job's own checkpoint, not --from_resume {run.from_resume}")
+        run = run.replace(from_resume="auto")
+    if run.cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        run = run.replace(cache_dir=os.path.join(home, "minimind_ds"))
+    return run, notes
+
+
+def choose_lora(run: RunConfig, config: ModelConfig) -> tuple[RunConfig, Lora | None]:
+    """The run's adapters, but for their base's fingerprint; the run with what was left to the program filled in."""
+    if run.lora_rank == 0:
+        return run, None
+    targets = find_targets(config, run.lora_targets)
+    alpha = float(run.lora_rank if run.lora_alpha is None else run.lora_alpha)
+    lora = Lora(rank=run.lora_rank, alpha=alpha, targets=targets, dropout=run.lora_dropout)
+    return run.replace(lora_alpha=alpha, lora_targets=",".join(targets)), lora
+
+
+def fp16_runs() -> bool:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().is_fp16_supported()
+
+
+def check_machine(run: RunConfig, ds: dict, layout: Layout) -> None:
+    """Raises ValueError for what the DeepSpeed file asks for and this machine has not."""
+    path, zero = run.deepspeed, ds.get("zero_optimization", {})
+    if run.dtype == "fp16" and not fp16_runs():
+        raise ValueError(f"fp16 ({run.place('dtype')}): DeepSpeed has no fp16 on this machine's processor; use bf16 "
+                         "or fp32")
+    for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        if zero.get(key) and layout.device.type == "cpu":
+            raise ValueError(f"{path}: zero_optimization.{key} needs a GPU: DeepSpeed has the kernels of ZeRO++ for "
+                             "GPUs only")
+    shards = zero.get("zero_hpz_partition_size", 1)
+    if layout.ranks % shards:
+        raise ValueError(f"{path}: zero_optimization.zero_hpz_partition_size {shards} does not divide the "
+                         f"{layout.ranks} ranks of this run; it is meant to be the ranks of one machine")
+    if deepspeed_json.offloads_optimizer(ds) and not all(map(shutil.which, ("g++", "ninja"))):
+        raise ValueError(f"{path}: an offloaded optimizer is DeepSpeed's CPU Adam, which it builds at first use; that "
+                         "needs g++ and ninja on the PATH")
+    for block in ("offload_optimizer", "offload_param"):
+        if (zero.get(block) or {}).get("device") == "nvme":
+            check_nvme(f"{path}: zero_optimization.{block}", zero[block])
+    if deepspeed_json.optimizer_device(ds) == "nvme" and run.save_interval:
+        raise ValueError(f"{path}: no checkpoints with optimizer states on NVMe: DeepSpeed forgets Adam's moments "
+                         "when it loads them; --save_interval 0 trains without, offload_optimizer to \"cpu\" keeps "
+                         "them")
+
+
+def check_nvme(where: str, block: dict) -> None:
+    """Raises ValueError unless states can be kept on disk: a folder to write to, and libaio."""
+    folder = block.get("nvme_path")
+    if not folder or not os.access(folder, os.W_OK):
+        raise ValueError(f"{where}.nvme_path is {folder!r}, which is no folder this machine can write to; name one on "
+                         "its NVMe disk")
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ValueError(f"{where}.device is nvme, which needs libaio to build against (Debian: libaio-dev); install "
+                         "it, or offload to \"cpu\"")
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Raises ValueError unless files can be made in the folder; makes it if need be."""
+    try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in missing:
+            # A power cut may take back a folder that is new, with all that was made sure of in it.
+            fsync(path.parent)
+        probe = folder / f".probe_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to --save_dir {folder}: {error.strerror}") from None
+
+
+def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer) -> tuple[list[TokenStore], TokenStore | None]:
+    """The tokenised training set of each epoch, and the held-out set or None.
+
+    Epochs share one store unless an option draws anew each epoch.
+    """
+    common = dict(kind=kind, max_seq_len=run.max_seq_len, policy=run.too_long, on_bad_record=run.on_bad_record,
+                  cache_dir=run.cache_dir, workers=run.num_workers)
+    drawn = run.random_system_ratio > 0 or run.drop_empty_think_ratio > 0
+    options = dict(random_system_ratio=run.random_system_ratio, drop_empty_think_ratio=run.drop_empty_think_ratio,
+                   seed=run.seed)
+    stores = [open_or_build(run.data_path, tokenizer, **common, options={**options, "epoch": epoch} if drawn else {})
+              for epoch in range(run.epochs if drawn else 1)]
+    if not drawn:
+        stores *= run.epochs
+    eval_store = None
+    if run.eval_path:
+        eval_store = open_or_build(run.eval_path, tokenizer, **common, options={})
+    elif run.eval_fraction:
+        eval_store = stores[0].split(run.eval_fraction, run.seed)[1]
+        stores = [store.split(run.eval_fraction, run.seed)[0] for store in stores]
+    return stores, eval_store
+
+
+def plan_epoch(store: TokenStore, run: RunConfig, ranks: int, epoch: int) -> loader.EpochPlan:
+    return loader.epoch_plan(store.lengths, store.labelled, pack_len=run.row_len,
+                             rows_per_step=run.batch_size * run.accumulation_steps * ranks, seed=run.seed,
+                             epoch=epoch, packing=run.packing)

@@ -1,0 +1,60 @@
+"""The command line and the run YAML become one frozen object."""
+
+import dataclasses
+
+import pytest
+
+from minimind_ds.config.run import parse_run_config
+
+
+def parsed(tmp_path, text, *flags):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return parse_run_config(["--config", str(path), *flags], "sft", {"save_weight": "sft"})
+
+
+def test_yaml_gives_any_flag_and_changes_the_model(tmp_path):
+    run = parsed(tmp_path, "preset: debug\nlearning_rate: 1e-4\npacking: false\nmodel:\n  hidden_size: 64\n")
+    assert run.learning_rate == 1e-4 and run.packing is False and run.save_weight == "sft"
+    config = run.model_config(6400)
+    assert config.hidden_size == 64 and config.head_dim == 16 and config.intermediate_size == 256
+
+
+def test_the_resolved_yaml_reads_back_as_the_same_run(tmp_path):
+    run = parsed(tmp_path, "preset: debug\nepochs: 3\nmodel: {num_hidden_layers: 2}\n", "--seed", "7")
+    again = parsed(tmp_path, run.to_yaml())
+    assert dataclasses.replace(again, given={}) == dataclasses.replace(run, given={})
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("learnig_rate: 1\n", "unknown key 'learnig_rate'"),
+    ("epochs: many\n", "epochs is 'many'; it must be int"),
+    ("epochs: true\n", "epochs is True; it must be int"),
+    ("dtype: fp8\n", "choose from bf16, fp16, fp32"),
+    ("preset: huge\n", "choose from minimind-3"),
+    ("a: [1\n", "line 2: not valid YAML"),
+    ("- 1\n", "list of `flag: value` lines"),
+    ("batch_size: 0\n", "batch_size in .*run.yaml is 0; it must be at least 1"),
+    ("pack_len: 100\nmax_seq_len: 200\n", "raise pack_len or lower max_seq_len"),
+    ("model: 3\n", "model is not a block"),
+])
+def test_what_is_wrong_in_the_yaml_is_named(tmp_path, text, expected):
+    with pytest.raises(ValueError, match=expected):
+        parsed(tmp_path, text)
+
+
+def test_a_value_given_twice_names_both_places(tmp_path):
+    with pytest.raises(ValueError, match="epochs is 2 on the command line and 3 in .*run.yaml"):
+        parsed(tmp_path, "epochs: 3\n", "--epochs", "2")
+    assert parsed(tmp_path, "epochs: 3\n", "--epochs", "3").epochs == 3
+
+
+def test_an_unknown_field_of_the_model_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="unknown model configuration key 'hiden_size'"):
+        parsed(tmp_path, "preset: debug\nmodel: {hiden_size: 64}\n").model_config(6400)
+
+
+def test_unknown_flags_end_the_program_with_code_2_and_one_line(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        parse_run_config(["--learnig_rate", "1"], "sft", {})
+    assert leaving.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,230 @@
+"""Weights in and out: MiniMind's names, Hugging Face folders, files that are refused."""
+
+import json
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, load_tokenizer
+from minimind_ds.convert import export, weights
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = dict(vocab_size=6400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+             intermediate_size=48, max_position_embeddings=4096)
+CONFIGS = {
+    "minimind-3": ModelConfig(**SIZES),
+    "top1": ModelConfig(**SIZES, use_moe=True, moe_intermediate_size=24),
+    "top2": ModelConfig(**SIZES, use_moe=True, num_experts_per_tok=2),
+    "top2 not normalised": ModelConfig(**SIZES, use_moe=True, num_experts_per_tok=2, norm_topk_prob=False),
+    "minimind2": ModelConfig(**SIZES, qk_norm=False, rms_norm_eps=1e-5),
+    "untied": ModelConfig(**SIZES, tie_word_embeddings=False),
+    "yarn": ModelConfig(**SIZES, inference_rope_scaling=True),
+}
+
+
+def state_of(config):
+    torch.manual_seed(0)
+    # Norms off 1 and weights large enough for attention and routing to matter.
+    return {name: tensor + 0.3 * torch.randn_like(tensor) if tensor.dim() == 1 else 4 * tensor
+            for name, tensor in weights.fresh(config)}
+
+
+def model_of(config, state):
+    model = MiniMindForCausalLM(config, "reference").eval()
+    model.load_weights(state)
+    return model
+
+
+def same(ours, theirs):
+    return list(ours) == list(theirs) and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def minimind_shapes(config):
+    """The original's state_dict(), written down from its class."""
+    C, D, heads, kv = config.hidden_size, config.head_dim, config.num_attention_heads, config.num_key_value_heads
+    shapes = {"model.embed_tokens.weight": (config.vocab_size, C), "model.norm.weight": (C,),
+              "lm_head.weight": (config.vocab_size, C)}
+    for i in range(config.num_hidden_layers):
+        p = f"model.layers.{i}."
+        shapes |= {p + "self_attn.q_proj.weight": (heads * D, C), p + "self_attn.k_proj.weight": (kv * D, C),
+                   p + "self_attn.v_proj.weight": (kv * D, C), p + "self_attn.o_proj.weight": (C, heads * D),
+                   p + "self_attn.q_norm.weight": (D,), p + "self_attn.k_norm.weight": (D,),
+                   p + "input_layernorm.weight": (C,), p + "post_attention_layernorm.weight": (C,)}
+        units = {"mlp.": config.intermediate_size}
+        if config.use_moe:
+            shapes[p + "mlp.gate.weight"] = (config.num_experts, C)
+            units = {f"mlp.experts.{e}.": config.moe_intermediate_size for e in range(config.num_experts)}
+        for unit, inner in units.items():
+            shapes |= {p + unit + "gate_proj.weight": (inner, C), p + unit + "up_proj.weight": (inner, C),
+                       p + unit + "down_proj.weight": (C, inner)}
+    return shapes
+
+
+@pytest.mark.parametrize("name", ["minimind-3", "top1", "top2"])
+def test_pth_has_exactly_minimind_s_keys_and_shapes_and_comes_back(name, tmp_path):
+    config, path = CONFIGS[name], tmp_path / "full_sft_32.pth"
+    state = state_of(config)
+    export.export_minimind(state, config, path, dtype=torch.float32)
+    written = torch.load(path, weights_only=True)
+    assert {key: tuple(t.shape) for key, t in written.items()} == minimind_shapes(config)
+    assert same(weights.load_weights(path, config), state)
+    model = MiniMindForCausalLM(config)
+    model.load_minimind(written)
+    assert same(weights.check(model.state_dict(), config, "model"), state)
+    export.export_minimind(state, config, path, dtype=torch.float16, overwrite=True)
+    assert all(t.dtype == torch.float16 for t in torch.load(path, weights_only=True).values())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_hugging_face_folder_gives_our_logits_in_transformers_and_comes_back(name, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    config, tokenizer, folder = CONFIGS[name], load_tokenizer(), tmp_path / "hf"
+    state = state_of(config)
+    export.export_hf(state, config, tokenizer, folder, dtype=torch.float32)
+    theirs, info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32,
+                                                        output_loading_info=True)
+    assert not any(info.values()), info
+    # YaRN shows beyond 2048 positions.
+    ids = torch.randint(0, 6400, (2200 if name == "yarn" else 50,), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs.eval()(ids[None]).logits[0]
+        batch = collate([[Sample(ids, torch.full_like(ids, -100))]], len(ids))
+        ours = model_of(config, state)(batch, return_logits=True).logits[0]
+    assert (ours - expected).abs().max() <= 1e-5
+    assert same(weights.load_weights(folder, config), state)
+    their_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    assert their_tokenizer("Hello 你好", add_special_tokens=False).input_ids == tokenizer.encode("Hello 你好")
+    assert their_tokenizer.chat_template
+
+
+def test_hugging_face_folder_describes_the_model_it_came_from(tmp_path):
+    for name in ("minimind-3", "top2", "minimind2", "untied"):
+        values = json.loads(json.dumps(weights.to_hf_config(CONFIGS[name], torch.bfloat16)))
+        assert weights.from_hf_config(values) == CONFIGS[name]
+    for wrong in ({"model_type": "gpt2"}, {"attention_bias": True}, {"rope_parameters": {"rope_type": "llama3"}}):
+        with pytest.raises(ValueError, match=str(next(iter(wrong.values()))).split("'")[-2] if "rope" in str(wrong)
+                           else str(next(iter(wrong.values())))):
+            weights.from_hf_config(weights.to_hf_config(CONFIGS["minimind-3"], torch.float32) | wrong)
+
+
+def test_our_file_carries_its_configuration_and_leaves_nothing_else_behind(tmp_path):
+    config = CONFIGS["top1"]
+    path = tmp_path / weights.file_name("sft", config)
+    assert path.name == "sft_32_moe.safetensors"
+    weights.save_safetensors(path, state_of(config), config)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert weights.read_config(tmp_path) == config
+    assert same(weights.load_weights(tmp_path, config), state_of(config))
+
+
+def test_names_that_do_not_fit_are_listed():
+    config = CONFIGS["minimind-3"]
+    model, state = MiniMindForCausalLM(config), weights.to_minimind(state_of(config), config)
+    norm = state.pop("model.norm.weight")
+    with pytest.raises(ValueError, match=r"1 missing \(model.norm.weight\)"):
+        model.load_minimind(state)
+    with pytest.raises(ValueError, match=r"1 unexpected \(extra\).*model.norm.weight \(31,\) instead of \(32,\)"):
+        model.load_minimind({**state, "extra": norm, "model.norm.weight": norm[:31]})
+    with pytest.raises(ValueError, match="lm_head.weight differs"):
+        model.load_minimind({**state, "model.norm.weight": norm, "lm_head.weight": state["lm_head.weight"] + 1})
+    moe = CONFIGS["top1"]
+    experts = weights.to_minimind(state_of(moe), moe)
+    del experts["model.layers.1.mlp.experts.2.up_proj.weight"]
+    with pytest.raises(ValueError, match="layers.1.mlp.experts.gate_up_proj"):
+        MiniMindForCausalLM(moe).load_minimind(experts)
+
+
+def test_buffers_of_old_checkpoints_and_resume_files_are_read(tmp_path):
+    config = CONFIGS["minimind-3"]
+    buffers = {"model.freqs_cos": torch.ones(3), "freqs_sin": torch.ones(3)}
+    old = {**weights.to_minimind(state_of(config), config), **buffers}
+    torch.save({"model": old, "epoch": 1}, tmp_path / "sft_resume.pth")
+    assert same(weights.load_weights(tmp_path / "sft_resume.pth", config), state_of(config))
+
+
+class Trap:
+    """Unpickled by a careless loader, it would create a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_files_that_are_no_weights_are_refused_in_one_line_and_run_no_code(tmp_path):
+    config, other = CONFIGS["minimind-3"], CONFIGS["top1"]
+    trap = tmp_path / "sprung"
+    (tmp_path / "trap.pth").write_bytes(pickle.dumps({"a": Trap(str(trap))}))
+    torch.save({"a": Trap(str(trap))}, tmp_path / "zipped_trap.pth")
+    (tmp_path / "torn.pth").write_bytes(b"PK\3\4 torn")
+    (tmp_path / "torn.safetensors").write_bytes(b"\xff" * 40)
+    (tmp_path / "empty.pth").write_bytes(b"")
+    torch.save([1, 2], tmp_path / "list.pth")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text("{}")
+    weights.save_safetensors(tmp_path / "other.safetensors", state_of(other), other)
+    two = tmp_path / "two"
+    two.mkdir()
+    for name in ("a.safetensors", "b.safetensors"):
+        weights.save_safetensors(two / name, state_of(config), config)
+    for name in ("absent", "trap.pth", "zipped_trap.pth", "torn.pth", "torn.safetensors", "empty.pth", "list.pth",
+                 "nothing", "pickled", "other.safetensors", "two"):
+        with pytest.raises(ValueError, match=name) as error:
+            weights.load_weights(tmp_path / name, config)
+        assert "\n" not in str(error.value)
+    assert not trap.exists()
+    with pytest.raises(ValueError, match="use_moe is True there and False here"):
+        weights.load_weights(tmp_path / "other.safetensors", config)
+
+
+def export_program(*words):
+    return subprocess.run([sys.executable, str(ROOT / "launch" / "export.py"), *map(str, words)],
+                          capture_output=True, text=True)
+
+
+def test_export_program_writes_a_run_folder_in_both_formats(tmp_path):
+    config, run = CONFIGS["top1"], tmp_path / "run"
+    run.mkdir()
+    state = {name: tensor.bfloat16() for name, tensor in state_of(config).items()}
+    weights.save_safetensors(run / weights.file_name("sft", config), state, config)
+    load_tokenizer().save(run / "tokenizer")
+    done = export_program("--weight", run, "--to", "hf", "--out", tmp_path / "hf")
+    assert done.returncode == 0, done.stderr
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+            "tokenizer_config.json"} <= {p.name for p in (tmp_path / "hf").iterdir()}
+    assert same(weights.load_weights(tmp_path / "hf", config), state)
+    export.run(tmp_path / "hf", "minimind", tmp_path / "full_sft_32_moe.pth", dtype=None, preset=None, tokenizer=None,
+               overwrite=False)
+    assert weights.load_weights(tmp_path / "full_sft_32_moe.pth", config)["model.norm.weight"].dtype == torch.float16
+
+
+def test_bad_input_is_answered_in_one_line_and_writes_nothing(tmp_path):
+    config = CONFIGS["minimind-3"]
+    weights.save_safetensors(tmp_path / "sft_32.safetensors", state_of(config), config)
+    torch.save(weights.to_minimind(state_of(config), config), tmp_path / "a.pth")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    asked = dict(to="hf", out=tmp_path / "hf", dtype=None, preset=None, tokenizer=None, overwrite=False)
+    for weight, changes, what in [
+        ("absent", {}, "no such file"),
+        ("sft_32.safetensors", {}, "no tokenizer beside the weights"),
+        ("sft_32.safetensors", {"tokenizer": "absent"}, "absent"),
+        ("a.pth", {}, "name a preset"),
+        ("a.pth", {"preset": "debug"}, "does not fit the model"),
+        ("sft_32.safetensors", {"to": "minimind", "out": tmp_path / "full"}, "exists"),
+        ("sft_32.safetensors", {"to": "minimind", "out": tmp_path / "a.pth" / "b"}, "a.pth"),
+    ]:
+        with pytest.raises(ValueError, match=what) as error:
+            export.run(tmp_path / weight, **{**asked, **changes})
+        assert "\n" not in str(error.value)
+    done = export_program("--weight", tmp_path / "absent", "--to", "hf", "--out", tmp_path / "hf")
+    assert done.returncode == 2 and "no such file" in done.stderr and done.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before

@@ -1,0 +1,142 @@
+"""LoRA under every ZeRO stage, for tests/model/test_lora.py: the real training step, checkpoints and the final file.
+
+    deepspeed --num_gpus 2 tests/distributed/ranks/lora.py OUT_DIR ACCUMULATION STAGES
+
+STAGES is a word such as 0123.  Rank 0 writes OUT_DIR/facts.json, and with two ranks a whole run into OUT_DIR/run.
+"""
+
+import json
+import pathlib
+import sys
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT))
+
+from minimind_ds import checkpoint  # noqa: E402
+from minimind_ds.convert import weights  # noqa: E402
+from minimind_ds.distributed import engine  # noqa: E402
+from minimind_ds.training import loop  # noqa: E402
+from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
+from tests.distributed.ranks.layouts import MODELS, fresh_engine, make_job  # noqa: E402
+
+STEPS, HALF = 10, 5
+# The dense model's every projection; of the mixture of experts what the program chooses by itself.
+FLAGS = {"dense": ["--lora_rank", "4", "--lora_alpha", "8", "--lora_targets",
+                   "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"],
+         "moe": ["--lora_rank", "3"]}
+
+
+def write_base(layout, out: pathlib.Path, model: str) -> list[str]:
+    """A base's weights in a file; the flags of a LoRA run on it."""
+    path = out / f"base_{model}.safetensors"
+    if layout.rank == 0:
+        config = make_job(layout, out, model, 0, 1, []).model_config
+        torch.manual_seed(1)
+        # Large enough for attention and routing to matter.
+        state = {name: tensor if tensor.dim() == 1 else 3 * tensor for name, tensor in weights.fresh(config)}
+        weights.save_safetensors(path, state, config)
+    dist.barrier()
+    return ["--from_weight", str(path), *FLAGS[model]]
+
+
+def gathered(ds_engine, stage: int) -> dict[str, torch.Tensor]:
+    """Collective: every parameter, frozen ones too, as the model computes with it."""
+    import deepspeed
+
+    state = {}
+    for name, p in ds_engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([p]) if stage == 3 else nullcontext():
+            state[name] = p.detach().cpu().clone()
+    return state
+
+
+def optimizer_numbers(ds_engine) -> int:
+    """Adam's moments on this rank, in numbers."""
+    return sum(value.numel() for state in ds_engine.basic_optimizer.state.values() for value in state.values()
+               if torch.is_tensor(value) and value.dim())
+
+
+def run_steps(job, ds_engine, first: int, last: int) -> list[dict]:
+    batches = fetch(job, 0, job.first_plan, range(first, last))
+    return [train_step(job, ds_engine, job.first_plan, Position(step + 1, 0, step), batches)
+            for step in range(first, last)]
+
+
+def case(job, out: pathlib.Path, resume: bool) -> dict:
+    """What one model at one stage does; the same on every rank."""
+    base = job.start_weights
+    ds_engine = fresh_engine(job)
+    before = gathered(ds_engine, job.stage)
+    lines = run_steps(job, ds_engine, 0, HALF)
+    if resume:
+        folder = out / f"checkpoint_{job.run.dtype}_{job.stage}_{job.model_config.use_moe}"
+        folder.mkdir(exist_ok=True)
+        checkpoint.save(ds_engine, folder, facts={"step": HALF}, keep=1).finish()
+        path = checkpoint.folder_of(folder) / checkpoint.name_of(HALF)
+    lines += run_steps(job, ds_engine, HALF, STEPS)
+    after = gathered(ds_engine, job.stage)
+    adapters = {name: tensor for name, tensor in after.items() if ".lora." in name}
+    final = engine.full_weights(ds_engine, job.stage)
+    facts = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
+             "norm": [line["grad_norm"] for line in lines], "numbers": optimizer_numbers(ds_engine),
+             "adapters": sum(tensor.numel() for tensor in adapters.values()),
+             "all": sum(tensor.numel() for tensor in after.values()),
+             "base kept": all(torch.equal(after[name], tensor.to(after[name].dtype)) for name, tensor in base.items())
+             and base.keys() == after.keys() - adapters.keys(),
+             "unmoved adapters": [name for name in adapters if torch.equal(before[name], after[name])],
+             "written": sorted(final) == sorted(adapters) or job.layout.rank > 0}
+    if resume:
+        job.start_weights = base
+        again = fresh_engine(job)
+        checkpoint.load(again, path)
+        second = run_steps(job, again, HALF, STEPS)
+        ours = gathered(again, job.stage)
+        facts["resumed alike"] = (all(torch.equal(ours[name], tensor) for name, tensor in after.items())
+                                  and [line["loss"] for line in second] == facts["loss"][HALF:])
+    return facts
+
+
+def refusals(layout, out: pathlib.Path, flags: list[str]) -> list[str]:
+    """What a full run says to a LoRA run's checkpoint, and a LoRA run to a full one's and to another rank's."""
+    full, ours = (make_job(layout, out, "dense", 2, 1, extra) for extra in (flags[:2], flags))
+    other = make_job(layout, out, "dense", 2, 1, [*flags[:2], "--lora_rank", "2"])
+    said = []
+    for then, now in ((ours, full), (full, ours), (ours, other)):
+        try:
+            loop.compare(loop.identity(then), loop.identity(now), "CHECKPOINT")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def main(out: pathlib.Path, accumulation: int, stages: list[int]) -> None:
+    layout = engine.read_layout()
+    engine.start(layout)
+    facts = {}
+    for model in MODELS:
+        flags = write_base(layout, out, model)
+        for stage in stages:
+            job = make_job(layout, out, model, stage, accumulation, flags)
+            facts[f"{model}_{stage}"] = case(job, out, resume=layout.ranks > 1)
+        if layout.ranks > 1 and model == "dense":
+            for stage in stages:
+                job = make_job(layout, out, model, stage, accumulation, flags, dtype="bf16")
+                facts[f"bf16_{stage}"] = case(job, out, resume=True)
+            facts["refusals"] = refusals(layout, out, flags)
+    if layout.ranks > 1:
+        job = make_job(layout, out, "moe", 3, accumulation, [*flags, "--max_steps", "3", "--save_interval", "0"])
+        loop.train(job, loop.find_start(job))
+    if layout.rank == 0:
+        (out / "facts.json").write_text(json.dumps(facts))
+    dist.barrier()
+    engine.stop()
+
+
+if __name__ == "__main__":
+    # The launcher puts --local_rank somewhere among the arguments.
+    args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    main(pathlib.Path(args[0]), int(args[1]), [int(stage) for stage in args[2]])

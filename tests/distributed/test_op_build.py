@@ -1,0 +1,113 @@
+"""A process that is killed while it compiles an operation holds up nobody; two never compile at once."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from minimind_ds.distributed import build_lock
+from minimind_ds.distributed.build_lock import BuildLock
+from tests.conftest import ROOT, environment
+
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(path: str, taken, keep: float) -> None:
+    lock = BuildLock(path, 0.01)
+    lock.try_acquire()
+    taken.set()
+    time.sleep(keep)
+    lock.release()
+
+
+def started(path, keep: float):
+    taken = FORK.Event()
+    process = FORK.Process(target=hold, args=(str(path), taken, keep))
+    process.start()
+    assert taken.wait(20)
+    return process
+
+
+def test_a_killed_builder_s_lock_is_taken_at_once(tmp_path):
+    path = tmp_path / "lock"
+    builder = started(path, 60)
+    ours = BuildLock(str(path))
+    assert not ours.take() and path.exists()
+    builder.kill()
+    builder.join()
+    # What torch's own waits for.
+    assert path.exists() and ours.take()
+    ours.release()
+    assert not path.exists()
+
+
+def test_one_at_a_time_whoever_comes_when(tmp_path):
+    path, inside, most, lock = tmp_path / "lock", [], [], threading.Lock()
+
+    def build():
+        for _ in range(20):
+            baton = BuildLock(str(path), 0.001)
+            assert baton.try_acquire()
+            with lock:
+                inside.append(1)
+                most.append(len(inside))
+            time.sleep(0.002)
+            with lock:
+                inside.pop()
+            baton.release()
+    threads = [threading.Thread(target=build) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(most) == 160 and max(most) == 1 and not path.exists()
+
+
+def test_torch_s_own_lock_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, capsys):
+    from torch.utils.file_baton import FileBaton
+
+    path = tmp_path / "lock"
+    theirs, ours = FileBaton(str(path)), BuildLock(str(path), 0.01)
+    assert theirs.try_acquire() and not ours.take()
+    assert not FileBaton(str(path)).try_acquire()
+    theirs.release()
+    # And theirs waits for ours.
+    assert ours.take() and not FileBaton(str(path)).try_acquire()
+    ours.release()
+
+    assert theirs.try_acquire()
+    monkeypatch.setattr(build_lock, "TELL_S", 0.05)
+    monkeypatch.setattr(build_lock, "FOREIGN_S", 0.3)
+    assert ours.try_acquire()
+    said = capsys.readouterr().err
+    assert said.count("waiting for another process that compiles") == 1 and str(path) in said
+    ours.release()
+
+
+@pytest.mark.parametrize("error", ["ENOLCK", "EOPNOTSUPP"])
+def test_where_files_cannot_be_locked_it_is_as_torch_s_but_for_old_files(tmp_path, monkeypatch, error):
+    import errno
+
+    def refuse(*_):
+        raise OSError(getattr(errno, error), "no locks here")
+    monkeypatch.setattr(build_lock.fcntl, "flock", refuse)
+    path = tmp_path / "lock"
+    one, other = BuildLock(str(path)), BuildLock(str(path))
+    assert one.take() and not other.take()
+    os.utime(path, (time.time() - 2 * build_lock.FOREIGN_S,) * 2)
+    assert other.take()
+    other.release()
+
+
+@pytest.mark.parametrize("first", ["", "import torch.utils.cpp_extension; "])
+def test_an_engine_s_process_compiles_under_it(first):
+    code = (f"{first}from minimind_ds import op_build, engine; engine.start(engine.read_layout()); "
+            "import torch.utils.cpp_extension as c; assert c.FileBaton is op_build.BuildLock; "
+            "from deepspeed.accelerator import get_accelerator; "
+            "args = get_accelerator().create_op_builder('CPUAdamBuilder').cxx_args(); "
+            "assert '-O3' in args and args[-1] == '-g0' and args.count('-g0') == 1, args; engine.stop()")
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True, timeout=120)

@@ -1,0 +1,111 @@
+"""Every kernel compiles for A100 and H100/H200 without a GPU, and the compiled code keeps to what was designed.
+
+The host code that starts the kernels in earnest runs on CPU tensors; its launches become compiles (aot.py).
+What is held: nothing spills to memory, half-precision products are matrix instructions of the target (HGMMA on
+sm_90, HMMA on sm_80), and shared memory fits.  The table is printed with -s, or by
+
+    python -m tests.kernels.triton.aot tests.kernels.test_triton_aot:default 90
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from .triton import ROOT, environment
+
+pytest.importorskip("triton")
+
+# heads, key heads, head size, dtype: MiniMind-3, and what else is allowed.
+DEFAULT = [(8, 4, 96, "bfloat16")]
+OTHERS = [(8, 2, 64, "bfloat16"), (8, 4, 96, "float32"), (8, 4, 128, "bfloat16"), (8, 2, 96, "bfloat16"),
+          (8, 8, 96, "float16"), (8, 1, 96, "bfloat16"), (4, 2, 64, "bfloat16"), (8, 8, 64, "float16"),
+          (8, 8, 32, "float16"), (8, 1, 32, "bfloat16"), (4, 2, 80, "bfloat16"), (4, 4, 48, "bfloat16"),
+          (4, 2, 112, "bfloat16"), (6, 2, 96, "bfloat16"), (8, 4, 128, "float32"), (8, 8, 64, "float32"),
+          (8, 2, 32, "float32")]
+
+
+def compile_all(cases):
+    """Attention and norm + rotary, forward and backward, started on CPU tensors."""
+    import torch
+
+    from minimind_ds.kernels.triton import attention, rope
+
+    T, bounds = 256, torch.tensor([0, 100, 256], dtype=torch.int32)
+    for H, HKV, D, name in cases:
+        q, k, v = (torch.zeros(T, heads, D, dtype=getattr(torch, name)) for heads in (H, HKV, HKV))
+        weight, angles = torch.ones(D, dtype=q.dtype, requires_grad=True), torch.zeros(2, T, D // 2)
+        q, k = (rope.norm_rope(x, weight, *angles, 1e-6) for x in (q, k))
+        attention.attention(q, k, v.requires_grad_(), bounds, 156, dropout_p=0.0).sum().backward()
+
+
+def default():
+    compile_all(DEFAULT)
+
+
+def others():
+    compile_all(OTHERS)
+
+
+def elementwise():
+    """Norms, SwiGLU and losses at MiniMind-3's sizes, and a vocabulary that is read twice."""
+    import torch
+
+    from minimind_ds.kernels.triton import elementwise as triton_elementwise
+
+    for dtype in (torch.bfloat16, torch.float32):
+        x, gate = (torch.zeros(256, size, dtype=dtype, requires_grad=True) for size in (768, 2432))
+        total, y = triton_elementwise.add_rms_norm(x, x, torch.ones(768, dtype=dtype), 1e-6)
+        (total + y + triton_elementwise.rms_norm(x, torch.ones(768, dtype=dtype), 1e-6)).sum().backward()
+        triton_elementwise.swiglu(gate, gate).sum().backward()
+        for vocabulary in (6400, 40_000):
+            triton_elementwise.token_losses(torch.zeros(4, vocabulary, dtype=dtype), torch.zeros(4, dtype=torch.int64))
+
+
+def resources(function: str, arch: int) -> list[dict]:
+    command = [sys.executable, "-m", "tests.kernels.triton.aot", f"tests.kernels.test_triton_aot:{function}", str(arch)]
+    done = subprocess.run(command, cwd=ROOT, env=environment(interpret=False), capture_output=True, text=True,
+                          timeout=1800)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def row(found: dict) -> str:
+    sizes, counts = found["constants"], found["counts"]
+    heads = f"H {sizes['H']}/{sizes['HKV']} D" if "HKV" in sizes else f"H {sizes.get('HEADS', '')} D"
+    shape = f"{heads} {sizes.get('D', ''):<3} {found['dtypes'][0]:8}"
+    return (f"sm_{found['arch']} {found['kernel']:21} {shape} warps {found['warps']} registers {found['registers']:3} "
+            f"stack {found['stack']} shared {found['shared']:6} HGMMA {counts['HGMMA']:2} HMMA {counts['HMMA']:3} "
+            f"blocks/SM {found['blocks_per_sm']}")
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("function", ["default", pytest.param("others", marks=pytest.mark.slow)])
+def test_no_spills_matrix_instructions_and_shared_memory_within_limits(function, arch):
+    table = resources(function, arch)
+    cases = {"default": DEFAULT, "others": OTHERS}[function]
+    # Norm + rotary is compiled for queries and for keys, unless they have as many heads.
+    assert len(table) == sum(3 + 2 * len({H, HKV}) for H, HKV, _, _ in cases)
+    print("\n" + "\n".join(map(row, table)))
+    limit = {80: 166_912, 90: 232_448}[arch]
+    for found in table:
+        spilled = found["stack"] or found["counts"]["STL"] or found["counts"]["LDL"]
+        assert not spilled and found["shared"] <= limit and found["blocks_per_sm"] >= 2, row(found)
+        products = "BLOCK" in found["constants"]
+        if products and found["dtypes"][0] != "float32":
+            kind, other = ("HGMMA", "HMMA") if arch == 90 else ("HMMA", "HGMMA")
+            assert found["counts"][kind] and not found["counts"][other], row(found)
+        elif products:
+            # fp32 products are fp32: no matrix instruction has rounded them to tf32.
+            assert not found["counts"]["HGMMA"] and not found["counts"]["HMMA"], row(found)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_elementwise_kernels_do_not_spill(arch):
+    table = resources("elementwise", arch)
+    print("\n" + "\n".join(map(row, table)))
+    # Two norms each way, SwiGLU each way, losses for two vocabularies; bf16 and fp32.
+    assert len(table) == 2 * (4 + 2 + 2)
+    for found in table:
+        assert not found["stack"] and not found["counts"]["STL"] and found["blocks_per_sm"] >= 2, row(found)

@@ -1,0 +1,163 @@
+"""A run asked to stop writes a checkpoint, says so by its exit code and goes on bit for bit; crash loops end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minimind_ds.resilience import restarts
+from minimind_ds.resilience.signals import SAME_REQUEST_SECONDS, STOPPED, Stopped
+from tests.checkpoint.test_resume import STEPS, Run, curve, weights
+from tests.conftest import ROOT, deepspeed_command, environment
+
+
+def wait_for(run: Run, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not run.reached(step):
+        assert all(p.poll() is None for p in run.ranks), run.folder.with_suffix(".log").read_text()[-3000:]
+        assert time.monotonic() < deadline, f"never reached step {step}"
+        time.sleep(0.002)
+
+
+def newest(folder) -> int:
+    return int(max((folder / "checkpoints").glob("step_*")).name.removeprefix("step_"))
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_rest_is_bit_for_bit(tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "stopped"
+    Run(whole, tmp_path, 2).finish()
+    began = 0
+    for number, rank, step in ((signal.SIGTERM, 1, 2), (signal.SIGUSR1, 0, 7)):
+        run = Run(folder, tmp_path, 2)
+        wait_for(run, step)
+        run.ranks[rank].send_signal(number)
+        assert [p.wait(timeout=60) for p in run.ranks] == [STOPPED, STOPPED]
+        # The checkpoint is that of the last step taken, and none was taken after it.
+        assert step <= newest(folder) == curve(folder)[-1][0] < STEPS
+        said = folder.with_suffix(".log").read_text()
+        assert number.name in said and f"the checkpoint of step {newest(folder)} is written" in said
+        # Stopping is not failing.
+        record = restarts.read(folder)
+        assert record["from"] == began and not record["running"] and record["failures"] == []
+        began = newest(folder)
+
+    # The second SIGTERM ends a rank at once, although it waits in a collective for one that hangs.
+    run = Run(folder, tmp_path, 2)
+    wait_for(run, newest(folder) + 1)
+    run.ranks[1].send_signal(signal.SIGSTOP)
+    time.sleep(0.2)
+    run.ranks[0].send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        run.ranks[0].wait(timeout=SAME_REQUEST_SECONDS + 0.5)
+    run.ranks[0].send_signal(signal.SIGTERM)
+    assert run.ranks[0].wait(timeout=30) == 128 + signal.SIGTERM
+    run.ranks[1].kill()
+    run.ranks[1].wait()
+
+    Run(folder, tmp_path, 2).finish()
+    assert curve(folder) == curve(whole) and weights(folder) == weights(whole)
+    assert not (folder / "attempts.json").exists()
+
+
+def test_ctrl_c_under_the_launcher_writes_a_checkpoint(tmp_path):
+    """The terminal's Ctrl-C reaches launcher and ranks; the launcher passes it on to the ranks once more."""
+    folder, config = tmp_path / "run", tmp_path / "run.yaml"
+    config.write_text("preset: debug\nmodel: {hidden_size: 48, num_hidden_layers: 2}\n")
+    log = (tmp_path / "log").open("w+")
+    command = deepspeed_command(2, "launch/sft.py", "--config", str(config), "--deepspeed", "ds_configs/zero2.json",
+                                "--save_dir", str(folder), "--cache_dir", str(tmp_path), "--max_steps", "2000",
+                                "--max_seq_len", "96", "--pack_len", "96", "--epochs", "1000")
+    launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 3:
+        assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(0.01)
+    os.killpg(launcher.pid, signal.SIGINT)
+    assert launcher.wait(timeout=60) != 0
+    while not list((folder / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert newest(folder) == curve(folder)[-1][0], (tmp_path / "log").read_text()[-3000:]
+
+
+class Crash:
+    """Attempts of a run whose process fails at given steps, as files only."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.patch, self.restart = folder, monkeypatch, -1
+
+    def start(self, after: int, fails_at: int | None, error: Exception | None = None) -> None:
+        """One automatic restart after the checkpoint of step `after`; `error` None: killed."""
+        self.restart += 1
+        self.patch.setenv("SLURM_RESTART_COUNT", str(self.restart))
+        restarts.begin(self.folder, after)
+        steps = "".join(json.dumps({"step": s}) + "\n" for s in range(1, fails_at))
+        (self.folder / "metrics.jsonl").write_text(steps + '{"step": ')
+        if error is not None:
+            restarts.Attempt(self.folder, 0).__exit__(type(error), error, None)
+
+
+def test_the_same_step_failing_three_times_ends_automatic_restarts_with_its_reason(tmp_path, monkeypatch):
+    job = Crash(tmp_path, monkeypatch)
+    job.start(0, 12)
+    job.start(10, 14, RuntimeError("bad row"))
+    job.start(10, 12, Stopped(12))
+    # A stop in between is no failure, and progress does not hide the loop.
+    job.start(12, 14)
+    job.start(12, 14, RuntimeError("bad row"))
+    with pytest.raises(ValueError, match="failed 3 times at step 14, .*RuntimeError: bad row"):
+        job.start(12, 15)
+    with pytest.raises(ValueError, match="failed 3 times at step 14"):
+        job.start(12, 15)
+    # Started by hand it is tried again, and from then on counted anew.
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "")
+    assert restarts.begin(tmp_path, 12) == []
+    assert restarts.read(tmp_path)["running"] and restarts.read(tmp_path)["failures"] == []
+
+
+def test_a_restarted_job_knows_its_own_checkpoints_from_those_of_others(tmp_path, monkeypatch):
+    old = tmp_path / "checkpoints" / "step_00000005"
+    old.mkdir(parents=True)
+    os.utime(old, (time.time() - 60,) * 2)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert not restarts.has_own_checkpoint(tmp_path)
+    restarts.begin(tmp_path, 0)
+    assert not restarts.has_own_checkpoint(tmp_path)
+    (tmp_path / "checkpoints" / "step_00000009").mkdir()
+    assert restarts.has_own_checkpoint(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert not restarts.has_own_checkpoint(tmp_path)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    assert not restarts.has_own_checkpoint(tmp_path)
+
+
+def test_ten_failures_without_a_new_checkpoint_end_automatic_restarts(tmp_path, monkeypatch):
+    job = Crash(tmp_path, monkeypatch)
+    for i in range(10):
+        job.start(10, 12 + i % 3)
+    with pytest.raises(ValueError, match="failed 10 times after the checkpoint of step 10.*killed"):
+        job.start(10, 15)
+    job = Crash(tmp_path, monkeypatch)
+    for i in range(30):
+        job.start(10 * (i // 5), 12 + i)
+
+
+def test_the_program_refuses_a_crash_loop_with_one_line_and_code_2(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    failure = {"from": 0, "at": 1, "error": None}
+    (folder / "attempts.json").write_text(json.dumps({"job": None, "began": 0, "running": True, "from": 0,
+                                                      "failures": [failure] * 2, "error": "OSError: full"}))
+    outcome = tmp_path / "outcome"
+    done = subprocess.run([sys.executable, "launch/sft.py", "--deepspeed", "ds_configs/zero2.json", "--preset",
+                           "debug", "--save_dir", str(folder), "--cache_dir", str(tmp_path)], cwd=ROOT, text=True,
+                          env=environment(SLURM_RESTART_COUNT="2", MINIMIND_DS_OUTCOME=str(outcome)),
+                          capture_output=True, timeout=120)
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(said) == 1 and "OSError: full" in said[0], done.stderr
+    assert not outcome.exists()

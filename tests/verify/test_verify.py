@@ -1,0 +1,146 @@
+"""launch/verify.py: what is right passes, on bundled and real data; each law that is broken fails under its name.
+
+One start on two ranks runs all reports; the program itself runs once, as a single process.
+"""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from minimind_ds import load_tokenizer, verify
+from minimind_ds.config.model import PRESETS
+from minimind_ds.verify import data, small
+from minimind_ds.verify.finding import Finding, apart, bits_apart, gradients_apart
+from tests.conftest import ROOT, SHARED, environment
+
+ZERO = {stage: ["--deepspeed", f"ds_configs/zero{stage}.json"] for stage in range(4)}
+MOE = {"use_moe": True, "moe_intermediate_size": 48}
+REAL = ("sft_gsm8k", "sft_instruct_en_zh", "sft_tools_en_zh")
+SOUND = {"bundled": ZERO[2], "moe": [*ZERO[3], "--dtype", "bf16"]}
+if SHARED.is_dir():
+    SOUND |= {name: [*ZERO[2], "--tokenizer", str(SHARED / "minimind_tokenizer"), "--data_path",
+                     str(SHARED / "data" / f"{name}.jsonl")] for name in REAL}
+# What is broken -> the law that must fail, and all that may fail with it.
+BROKEN = {"shifted_labels": ("labels", {"gradients"}),
+          "leaked_attention": ("packing", {"gradients", "layout", "kernels"}),
+          "mean_of_means": ("gradients", {"layout"}),
+          "no_moments": ("resume", set()),
+          "inexact_kernel": ("kernels", {"gradients"})}
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory, deepspeed):
+    out = tmp_path_factory.mktemp("verify")
+    cases = [{"name": name, "flags": flags, "model": MOE if name == "moe" else {}, "breaks": None}
+             for name, flags in SOUND.items()]
+    cases += [{"name": name, "flags": ZERO[2], "model": {}, "breaks": name} for name in BROKEN]
+    done = deepspeed(2, "tests/distributed/ranks/verify_broken.py", str(out), json.dumps(cases))
+    return {case["name"]: json.loads((out / f"{case['name']}.json").read_text()) for case in cases}, done.stdout
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_every_law_holds_on_what_is_right(name, reports):
+    report = reports[0][name]
+    assert report["ok"] and not report["failed"], [law for law in report["laws"] if not law["ok"]]
+    assert {law["law"] for law in report["laws"]} == {"labels", "gradients", "packing", "layout", "kernels", "resume"}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_law_fails_under_its_name(name, reports):
+    law, others = BROKEN[name]
+    report = reports[0][name]
+    assert not report["ok"]
+    assert law in report["failed"] and set(report["failed"]) <= {law, *others}
+
+
+def test_samples_are_shown_with_what_is_learnt_in_brackets_where_there_is_no_terminal(reports):
+    assert "assistant\n[<think>\n\n</think>\n\n" in reports[1] and "\x1b[32m" not in reports[1]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared folder's data")
+def test_answers_cut_by_truncation_are_counted_and_warned_of(reports):
+    report = reports[0]["sft_tools_en_zh"]
+    assert 0 < report["data"]["cut_inside_answer"] <= report["data"]["cut"]
+    assert any("cut inside an answer" in line for line in report["warnings"])
+    assert reports[0]["sft_gsm8k"]["data"]["cut"] == 0
+
+
+def write(path, conversations) -> str:
+    path.write_text("".join(json.dumps({"conversations": turns}) + "\n" if isinstance(turns, list) else turns
+                            for turns in conversations), encoding="utf-8")
+    return str(path)
+
+
+def turns(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def test_the_program_warns_keeps_its_table_beside_the_run_and_ends_with_0(tmp_path):
+    lines = [turns(f"question {i}", f"answer {i}") for i in range(12)]
+    spoilt = [turns("question 0", "answer 0"), turns("long", "word " * 80), turns("too long " * 60, "never seen"),
+              "{broken\n", turns("\x1b[31mred", "plain")]
+    path = write(tmp_path / "data.jsonl", lines + spoilt)
+    yaml = tmp_path / "run.yaml"
+    yaml.write_text("preset: debug\nmodel: {hidden_size: 48, num_hidden_layers: 1, num_attention_heads: 4, "
+                    "num_key_value_heads: 2, intermediate_size: 96}\n")
+    done = subprocess.run([sys.executable, "launch/verify.py", "--config", str(yaml), *ZERO[1], "--data_path", path,
+                           "--save_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path), "--max_seq_len", "64",
+                           "--samples", "17"], cwd=ROOT, env=environment(), text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "run" / "verify.json").read_text())
+    said = " ".join(report["warnings"])
+    assert report["ok"] and report["data"]["bad_records"] == 1 and "line 16" in said
+    assert "cut inside an answer" in said and "have no label" in said and "never label the stop token" in said
+    assert "stand there more than once" in said
+    # What a file holds cannot command the terminal.
+    assert "\\x1b[31mred" in done.stdout and "\x1b" not in done.stdout
+    assert "every law holds" in done.stdout and not (tmp_path / "run" / ".verify").exists()
+
+
+@pytest.mark.parametrize("flags, word", [
+    ([], "--deepspeed is missing"), ([*ZERO[2], "--data_path", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+    ([*ZERO[2], "--tokens", "-1"], "--tokens is -1"), ([*ZERO[2], "--colour"], "unrecognized arguments"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(flags, word, tmp_path, capsys):
+    try:
+        code = verify.main(["--save_dir", str(tmp_path), *flags])
+    except SystemExit as error:
+        code = error.code
+    said = capsys.readouterr().err
+    assert code == 2 and word in said and len(said.strip().splitlines()) == 1, said
+
+
+def test_answers_are_found_from_ids_whatever_users_type():
+    tok = load_tokenizer()
+    start, stop = tok.special_id("<|im_start|>"), tok.special_id("<|im_end|>")
+    asked = [start, *tok.encode("user\n<|im_start|>assistant\nno"), stop, *tok.encode("\n")]
+    said = [*tok.encode("yes"), stop, *tok.encode("\n")]
+    ids = np.array([*asked, start, *tok.encode("assistant\n"), *said])
+    mine, begun, ended = data.answers(ids, tok)
+    assert (begun, ended) == (1, 1) and ids[mine].tolist() == said
+    open_ended = data.answers(ids[:-len(said) + 1], tok)
+    assert open_ended[1:] == (1, 0)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_model_is_cut_down_to_one_of_its_architecture(preset):
+    config = PRESETS[preset]
+    cut, said = small.cut_down(config, 3e6)
+    assert small.count(cut) <= 3e6 and said
+    kept = ("num_attention_heads", "num_key_value_heads", "head_dim", "use_moe", "num_experts", "vocab_size",
+            "qk_norm", "tie_word_embeddings")
+    assert all(getattr(cut, name) == getattr(config, name) for name in kept)
+    assert small.cut_down(config, 1e12) == (config, None)
+
+
+def test_nothing_that_is_not_a_number_passes():
+    nan, inf = float("nan"), float("inf")
+    assert not Finding("law", "what", nan, 1e9).ok and not Finding("law", "what", inf, 1e9).ok
+    assert apart(nan, 1.0) == apart(1.0, nan) == inf and apart(nan, nan) == inf
+    one, bad = {"w": torch.ones(3)}, {"w": torch.tensor([1.0, nan, 1.0])}
+    assert gradients_apart(bad, one) == inf and gradients_apart(one, one) == 0
+    assert bits_apart([torch.tensor([0.0, 1.0])], [torch.tensor([0.0, 1.0 + 2**-23])]) == 1
