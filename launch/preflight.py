@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # A node that does not answer is this program's to name; PyTorch would add its C++ stacks.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
-from minimind_ds.distributed import engine  # noqa: E402
+from minimind_ds.distributed.world import read_world
 from minimind_ds.resilience import preflight  # noqa: E402
 
 
@@ -30,9 +30,9 @@ def main() -> int:
     for name, (value, meaning) in preflight.LIMITS.items():
         parser.add_argument(f"--{name}", type=float, default=value, help=meaning + " (default: %(default)s)")
     args, _ = parser.parse_known_args()
-    layout = engine.read_layout()
+    world = read_world()
     try:
-        return preflight.main(layout, save_dir=args.save_dir, cache_dir=args.cache_dir,
+        return preflight.main(world, save_dir=args.save_dir, cache_dir=args.cache_dir,
                               limits={name: getattr(args, name) for name in preflight.LIMITS})
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -68,7 +68,7 @@ class SaveFailed(RuntimeError):
     """A checkpoint could not be written; earlier ones are untouched."""
 
 
-class Saving:
+class AsyncSave:
     """One checkpoint being written; `finish` waits for it and raises what went wrong, on every rank alike.
 
     Args:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from minimind_ds.checkpoint import full_state
-from minimind_ds.checkpoint.async_save import SaveFailed, Saving, facts_of, sha256, snapshot
+from minimind_ds.checkpoint.async_save import AsyncSave, SaveFailed, facts_of, sha256, snapshot
 from minimind_ds.distributed.engine import continue_betas
 from minimind_ds.io import fsync, write_file
 
@@ -77,7 +77,7 @@ def together(error: Exception | None, doing: str, kind: type = RuntimeError) -> 
             raise kind(f"{doing} failed on rank {rank}: {message}")
 
 
-def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> Saving:
+def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> AsyncSave:
     """Begin a checkpoint; collective.  It is there when the result's `finish` has returned.
 
     Its state is DeepSpeed's own files; or the whole state (whole.py), where experts are shared out.
@@ -111,14 +111,15 @@ def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> Saving:
         commit(aside, final, facts, written)
         retain(final, keep)
 
-    return Saving(files, root=aside, commit=commit_and_retain, what=f"writing {final}")
+    return AsyncSave(files, root=aside, commit=commit_and_retain, what=f"writing {final}")
 
 
 def state_files(engine, aside: pathlib.Path) -> list[tuple[pathlib.Path, Callable]]:
     """The files of the training state that this rank has to write, and what writes each; collective."""
     if engine.has_moe_layers:
         state = full_state.collect(engine)
-        return [] if state is None else [(aside / TAG / full_state.FILE, functools.partial(full_state.write_file, state))]
+        return [] if state is None else [(aside / TAG / full_state.FILE, functools.partial(full_state.write_file,
+                                                                                           state))]
     own, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script
     engine.checkpoint_engine = recorder = Recorder(own)
     # Rank 0 copies programs of DeepSpeed's into the checkpoint.  If it did so here and the disk were full, the others

@@ -1,7 +1,7 @@
 """A training state free of any layout: what a run on other ranks, stages and shares of the experts goes on from.
 
-minimind_ds/checkpoint/reshape.py makes one out of a checkpoint's files and puts it into an engine.  Where experts are shared out,
-checkpoints hold it as it is, because DeepSpeed's files of such a run fit its own MoE layer only.
+minimind_ds/checkpoint/reshape.py makes one out of a checkpoint's files and puts it into an engine.  Where experts are
+shared out, checkpoints hold it as it is, because DeepSpeed's files of such a run fit its own MoE layer only.
 
     python -m pytest tests/checkpoint/test_reshape.py
 """
@@ -27,7 +27,7 @@ HEADER = ("step", "groups", "scaler", "counters", "scheduler")
 
 
 @dataclass
-class Whole:
+class FullState:
     """A training state free of any layout.
 
     parameters: name -> {"fp32": the master, "exp_avg", "exp_avg_sq"}, flat; only "fp32" before the first update.
@@ -45,7 +45,7 @@ class Whole:
     scheduler: dict | None = None
 
 
-def collect(ds_engine) -> Whole | None:
+def collect(ds_engine) -> FullState | None:
     """The state of an engine at ZeRO stage 1, 2 or 3 whose experts are shared out, on rank 0; None elsewhere.
 
     Collective; it goes through DeepSpeed's own accessors, one parameter at a time.
@@ -61,7 +61,8 @@ def collect(ds_engine) -> Whole | None:
         # have a group of their own, are not there yet.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
-    whole = Whole({}, step=max((int(state["step"]) for state in basic.state.values() if "step" in state), default=0),
+    whole = FullState({}, step=max((int(state["step"]) for state in basic.state.values() if "step" in state),
+                                   default=0),
                   groups=[{key: group[key] for key in SCHEDULED if key in group} for group in basic.param_groups],
                   scaler=read_scaler({"loss_scaler": optimizer.loss_scaler}),
                   counters={name: getattr(ds_engine, name) for name in COUNTERS},
@@ -77,14 +78,14 @@ def collect(ds_engine) -> Whole | None:
     return whole if dist.get_rank() == 0 else None
 
 
-def write_file(whole: Whole, path: pathlib.Path) -> None:
+def write_file(whole: FullState, path: pathlib.Path) -> None:
     """One safetensors file, no pickle: tensors as "<name> <key>", the rest as JSON in its header."""
     tensors = {f"{name} {key}": flat for name, parts in whole.parameters.items() for key, flat in parts.items()}
     tensors |= {f"{name} fixed": flat for name, flat in whole.fixed.items()}
     save_file(tensors, path, metadata={name: json.dumps(getattr(whole, name)) for name in HEADER})
 
 
-def read_file(folder: pathlib.Path, *, shapes: dict[str, torch.Size]) -> Whole:
+def read_file(folder: pathlib.Path, *, shapes: dict[str, torch.Size]) -> FullState:
     """What write_file wrote.
 
     Args:
@@ -94,7 +95,7 @@ def read_file(folder: pathlib.Path, *, shapes: dict[str, torch.Size]) -> Whole:
         ValueError: the file does not hold exactly these parameters.
     """
     with safe_open(folder / FILE, "pt") as file:
-        whole = Whole({}, **{name: json.loads(text) for name, text in file.metadata().items() if name in HEADER})
+        whole = FullState({}, **{name: json.loads(text) for name, text in file.metadata().items() if name in HEADER})
         for full in file.keys():
             name, key = full.rsplit(" ", 1)
             if key == "fixed":

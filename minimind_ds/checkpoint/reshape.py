@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from minimind_ds import checkpoint
 from minimind_ds.checkpoint import full_state as whole_state
-from minimind_ds.checkpoint.full_state import COUNTERS, SCHEDULED, Whole, read_scaler
+from minimind_ds.checkpoint.full_state import COUNTERS, SCHEDULED, FullState, read_scaler
 from minimind_ds.distributed import engine
 
 # Of the layout (train.layout_facts), what may differ between the halves of a run.
@@ -124,7 +124,7 @@ def expert_ranks(p: torch.nn.Parameter) -> int:
 # Reading: a checkpoint's files, one at a time, on rank 0.
 
 
-def read(path: pathlib.Path, layout: dict, *, shapes: dict[str, torch.Size], fixed: set[str]) -> Whole:
+def read(path: pathlib.Path, layout: dict, *, shapes: dict[str, torch.Size], fixed: set[str]) -> FullState:
     """The whole state in a verified checkpoint; one of its files is in memory at a time.
 
     Args:
@@ -138,7 +138,7 @@ def read(path: pathlib.Path, layout: dict, *, shapes: dict[str, torch.Size], fix
     if (path / checkpoint.TAG / whole_state.FILE).exists():
         return whole_state.read_file(path / checkpoint.TAG, shapes=shapes)
     stage, ranks = layout["ZeRO stage"], layout["ranks"]
-    folder, whole, seen = path / checkpoint.TAG, Whole({name: {} for name in shapes}), {}
+    folder, whole, seen = path / checkpoint.TAG, FullState({name: {} for name in shapes}), {}
     for rank in range(ranks if stage > 0 else 1):
         model = open_file(folder, f"zero_pp_rank_{rank}_mp_rank_00_model" if stage == 3 else "mp_rank_00_model")
         if rank == 0:
@@ -217,7 +217,7 @@ def in_partitions(groups: list[dict[str, torch.Size]], rank: int, ranks: int) ->
     return slots
 
 
-def gather(whole: Whole, slots: list[list[Piece]], masters: list[torch.Tensor], base: dict, *, seen: dict,
+def gather(whole: FullState, slots: list[list[Piece]], masters: list[torch.Tensor], base: dict, *, seen: dict,
            shapes: dict) -> None:
     """Copy one file's pieces into the whole; `seen` counts the elements of each (parameter, key)."""
     for i, (pieces, master) in enumerate(zip(slots, masters, strict=True)):
@@ -235,7 +235,7 @@ def gather(whole: Whole, slots: list[list[Piece]], masters: list[torch.Tensor], 
                 seen[name, key] = seen.get((name, key), 0) + numel
 
 
-def gather_fixed(whole: Whole, model: dict, names: set[str], *, whole_files: bool) -> None:
+def gather_fixed(whole: FullState, model: dict, names: set[str], *, whole_files: bool) -> None:
     """Frozen parameters and buffers: whole in each file, or frozen parameters in parts at stage 3."""
     parts = {} if whole_files else model.get("frozen_param_fragments") or {}
     for name in names:
@@ -250,7 +250,7 @@ def gather_fixed(whole: Whole, model: dict, names: set[str], *, whole_files: boo
 # Writing: every rank, from rank 0's whole state.
 
 
-def write(ds_engine, whole: Whole | None) -> None:
+def write(ds_engine, whole: FullState | None) -> None:
     """Put a whole state, which rank 0 holds, into a fresh engine of any layout; collective.
 
     The engine's own state_dict() is filled in and handed back to its load_state_dict(), which is what loading a
@@ -290,7 +290,7 @@ def write(ds_engine, whole: Whole | None) -> None:
         ds_engine.lr_scheduler.load_state_dict(header["scheduler"])
 
 
-def broadcast_header(whole: Whole | None) -> dict:
+def broadcast_header(whole: FullState | None) -> dict:
     """Everything of the whole state that is no tensor, to every rank."""
     header = [None]
     if whole is not None:
@@ -342,7 +342,7 @@ def live_slots(ds_engine, stage: int, shapes: dict[str, torch.Size]) -> list[lis
     return in_order([t.numel() for t in live_masters(ds_engine, stage)], shapes)
 
 
-def scatter(whole: Whole | None, header: dict, masters: list[torch.Tensor], slots: list[list[Piece]], *,
+def scatter(whole: FullState | None, header: dict, masters: list[torch.Tensor], slots: list[list[Piece]], *,
             shapes: dict[str, torch.Size], parameters: dict) -> list[dict[str, torch.Tensor]]:
     """Fill this rank's masters, one broadcast parameter at a time; -> the optimizer state of each, padding zero."""
     states = [{key: torch.zeros(master.shape, dtype=dtype, device=master.device)
@@ -369,7 +369,7 @@ def my_experts(p: torch.nn.Parameter, flat: torch.Tensor) -> torch.Tensor:
     return expert_parallel.part(p, flat)
 
 
-def scatter_fixed(whole: Whole | None, header: dict, fixed: dict[str, torch.Tensor]) -> None:
+def scatter_fixed(whole: FullState | None, header: dict, fixed: dict[str, torch.Tensor]) -> None:
     """Fill frozen parameters and buffers; those the checkpoint does not hold stay as the model was built."""
     for name, target in fixed.items():
         if name not in header["fixed"]:

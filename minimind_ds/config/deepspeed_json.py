@@ -13,7 +13,7 @@ import difflib
 import json
 import pathlib
 
-from minimind_ds.config.model import Degrees, ModelConfig
+from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.run import RunConfig
 
 # DeepSpeed 0.19's top-level keys (runtime/config.py, runtime/constants.py).
@@ -369,14 +369,14 @@ def stage_of(config: dict) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def describe(config: dict, degrees: Degrees) -> str:
+def describe(config: dict, dims: ParallelDims) -> str:
     """One line for the log: stage, offload, parallelism, precision, optimizer."""
     zero = config.get("zero_optimization", {})
     parts = [f"ZeRO stage {stage_of(config)}"]
     parts += [f"{what} on {zero[f'offload_{what}']['device']}" for what in ("optimizer", "param")
               if (zero.get(f"offload_{what}") or {}).get("device", "none") not in (None, "none")]
-    parts += [f"rows over {degrees.sequence} ranks"] if degrees.sequence > 1 else []
-    parts += [f"experts over {degrees.experts} ranks"] if degrees.experts > 1 else []
+    parts += [f"rows over {dims.sequence} ranks"] if dims.sequence > 1 else []
+    parts += [f"experts over {dims.experts} ranks"] if dims.experts > 1 else []
     parts += [next((name for name in ("bf16", "fp16") if config[name]["enabled"]), "fp32")]
     parts += [config["optimizer"]["type"]]
     return ", ".join(parts)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Degrees:
+class ParallelDims:
     """How many neighbouring ranks share a row, and how many share out the experts."""
 
     sequence: int = 1

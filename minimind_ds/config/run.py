@@ -25,9 +25,10 @@ from minimind_ds.config.model import PRESETS, ModelConfig
 DTYPES = ("bf16", "fp16", "fp32")
 
 
-def flag(default, help, *, choices=None):
+def flag(default, help, *, choices=None, resume=None):
     """A RunConfig field: `help` ends up in --help, with its unit and default."""
-    return field(default=default, metadata={"help": help, "choices": choices})
+    """resume: whether a resumed run "must keep" the value or "may change" it and says so; None: it does not matter."""
+    return field(default=default, metadata={"help": help, "choices": choices, "resume": resume})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,28 +36,30 @@ class RunConfig:
     """Everything that decides a training run, besides the DeepSpeed JSON.  None means: chosen by the program."""
 
     deepspeed: str | None = flag(None, "DeepSpeed JSON file, for example ds_configs/zero2.json (required)")
-    preset: str | None = flag(None, "model size; default: the one that fits the machine", choices=tuple(PRESETS))
+    preset: str | None = flag(None, "model size; default: the one that fits the machine", choices=tuple(PRESETS),
+                              resume="must keep")
     tokenizer: str | None = flag(None, "Hugging Face tokenizer folder or SentencePiece .model; default: embedded")
     data_path: str | None = flag(None, "training data, JSONL; default: the bundled sample")
     eval_path: str | None = flag(None, "held-out data, JSONL")
-    eval_fraction: float = flag(0.0, "share of the training samples to hold out when there is no eval_path, 0 to 0.5")
+    eval_fraction: float = flag(0.0, "share of the training samples to hold out when there is no eval_path, 0 to 0.5",
+                                resume="must keep")
     eval_interval: int = flag(0, "optimizer steps between evaluations; 0: at the end of each epoch")
-    max_seq_len: int = flag(768, "longest sample, in tokens")
-    too_long: str = flag("cut", "what happens to longer samples", choices=("cut", "drop"))
-    pack_len: int = flag(4096, "length of a packed row, in tokens")
-    packing: bool = flag(True, "pack samples into rows; off: one sample a row, padded")
+    max_seq_len: int = flag(768, "longest sample, in tokens", resume="must keep")
+    too_long: str = flag("cut", "what happens to longer samples", choices=("cut", "drop"), resume="must keep")
+    pack_len: int = flag(4096, "length of a packed row, in tokens", resume="must keep")
+    packing: bool = flag(True, "pack samples into rows; off: one sample a row, padded", resume="must keep")
     batch_size: int = flag(1, "rows per rank and micro-batch")
     accumulation_steps: int = flag(1, "micro-batches per optimizer step")
-    epochs: int = flag(2, "passes over the data")
-    max_steps: int = flag(0, "stop after this many optimizer steps; 0: run all epochs")
-    learning_rate: float = flag(5e-4, "peak learning rate")
-    min_lr_ratio: float = flag(0.1, "last learning rate as a share of the peak")
-    warmup_ratio: float = flag(0.03, "share of the run in which the learning rate rises from 0")
-    weight_decay: float = flag(0.01, "AdamW's decoupled weight decay")
-    adam_beta1: float = flag(0.9, "AdamW's decay of the first moment")
-    adam_beta2: float = flag(0.999, "AdamW's decay of the second moment")
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon")
-    grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping")
+    epochs: int = flag(2, "passes over the data", resume="must keep")
+    max_steps: int = flag(0, "stop after this many optimizer steps; 0: run all epochs", resume="must keep")
+    learning_rate: float = flag(5e-4, "peak learning rate", resume="must keep")
+    min_lr_ratio: float = flag(0.1, "last learning rate as a share of the peak", resume="must keep")
+    warmup_ratio: float = flag(0.03, "share of the run in which the learning rate rises from 0", resume="must keep")
+    weight_decay: float = flag(0.01, "AdamW's decoupled weight decay", resume="must keep")
+    adam_beta1: float = flag(0.9, "AdamW's decay of the first moment", resume="must keep")
+    adam_beta2: float = flag(0.999, "AdamW's decay of the second moment", resume="must keep")
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon", resume="must keep")
+    grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", resume="must keep")
     from_weight: str = flag("none", "weights to start from: none, a run folder, .safetensors, .pth or HF folder")
     lora_rank: int = flag(0, "train adapters of this rank beside frozen --from_weight; 0: train all weights")
     lora_alpha: float | None = flag(None, "the adapters' output is scaled by lora_alpha / lora_rank; default: "
@@ -70,21 +73,24 @@ class RunConfig:
     save_interval: int = flag(100, "optimizer steps between checkpoints; 0: none")
     keep: int = flag(2, "checkpoints to keep")
     log_interval: int = flag(10, "optimizer steps between printed lines where there is no terminal for the bar")
-    seed: int = flag(42, "seed of the weights, the order of the data and dropout")
+    seed: int = flag(42, "seed of the weights, the order of the data and dropout", resume="must keep")
     dtype: str | None = flag(None, "precision; default: bf16 where the machine has it, else fp32", choices=DTYPES)
     kernels: str = flag("auto", "auto, a backend's name, or one per operation: attention=sdpa,moe=reference")
     dropout: float | None = flag(None, "dropout probability; default: the preset's (0)")
     moe_balance: str = flag("row", "tokens over which the experts' load is balanced",
-                            choices=("row", "batch", "document", "global"))
+                            choices=("row", "batch", "document", "global"), resume="must keep")
     gradient_checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, more time")
     compile: bool = flag(False, "torch.compile the model's layers")
     on_spike: str = flag("log", "what a loss does that is 6 standard deviations above the last 128 steps'",
-                         choices=("log", "skip", "stop"))
-    on_non_finite: str = flag("stop", "what a loss that is NaN or infinite does", choices=("stop", "skip"))
+                         choices=("log", "skip", "stop"), resume="may change")
+    on_non_finite: str = flag("stop", "what a loss that is NaN or infinite does", choices=("stop", "skip"),
+                              resume="may change")
     hang_minutes: float = flag(30.0, "minutes in one phase of a step after which a rank dumps its stacks and ends")
     on_bad_record: str = flag("stop", "what a malformed line does", choices=("stop", "skip"))
-    random_system_ratio: float = flag(0.0, "share of conversations given a random system prompt (MiniMind: 0.2)")
-    drop_empty_think_ratio: float = flag(0.0, "share of empty think blocks removed (MiniMind: 0.8)")
+    random_system_ratio: float = flag(0.0, "share of conversations given a random system prompt (MiniMind: 0.2)",
+                                      resume="must keep")
+    drop_empty_think_ratio: float = flag(0.0, "share of empty think blocks removed (MiniMind: 0.8)",
+                                         resume="must keep")
     cache_dir: str | None = flag(None, "where tokenised data is kept; default: ~/.cache/minimind_ds")
     num_workers: int = flag(0, "processes that tokenise; 0: one")
     use_wandb: bool = flag(False, "log to Weights & Biases (WANDB_MODE=offline works)")
@@ -167,6 +173,8 @@ class RunConfig:
 DERIVED = {"head_dim": ("hidden_size", "num_attention_heads"), "intermediate_size": ("hidden_size",),
            "moe_intermediate_size": ("hidden_size", "intermediate_size")}
 FLAGS = [f for f in dataclasses.fields(RunConfig) if f.metadata]
+MUST_STAY = tuple(f.name for f in FLAGS if f.metadata["resume"] == "must keep")
+MAY_CHANGE = tuple(f.name for f in FLAGS if f.metadata["resume"] == "may change")
 
 
 def value_type(f: dataclasses.Field) -> type:

@@ -305,15 +305,15 @@ def _chunks(records, encode: _Encoder, workers: int) -> Iterator[tuple[np.ndarra
     read = iter(records)
     index = itertools.count(0, CHUNK)
     batches = iter(lambda: list(itertools.islice(read, CHUNK)), [])
-    jobs = ((np.array([line for line, _ in batch]), [item for _, item in batch], next(index)) for batch in batches)
+    runs = ((np.array([line for line, _ in batch]), [item for _, item in batch], next(index)) for batch in batches)
     if workers < 2:
-        for lines, items, first_index in jobs:
+        for lines, items, first_index in runs:
             yield lines, encode(items, first_index)
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker,
                              initargs=(encode,)) as pool:
         waiting = []
-        for lines, items, first_index in jobs:
+        for lines, items, first_index in runs:
             waiting.append((lines, pool.submit(_work, items, first_index)))
             if len(waiting) > 2 * workers:
                 lines, future = waiting.pop(0)

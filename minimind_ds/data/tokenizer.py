@@ -5,7 +5,7 @@ The one promise beyond speed: `encode` takes what people typed, and nothing type
 asks.  A tokenizer folder is data: tokenizer.json is read by the `tokenizers` library, no code and no chat template
 from the folder is run here.
 
-    python -c "from minimind_ds.data.tokenizer import load_tokenizer as l; t = l(); print(t.name, t.encode('Hello 你好'))"
+    python -c "from minimind_ds import load_tokenizer as l; t = l(); print(t.name, t.encode('Hello 你好'))"
 """
 
 from __future__ import annotations

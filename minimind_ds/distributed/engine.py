@@ -1,8 +1,8 @@
 """The DeepSpeed engine: find this process's rank, open the process group, wrap the model, take one honest step.
 
 DeepSpeed divides a loss by the accumulation steps and averages gradients over ranks; the trainer normalises by the
-labelled tokens of the whole step instead (minimind_ds/model/loss.py), so `backward` here switches the first off and the
-loss undoes the second.
+labelled tokens of the whole step instead (minimind_ds/model/loss.py), so `backward` here switches the first off and
+the loss undoes the second.
 
     deepspeed --num_gpus 2 launch/sft.py --deepspeed ds_configs/zero2.json
 """
@@ -14,66 +14,41 @@ import functools
 import logging
 import os
 import warnings
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from minimind_ds.distributed import build_lock, lazy_compiler
+from minimind_ds.distributed import build_lock
+from minimind_ds.distributed.world import World, export
 
 TIMEOUT_MINUTES = 30
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where this process stands: its rank among `ranks`, its place on its machine, and its device."""
-
-    rank: int
-    ranks: int
-    local_rank: int
-    local_ranks: int
-    device: torch.device
 
 
 class NonFinite(RuntimeError):
     """A loss or gradient is NaN or infinite; the update was not applied."""
 
 
-def read_layout() -> Layout:
-    """The layout from the launcher's variables (deepspeed, torchrun), SLURM's (srun), or a single process."""
-    env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        for name, source in (("RANK", "SLURM_PROCID"), ("WORLD_SIZE", "SLURM_NTASKS"),
-                             ("LOCAL_RANK", "SLURM_LOCALID"), ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")):
-            if source in env:
-                env[name] = env[source].split("(")[0]
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    for name, value in defaults.items():
-        env.setdefault(name, value)
-    local_ranks = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", "1")))
-    local_rank = int(env["LOCAL_RANK"])
-    cuda = torch.cuda.is_available()
-    if not cuda:
-        env.setdefault("DS_ACCELERATOR", "cpu")
-    # A batch system may show each process its own GPU only, which is then number 0.
-    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
-    return Layout(int(env["RANK"]), int(env["WORLD_SIZE"]), local_rank, local_ranks, device)
+def choose_accelerator(device: torch.device) -> None:
+    """Before deepspeed is imported: it would look for a GPU by itself, and not find every CPU."""
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
-def start(layout: Layout, hang_minutes: float = 0.0) -> None:
+def start(world: World, hang_minutes: float = 0.0) -> None:
     """Open the process group and quieten DeepSpeed.  Imports deepspeed (some seconds).
 
     Args:
         hang_minutes: after which a watchdog ends the run; 0: none does.
     """
-    if layout.device.type == "cpu":
+    if world.device.type == "cpu":
         # Ranks on one machine share its cores; more threads than cores is several times slower.
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, layout.local_ranks)))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, world.local_size)))
     else:
-        torch.cuda.set_device(layout.device)
-    if layout.ranks == 1 and "MASTER_PORT" not in os.environ:
-        os.environ["MASTER_PORT"] = free_port()
+        torch.cuda.set_device(world.device)
+    export(world)
+    choose_accelerator(world.device)
+    # Some seconds, which --help and a mistake in a flag need not wait for.
     import deepspeed
     from deepspeed.utils import logger
 
@@ -81,28 +56,20 @@ def start(layout: Layout, hang_minutes: float = 0.0) -> None:
     logger.setLevel(logging.ERROR)
     # DeepSpeed still calls collectives by names that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if layout.device.type == "cpu":
+    if world.device.type == "cpu":
         # The shared-memory all-reduce is compiled at first use (about 45 s) and gains nothing at these sizes.
         # Whether it could be compiled is not asked either: that runs a compiler.
         deepspeed.ops.__compatible_ops__ = {}
         # Stage 3 asks for it at every gradient bucket, and each time a process (numactl) is started to find out.
         accelerator = deepspeed.get_accelerator()
         accelerator.device_count = functools.cache(accelerator.device_count)
-    deepspeed.init_distributed(dist_backend="gloo" if layout.device.type == "cpu" else "nccl", verbose=False,
+    deepspeed.init_distributed(dist_backend="gloo" if world.device.type == "cpu" else "nccl", verbose=False,
                                timeout=patience(hang_minutes))
 
 
 def patience(hang_minutes: float) -> datetime.timedelta:
     """How long collectives wait: longer than the watchdog, which has more to say than that it has waited."""
     return datetime.timedelta(minutes=max(TIMEOUT_MINUTES, hang_minutes + 5))
-
-
-def free_port() -> str:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return str(s.getsockname()[1])
 
 
 def stop() -> None:
@@ -127,8 +94,7 @@ def initialize(model: torch.nn.Module, config: dict):
         # clip_gradients does it instead.
         config = {**config, "gradient_clipping": 0.0}
     trained = [p for p in model.parameters() if p.requires_grad]
-    with lazy_compiler.kept_unloaded():
-        engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=trained)
+    engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=trained)
     undo_warm_start(engine)
     engine.basic_optimizer.skip_update = False
     engine.basic_optimizer.register_step_pre_hook(stop_on_non_finite)

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minimind_ds import kernels
-from minimind_ds.config.model import Degrees, ModelConfig
+from minimind_ds.config.model import ModelConfig, ParallelDims
 
 # Keys of DeepSpeed's expert_parallel block that mean here what they mean there.
 EXPERT_KEYS = {"enabled", "autoep_size", "preset_model"}
 
 
-def read_degrees(path: str, raw: dict, ranks: int) -> Degrees:
+def read_dims(path: str, raw: dict, ranks: int) -> ParallelDims:
     """Sequence and expert parallelism, as DeepSpeed's own keys ask for them.
 
     Raises:
@@ -48,17 +48,17 @@ def read_degrees(path: str, raw: dict, ranks: int) -> Degrees:
     if "data_parallel_size" in raw and sizes["data_parallel_size"] * sequence != ranks:
         raise ValueError(f"{path}: data_parallel_size {sizes['data_parallel_size']} x sequence_parallel_size "
                          f"{sequence} is not the {ranks} ranks of this run")
-    return Degrees(sequence, sizes["expert_parallel.autoep_size"])
+    return ParallelDims(sequence, sizes["expert_parallel.autoep_size"])
 
 
-def check(degrees: Degrees, config: ModelConfig, *, ranks: int, row_tokens: int, stage: int, path: str) -> None:
+def check(dims: ParallelDims, config: ModelConfig, *, ranks: int, row_tokens: int, stage: int, path: str) -> None:
     """Raises ValueError, naming the file and what would work, if these degrees cannot be.
 
     Args:
         row_tokens: tokens of a micro-batch, rows x row length.
         path: the DeepSpeed JSON that asks for them.
     """
-    n, H, HKV = degrees.sequence, config.num_attention_heads, config.num_key_value_heads
+    n, H, HKV = dims.sequence, config.num_attention_heads, config.num_key_value_heads
     works = [m for m in range(1, H + 1) if H % m == 0 and (HKV % m == 0 or m % HKV == 0)]
     if n not in works:
         raise ValueError(f"{path}: sequence_parallel_size {n} does not divide {H} heads over {HKV} key heads; "
@@ -66,34 +66,34 @@ def check(degrees: Degrees, config: ModelConfig, *, ranks: int, row_tokens: int,
     if row_tokens % n:
         raise ValueError(f"{path}: sequence_parallel_size {n} does not divide batch_size x pack_len = {row_tokens} "
                          "tokens; choose another --pack_len")
-    for name, degree in (("sequence_parallel_size", n), ("expert_parallel.autoep_size", degrees.experts)):
+    for name, degree in (("sequence_parallel_size", n), ("expert_parallel.autoep_size", dims.experts)):
         if ranks % degree:
             raise ValueError(f"{path}: {name} {degree} does not divide the {ranks} ranks of this run")
-    if degrees.experts == 1:
+    if dims.experts == 1:
         return
     if not config.use_moe:
         raise ValueError(f"{path}: expert_parallel is enabled, and the model has no experts")
-    if config.num_experts % degrees.experts:
-        raise ValueError(f"{path}: expert_parallel.autoep_size {degrees.experts} does not divide "
+    if config.num_experts % dims.experts:
+        raise ValueError(f"{path}: expert_parallel.autoep_size {dims.experts} does not divide "
                          f"{config.num_experts} experts")
     if stage == 0:
         raise ValueError(f"{path}: expert_parallel needs ZeRO stage 1, 2 or 3 (DeepSpeed reduces experts' gradients "
                          "apart from the others' there)")
 
 
-def install(model: nn.Module, degrees: Degrees) -> None:
+def install(model: nn.Module, dims: ParallelDims) -> None:
     """Make a model work on its rank's share; collective.  Call it before the engine wraps the model."""
-    group = groups_of(degrees.sequence)
-    if degrees.sequence > 1:
+    group = groups_of(dims.sequence)
+    if dims.sequence > 1:
         model.attend = Ulysses(group)
     if model.balance == "global" and dist.get_world_size() > 1:
         model.total_counts = TotalCounts(dist.group.WORLD)
-    elif degrees.sequence > 1:
+    elif dims.sequence > 1:
         model.total_counts = TotalCounts(group)
-    if degrees.experts > 1:
+    if dims.experts > 1:
         from minimind_ds.distributed import expert_parallel
 
-        expert_parallel.shard(model, degrees.experts)
+        expert_parallel.shard(model, dims.experts)
 
 
 def groups_of(size: int):

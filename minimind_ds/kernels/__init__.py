@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import compiled, deepspeed_ops, reference, sdpa, triton
-from .needs import NOTHING, Needs
+from .needs import NOTHING, KernelRequirements
 
 # Fastest first: `auto` takes the first that can run.  What stands behind `reference` has to be asked for by name.
 BACKENDS: dict[str, ModuleType] = {
@@ -33,7 +33,7 @@ OPS = ("attention", "moe", "router", "rope", "elementwise")
 ACTIVATIONS = ("auto", "native", "fp32")
 
 
-class Choice(NamedTuple):
+class KernelSelection(NamedTuple):
     """What runs: a backend for each operation, the dtype activations are kept in, and a line saying why."""
 
     attention: str
@@ -91,7 +91,8 @@ def with_compiled(spec: str) -> str:
 
 
 @functools.lru_cache
-def resolve(spec: str, device: torch.device | str, dtype: torch.dtype | str, needs: Needs = NOTHING) -> Choice:
+def resolve(spec: str, device: torch.device | str, dtype: torch.dtype | str,
+            needs: KernelRequirements = NOTHING) -> KernelSelection:
     """Names what runs each operation for parameters of this device and dtype, in a model with these needs.
 
     "auto" takes the fastest that can run here; a name is taken at its word.
@@ -113,11 +114,11 @@ def resolve(spec: str, device: torch.device | str, dtype: torch.dtype | str, nee
     how.update({op: f"auto: {why}" for op, why in lacks(spec.split(",")[0].strip()).items() if asked[op] == "auto"})
     parts = [f"{op} = {chosen[op]} ({how[op]})" for op in OPS]
     parts.append(f"activations = {str(activations).removeprefix('torch.')} ({slow or 'as the parameters'})")
-    return Choice(**chosen, activations=activations, reason=", ".join(parts))
+    return KernelSelection(**chosen, activations=activations, reason=", ".join(parts))
 
 
 @functools.lru_cache
-def choose(op: str, name: str, device: torch.device, dtype: torch.dtype, needs: Needs) -> str:
+def choose(op: str, name: str, device: torch.device, dtype: torch.dtype, needs: KernelRequirements) -> str:
     if name == "auto":
         return next(other for other, module in BACKENDS.items() if module.why_not(op, device, dtype, needs) is None)
     refusal = BACKENDS[name].why_not(op, device, dtype, needs)
@@ -145,7 +146,7 @@ def why_slow(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"this CPU multiplies {short} more slowly than fp32; parameters stay {short}"
 
 
-def backend_module(op: str, backend: str, x: Tensor, needs: Needs = NOTHING) -> ModuleType:
+def backend_module(op: str, backend: str, x: Tensor, needs: KernelRequirements = NOTHING) -> ModuleType:
     """The module that runs `op` for tensors like x.  Raises ValueError as the operations below do."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(f"kernels: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
@@ -171,7 +172,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
     Raises:
         ValueError: an unknown backend, or one that cannot run on this device and dtype.
     """
-    module = backend_module("attention", backend, q, Needs(q.shape[2], dropout_p))
+    module = backend_module("attention", backend, q, KernelRequirements(q.shape[2], dropout_p))
     return module.attention(q, k, v, cu_seqlens, max_seqlen, dropout_p=dropout_p)
 
 
@@ -222,7 +223,7 @@ def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: f
     Returns:
         (T, H, D) in x's dtype, worked out in at least fp32.
     """
-    return backend_module("rope", backend, x, Needs(x.shape[2])).norm_rope(x, weight, cos, sin, eps)
+    return backend_module("rope", backend, x, KernelRequirements(x.shape[2])).norm_rope(x, weight, cos, sin, eps)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, backend: str) -> Tensor:

@@ -14,7 +14,7 @@ import shutil
 import torch
 
 from . import reference
-from .needs import Needs
+from .needs import KernelRequirements
 
 
 @functools.cache
@@ -47,7 +47,7 @@ token_losses = reference.token_losses
 LACKS = dict.fromkeys(("attention", "moe", "router"), "only the elementwise operations are compiled")
 
 
-def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: Needs) -> str | None:
+def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: KernelRequirements) -> str | None:
     if op in LACKS:
         return LACKS[op]
     if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++"))):

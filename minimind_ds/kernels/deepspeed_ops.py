@@ -19,7 +19,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from .needs import Needs
+from .needs import KernelRequirements
 from .sdpa import Permute
 
 LACKS = {
@@ -30,7 +30,7 @@ LACKS = {
 }
 
 
-def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: Needs) -> str | None:
+def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: KernelRequirements) -> str | None:
     """None for `moe` in bf16 and fp16 on an NVIDIA GPU from Ampere on, where DeepSpeed has its Triton ops."""
     if op in LACKS:
         return LACKS[op]

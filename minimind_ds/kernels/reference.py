@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .needs import Needs
+from .needs import KernelRequirements
 
 
-def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: Needs) -> str | None:
+def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: KernelRequirements) -> str | None:
     """None: this backend runs every operation anywhere, in any floating dtype."""
     return None
 

@@ -22,13 +22,13 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from .elementwise import JoinedSwiGLU, add_rms_norm, norm_rope, rms_norm, swiglu
-from .needs import Needs
+from .needs import KernelRequirements
 from .reference import route, token_losses
 
 __all__ = ["add_rms_norm", "attention", "moe", "norm_rope", "rms_norm", "route", "swiglu", "token_losses", "why_not"]
 
 
-def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: Needs) -> str | None:
+def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: KernelRequirements) -> str | None:
     """None: PyTorch has these operations for every device and floating dtype."""
     return None
 

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from minimind_ds import kernels
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.convert import weights
-from minimind_ds.kernels import Choice, Needs, attention, resolve, with_compiled
+from minimind_ds.kernels import KernelRequirements, KernelSelection, attention, resolve, with_compiled
 from minimind_ds.kernels import parse as parse_kernels
 
 from . import loss
@@ -55,7 +55,7 @@ class ModelOutput(NamedTuple):
     expert_counts: Tensor | None = None
 
 
-class Packing(NamedTuple):
+class ForwardContext(NamedTuple):
     """What every layer of one forward pass shares."""
 
     cu_seqlens: Tensor
@@ -64,14 +64,14 @@ class Packing(NamedTuple):
     sin_TD: Tensor
     group_T: Tensor | None
     n_groups: int
-    kernels: Choice
+    kernels: KernelSelection
     attend: Callable[..., Tensor]
     total_counts: Callable[[Tensor], Tensor] | None
 
 
-def needs(config: ModelConfig) -> Needs:
+def kernel_requirements(config: ModelConfig) -> KernelRequirements:
     """What this model asks of its kernels."""
-    return Needs(config.head_dim, config.dropout)
+    return KernelRequirements(config.head_dim, config.dropout)
 
 
 def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
@@ -120,23 +120,23 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x: Tensor, packing: ForwardContext) -> Tensor:
         return kernels.rms_norm(x, self.weight, self.eps, backend=packing.kernels.elementwise)
 
 
 class ResidualNorm(RMSNorm):
-    def forward(self, x: Tensor, residual: Tensor, packing: Packing) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor, packing: ForwardContext) -> tuple[Tensor, Tensor]:
         """-> x + residual, and its norm."""
         return kernels.add_rms_norm(x, residual, self.weight, self.eps, backend=packing.kernels.elementwise)
 
 
 class HeadNorm(RMSNorm):
-    def forward(self, x_THD: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x_THD: Tensor, packing: ForwardContext) -> Tensor:
         """-> each head normalised and rotated to its position."""
         return rotate(x_THD, self.weight, self.eps, packing)
 
 
-def rotate(x_THD: Tensor, weight_D: Tensor | None, eps: float, packing: Packing) -> Tensor:
+def rotate(x_THD: Tensor, weight_D: Tensor | None, eps: float, packing: ForwardContext) -> Tensor:
     return kernels.norm_rope(x_THD, weight_D, packing.cos_TD, packing.sin_TD, eps, backend=packing.kernels.rope)
 
 
@@ -163,7 +163,7 @@ class Attention(nn.Module):
             self.q_norm = HeadNorm(D, config.rms_norm_eps)
             self.k_norm = HeadNorm(D, config.rms_norm_eps)
 
-    def forward(self, x_TC: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x_TC: Tensor, packing: ForwardContext) -> Tensor:
         q_THD, k_THD, v_THD = (proj(x_TC).unflatten(-1, (-1, self.head_dim))
                                for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
@@ -182,7 +182,7 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_TC: Tensor, packing: Packing) -> Tensor:
+    def forward(self, x_TC: Tensor, packing: ForwardContext) -> Tensor:
         return self.down_proj(kernels.swiglu(self.gate_proj(x_TC), self.up_proj(x_TC),
                                              backend=packing.kernels.elementwise))
 
@@ -208,7 +208,7 @@ class MoEFeedForward(nn.Module):
         self.gate = Linear(config.hidden_size, config.num_experts)
         self.experts = Experts(config)
 
-    def forward(self, x_TC: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, x_TC: Tensor, packing: ForwardContext) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """-> output (T, C), balance loss, choices per expert (E,); the last two None when not asked for."""
         weights_TK, experts_TK, counts_GE, scores_GE = kernels.route(
             self.gate(x_TC), self.config.num_experts_per_tok, self.config.norm_topk_prob, packing.group_T,
@@ -246,7 +246,7 @@ class Block(nn.Module):
         self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
         self.use_moe = config.use_moe
 
-    def forward(self, x_TC: Tensor, packing: Packing) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, x_TC: Tensor, packing: ForwardContext) -> tuple[Tensor, Tensor | None, Tensor | None]:
         attended_TC = self.self_attn(self.input_layernorm(x_TC, packing), packing)
         x_TC, normed_TC = self.post_attention_layernorm(attended_TC, x_TC, packing)
         if not self.use_moe:
@@ -263,7 +263,8 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = config.dropout
 
-    def forward(self, ids_T: Tensor, packing: Packing, remember: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def forward(self, ids_T: Tensor, packing: ForwardContext, remember: bool) -> tuple[Tensor, list[Tensor],
+                                                                                       list[Tensor]]:
         """-> hidden (T, C), the balance losses and the expert counts of the layers that have them."""
         x_TC = self.embed_tokens(ids_T).to(packing.kernels.activations)
         x_TC = F.dropout(x_TC, self.dropout, self.training)
@@ -339,9 +340,9 @@ class MiniMindForCausalLM(nn.Module):
         self.kernels = with_compiled(self.kernels)
         self.kernel_choice(self.like[0].device, self.like[0].dtype)
 
-    def kernel_choice(self, device: torch.device | str, dtype: torch.dtype) -> Choice:
+    def kernel_choice(self, device: torch.device | str, dtype: torch.dtype) -> KernelSelection:
         """The backends this model uses there, with the reason: for printing once.  Raises ValueError if it cannot."""
-        return resolve(self.kernels, device, dtype, needs(self.config))
+        return resolve(self.kernels, device, dtype, kernel_requirements(self.config))
 
     def forward(self, batch: PackedBatch, return_logits: bool = False) -> ModelOutput:
         """Runs packed rows.  The balance loss and expert counts are worked out in training mode only.
@@ -355,7 +356,8 @@ class MiniMindForCausalLM(nn.Module):
         labels_T = batch.labels.flatten()
         cos_TD, sin_TD = self.rotary(batch.position_ids.flatten())
         choice = self.kernel_choice(labels_T.device, self.like[0].dtype)
-        packing = Packing(batch.cu_seqlens, batch.max_seqlen, cos_TD, sin_TD, *self.balance_groups(batch), choice,
+        packing = ForwardContext(batch.cu_seqlens, batch.max_seqlen, cos_TD, sin_TD, *self.balance_groups(batch),
+                                 choice,
                           self.attend, self.total_counts)
         remember = not (self.gradient_checkpointing and self.training)
         hidden_TC, balances, counts = self.model(batch.input_ids.flatten(), packing, remember)

@@ -15,22 +15,24 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from minimind_ds import kernels
-from minimind_ds.model.decoder import needs
+from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.model.loss import scaled_loss
 from minimind_ds.plan import counted, memory_model
-from minimind_ds.training.loop import build_engine
-from minimind_ds.training.prepare import DTYPES, Job
+from minimind_ds.training.build import build_engine
+from minimind_ds.training.prepare import DTYPES, PreparedRun
 from minimind_ds.training.step import fetch
 
 
-def setting(job: Job, labelled: float) -> memory_model.Setting:
+def setting(prepared: PreparedRun, labelled: float) -> memory_model.Setting:
     """What a prepared run is to the planner.  labelled: the share of its micro-batch's tokens that have a label."""
-    run = job.run
-    choice = kernels.resolve(run.kernels, job.layout.device, DTYPES[run.dtype], needs(job.model_config))
-    return memory_model.Setting(config=job.model_config, ds=job.ds, dtype=run.dtype, ranks=job.layout.ranks,
+    run = prepared.run
+    choice = kernels.resolve(run.kernels, prepared.world.device, DTYPES[run.dtype],
+                             kernel_requirements(prepared.model_config))
+    return memory_model.Setting(config=prepared.model_config, ds=prepared.ds, dtype=run.dtype,
+                                ranks=prepared.world.size,
                            row_len=run.row_len, rows=run.batch_size, accumulation=run.accumulation_steps,
                            labelled=labelled, activations=choice.activations.itemsize,
-                           on_cpu=job.layout.device.type == "cpu", degrees=job.degrees, adapters=job.lora,
+                           on_cpu=prepared.world.device.type == "cpu", dims=prepared.dims, adapters=prepared.lora,
                            recompute=run.gradient_checkpointing)
 
 
@@ -54,35 +56,35 @@ def saved_for_backward(batch) -> Iterator[dict[int, int]]:
         yield found
 
 
-def backward(job: Job, ds_engine, out, batch) -> None:
-    facts = job.first_plan.facts(0)
+def backward(prepared: PreparedRun, ds_engine, out, batch) -> None:
+    facts = prepared.first_plan.facts(0)
     ds_engine.backward(scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
-                                   step_real=facts.n_tokens, dp_world=job.layout.ranks), scale_wrt_gas=False)
+                                   step_real=facts.n_tokens, dp_world=prepared.world.size), scale_wrt_gas=False)
 
 
-def measure(job: Job) -> dict:
+def measure(prepared: PreparedRun) -> dict:
     """One micro-batch's forward and backward, counted on this rank: states, saved tensors, and the plan's figures.
 
     A step goes before, so that everything an engine makes at its first is there: in fp16 the first that is not skipped
     while the loss scale is sought.
     """
-    ds_engine = build_engine(job)
+    ds_engine = build_engine(prepared)
     ds_engine.train()
-    batch = next(fetch(job, 0, job.first_plan, range(1))).to(job.layout.device)
+    batch = next(fetch(prepared, 0, prepared.first_plan, range(1))).to(prepared.world.device)
     skipped = -1
     while skipped != ds_engine.skipped_steps:
         skipped = ds_engine.skipped_steps
-        for _ in range(job.run.accumulation_steps):
-            backward(job, ds_engine, ds_engine(batch), batch)
+        for _ in range(prepared.run.accumulation_steps):
+            backward(prepared, ds_engine, ds_engine(batch), batch)
             ds_engine.step()
     with saved_for_backward(batch) as saved:
         out = ds_engine(batch)
     forward = counted.held(ds_engine)
-    backward(job, ds_engine, out, batch)
+    backward(prepared, ds_engine, out, batch)
     held = counted.held(ds_engine)
     ds_engine.step()
-    peak = allocated_peak(job, ds_engine, batch) if job.layout.device.type == "cpu" else None
-    s = setting(job, batch.n_labelled / batch.labels.numel())
+    peak = allocated_peak(prepared, ds_engine, batch) if prepared.world.device.type == "cpu" else None
+    s = setting(prepared, batch.n_labelled / batch.labels.numel())
     plan, states = memory_model.activations(s), memory_model.states(s)
     # Without a GPU the host is the device.
     host = sum(states["host"].values()) if s.on_cpu else 0
@@ -93,12 +95,12 @@ def measure(job: Job) -> dict:
                         "peak": memory_model.peak(s) + host, "activations": plan}}
 
 
-def allocated_peak(job: Job, ds_engine, batch) -> int:
+def allocated_peak(prepared: PreparedRun, ds_engine, batch) -> int:
     """The most bytes of tensors alive at once in a micro-batch's forward and backward, by the CPU's allocator."""
     gc.collect()
     before = counted.held(ds_engine)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        backward(job, ds_engine, ds_engine(batch), batch)
+        backward(prepared, ds_engine, ds_engine(batch), batch)
     ds_engine.step()
     now = most = 0
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -2,8 +2,8 @@
 
 States follow the ZeRO papers and what DeepSpeed 0.19 adds (memory.py counts them in a run).  Activations are the
 tensors that the forward pass saves for backward, written down operation by operation for the backend `sdpa`, which
-`--kernels auto` takes on a CPU; tests/plan/test_planner.py counts them in real runs.  For the `triton` backend the formula
-is an estimate that no GPU has confirmed.
+`--kernels auto` takes on a CPU; tests/plan/test_planner.py counts them in real runs.  For the `triton` backend the
+formula is an estimate that no GPU has confirmed.
 
     python launch/plan.py --preset minimind-3 --ranks 8 --memory 80
 """
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from minimind_ds.config.deepspeed_json import optimizer_device, stage_of
-from minimind_ds.config.model import Degrees, ModelConfig
+from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.convert import weights
 from minimind_ds.model import lora
 from minimind_ds.model.loss import CHUNK
@@ -45,7 +45,7 @@ class Setting:
     labelled: float = 0.5
     activations: int | None = None
     on_cpu: bool = False
-    degrees: Degrees = Degrees()
+    dims: ParallelDims = ParallelDims()
     adapters: lora.Lora | None = None
     recompute: bool = False
 
@@ -68,7 +68,7 @@ class Setting:
     @property
     def tokens(self) -> int:
         """Of a micro-batch, on this rank."""
-        return self.rows * self.row_len // self.degrees.sequence
+        return self.rows * self.row_len // self.dims.sequence
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,10 @@ def trained_parts(s: Setting) -> list[Part]:
         return [Part(tuple(math.prod(shape) for shape in lora.shapes(s.config, s.adapters).values()), s.ranks)]
     shared, experts = [], []
     for name, shape in weights.expected_shapes(s.config).items():
-        cut = s.degrees.experts > 1 and ".experts." in name
-        (experts if cut else shared).append(math.prod(shape) // (s.degrees.experts if cut else 1))
+        cut = s.dims.experts > 1 and ".experts." in name
+        (experts if cut else shared).append(math.prod(shape) // (s.dims.experts if cut else 1))
     parts = [Part(tuple(shared), s.ranks)]
-    return [*parts, Part(tuple(experts), s.ranks // s.degrees.experts)] if experts else parts
+    return [*parts, Part(tuple(experts), s.ranks // s.dims.experts)] if experts else parts
 
 
 def frozen(s: Setting) -> tuple[int, ...]:
@@ -208,7 +208,7 @@ def activations(s: Setting) -> dict[str, float]:
         found["rest"] += T * ranks * w
     if w > s.width:
         found["copies of weights"] = w * sum(
-            math.prod(shape) // (s.degrees.experts if ".experts." in name else 1)
+            math.prod(shape) // (s.dims.experts if ".experts." in name else 1)
             for name, shape in weights.expected_shapes(c).items() if ".layers." in name and len(shape) > 1)
     # Logits and their exponentials; then their gradient, its product with the hidden states, which becomes the head's
     # gradient, and a head that is wider than its parameter.
@@ -276,7 +276,7 @@ def last_mlp(s: Setting) -> float:
     c, w = s.config, s.active
     experts, intermediate, K = 1, c.intermediate_size, 1
     if c.use_moe:
-        experts, intermediate, K = c.num_experts // s.degrees.experts, c.moe_intermediate_size, c.num_experts_per_tok
+        experts, intermediate, K = c.num_experts // s.dims.experts, c.moe_intermediate_size, c.num_experts_per_tok
     made = s.tokens * K * (2 * c.hidden_size + 3 * intermediate) * w
     return made if s.adapters else made + 3 * experts * intermediate * c.hidden_size * w
 
@@ -328,7 +328,7 @@ def sent(s: Setting) -> dict[str, float]:
         every += sum(frozen(s)) * (s.ranks - 1) / s.ranks
         # Gathered for forward and again for backward.
         found["parameters"] = 2 * s.accumulation * s.width * (every - kept_whole(s) * (s.ranks - 1) / s.ranks)
-    c, w, n = s.config, s.active, s.degrees
+    c, w, n = s.config, s.active, s.dims
     per_micro = 0.0
     if n.experts > 1:
         # There and back, forward and backward.

@@ -19,8 +19,9 @@ from minimind_ds.config import deepspeed_json
 from minimind_ds.config.run import OneLineParser, RunConfig, parse_run_config
 from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.distributed import sequence_parallel
-from minimind_ds.distributed.engine import free_port, read_layout, start, stop
-from minimind_ds.model.decoder import needs
+from minimind_ds.distributed.engine import start, stop
+from minimind_ds.distributed.world import free_port, read_world
+from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.paths import DS_CONFIGS, ROOT
 from minimind_ds.plan import measure, memory_model
 from minimind_ds.plan.memory_model import GIB, Setting
@@ -107,28 +108,30 @@ def setting(path: str, run: RunConfig, options: argparse.Namespace) -> Setting:
     Raises:
         ValueError: one line about a mistake in them.
     """
-    run, _ = choose(run.replace(deepspeed=path), read_layout())
+    run, _ = choose(run.replace(deepspeed=path), read_world())
     config = run.model_config(load_tokenizer(run.tokenizer).vocab_size)
     run, adapters = choose_lora(run, config)
     raw = deepspeed_json.read_json(path)
     deepspeed_json.check_keys(path, raw)
-    degrees = sequence_parallel.read_degrees(path, raw, options.ranks)
-    ds, run = deepspeed_json.resolve(raw, run, config, ranks=max(1, options.ranks // degrees.sequence), total_steps=0)
-    sequence_parallel.check(degrees, config, ranks=options.ranks, row_tokens=run.batch_size * run.row_len,
+    dims = sequence_parallel.read_dims(path, raw, options.ranks)
+    ds, run = deepspeed_json.resolve(raw, run, config, ranks=max(1, options.ranks // dims.sequence), total_steps=0)
+    sequence_parallel.check(dims, config, ranks=options.ranks, row_tokens=run.batch_size * run.row_len,
                    stage=deepspeed_json.stage_of(ds), path=path)
     on_cpu = not torch.cuda.is_available() and not options.memory
-    active = kernels.resolve(run.kernels, "cpu", DTYPES[run.dtype], needs(config)).activations.itemsize if on_cpu \
+    active = kernels.resolve(run.kernels, "cpu", DTYPES[run.dtype],
+                             kernel_requirements(config)).activations.itemsize if on_cpu \
         else None
     return Setting(config=config, ds=ds, dtype=run.dtype, ranks=options.ranks, row_len=run.row_len,
                    rows=run.batch_size, accumulation=run.accumulation_steps, labelled=options.labelled,
-                   activations=active, on_cpu=on_cpu, degrees=degrees, adapters=adapters,
+                   activations=active, on_cpu=on_cpu, dims=dims, adapters=adapters,
                    recompute=run.gradient_checkpointing)
 
 
 def plan(s: Setting, memory: float) -> dict:
     """Bytes of a rank at this setting's micro-batch, and the largest micro-batch that fits."""
     held = memory_model.states(s)
-    return {"stage": s.stage, "states": held["device"], "host": held["host"], "activations": memory_model.activations(s),
+    return {"stage": s.stage, "states": held["device"], "host": held["host"],
+            "activations": memory_model.activations(s),
             "gathered": memory_model.gathered(s), "peak": memory_model.peak(s), "sent": memory_model.sent(s),
             "most_rows": memory_model.most_rows(s, memory * (1 - SPARE))}
 
@@ -200,7 +203,7 @@ def compare_with_run(files: dict[str, str], rest: list[str], ranks: int) -> dict
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         flags = without_deepspeed(rest)
-        command = [str(launcher), "--num_gpus", str(ranks), "--master_port", free_port(),
+        command = [str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port()),
                    str(ROOT / "launch" / "plan.py"), "--child", folder, *flags, "--save_dir", folder]
         (pathlib.Path(folder) / "files.json").write_text(json.dumps(files))
         done = subprocess.run(command, text=True, capture_output=True)
@@ -232,12 +235,12 @@ def without_deepspeed(rest: list[str]) -> list[str]:
 
 def measure_here(folder: pathlib.Path, rest: list[str]) -> int:
     """What the launcher runs: a step of every file on this rank."""
-    layout = read_layout()
+    world = read_world()
     files, found = json.loads((folder / "files.json").read_text()), {}
-    jobs = {name: prepare("sft", [*rest, "--deepspeed", path], layout) for name, path in files.items()}
-    start(layout)
-    for name, job in jobs.items():
-        found[name] = measure.measure(job)
-    measure.write(folder / f"rank{layout.rank}.json", found)
+    runs = {name: prepare("sft", [*rest, "--deepspeed", path], world) for name, path in files.items()}
+    start(world)
+    for name, prepared in runs.items():
+        found[name] = measure.measure(prepared)
+    measure.write(folder / f"rank{world.rank}.json", found)
     stop()
     return 0

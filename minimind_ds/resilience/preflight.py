@@ -25,8 +25,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from minimind_ds.distributed.engine import Layout
-from minimind_ds.paths import ROOT
+from minimind_ds.distributed.world import World
+from minimind_ds.paths import ROOT, cache_folder
 
 # Flags of launch/preflight.py: default and meaning.
 LIMITS = {"min_free_gib": (20.0, "least free disk in the run folder and the cache, GiB"),
@@ -39,15 +39,14 @@ PACKAGES = ("torch", "deepspeed", "transformers", "triton")
 ALIKE = ("commit", "source", "python", *PACKAGES, "ranks", "GPU", "driver")
 
 
-def main(layout: Layout, *, save_dir: str, cache_dir: str | None, limits: dict) -> int:
+def main(world: World, *, save_dir: str, cache_dir: str | None, limits: dict) -> int:
     """The whole of launch/preflight.py, on every rank.  Returns 0, or 2 when something is wrong."""
-    cache_dir = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"),
-                                          "minimind_ds")
-    store = open_store(layout, limits["wait_seconds"])
-    store.set(f"facts/{layout.rank}", json.dumps(facts(layout, save_dir, cache_dir)))
+    cache_dir = cache_dir or str(cache_folder())
+    store = open_store(world, limits["wait_seconds"])
+    store.set(f"facts/{world.rank}", json.dumps(facts(world, save_dir, cache_dir)))
     everyone, silent, bandwidth = [], [], None
-    if layout.rank == 0:
-        everyone, silent = collect(store, layout.ranks, limits["wait_seconds"])
+    if world.rank == 0:
+        everyone, silent = collect(store, world.size, limits["wait_seconds"])
         problems = [f"rank {rank} did not answer within {limits['wait_seconds']:g} s" for rank in silent]
         store.set("problems", json.dumps(problems + judge(everyone, limits)))
     # Rank 0 waits for the slowest before it says so.
@@ -55,31 +54,31 @@ def main(layout: Layout, *, save_dir: str, cache_dir: str | None, limits: dict) 
     problems = json.loads(store.get("problems"))
     if not problems:
         # Alike and alive: only now is a collective sure not to hang.
-        bandwidth, clocks = measure(layout, store)
+        bandwidth, clocks = measure(world, store)
         for fact, clock in zip(everyone, clocks):
             fact["clock"] = clock
-        if layout.rank == 0:
+        if world.rank == 0:
             store.set("connection", json.dumps(judge_connection(everyone, limits, bandwidth)))
         problems = json.loads(store.get("connection"))
         dist.destroy_process_group()
-    if layout.rank == 0:
+    if world.rank == 0:
         report(everyone, problems, bandwidth)
-    leave(store, layout, len(everyone))
+    leave(store, world, len(everyone))
     return 2 if problems else 0
 
 
-def leave(store, layout: Layout, answered: int) -> None:
+def leave(store, world: World, answered: int) -> None:
     """Rank 0 serves the store: it goes last."""
     store.add("left", 1)
     deadline = time.monotonic() + 10
-    while layout.rank == 0 and store.add("left", 0) < answered and time.monotonic() < deadline:
+    while world.rank == 0 and store.add("left", 0) < answered and time.monotonic() < deadline:
         time.sleep(0.05)
 
 
-def open_store(layout: Layout, seconds: float) -> dist.TCPStore:
-    address = os.environ["MASTER_ADDR"], int(os.environ.get("MASTER_PORT", "0"))
+def open_store(world: World, seconds: float) -> dist.TCPStore:
+    address = world.address, world.port or 0
     try:
-        return dist.TCPStore(*address, layout.ranks, layout.rank == 0, datetime.timedelta(seconds=seconds),
+        return dist.TCPStore(*address, world.size, world.rank == 0, datetime.timedelta(seconds=seconds),
                              wait_for_workers=False)
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{socket.gethostname()} cannot reach {address[0]}:{address[1]}, where rank 0 is: "
@@ -98,21 +97,21 @@ def collect(store, ranks: int, seconds: float) -> tuple[list[dict], list[int]]:
     return found, silent
 
 
-def facts(layout: Layout, save_dir: str, cache_dir: str) -> dict:
+def facts(world: World, save_dir: str, cache_dir: str) -> dict:
     """What this rank sees of its node."""
-    found = {"rank": layout.rank, "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+    found = {"rank": world.rank, "node": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
              "commit": commit(), "source": source(),
-             "python": platform.python_version(), "ranks": layout.ranks,
+             "python": platform.python_version(), "ranks": world.size,
              "save_dir": free_gib(save_dir), "cache_dir": free_gib(cache_dir)}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "none"
-    if layout.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(layout.device)
-        name = torch.cuda.get_device_name(layout.device)
-        found["uuid"] = str(getattr(torch.cuda.get_device_properties(layout.device), "uuid", layout.rank))
+    if world.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(world.device)
+        name = torch.cuda.get_device_name(world.device)
+        found["uuid"] = str(getattr(torch.cuda.get_device_properties(world.device), "uuid", world.rank))
         found |= {"GPU": f"{torch.cuda.device_count()} x {name}", "GPU free": free / total, **health(found["uuid"])}
     return found
 
@@ -158,22 +157,22 @@ def health(uuid: str) -> dict:
     return {"driver": driver, **({"ECC errors": int(errors)} if errors.isdigit() else {})}
 
 
-def measure(layout: Layout, store) -> tuple[float, list[float]]:
+def measure(world: World, store) -> tuple[float, list[float]]:
     """All-reduce bandwidth over all ranks in GB/s (bus bandwidth, as NCCL's tests count it), and each rank's clock.
 
     The clocks are read right after a barrier; of several readings rank 0 keeps the one in which they differ least.
     """
-    cuda = layout.device.type == "cuda"
+    cuda = world.device.type == "cuda"
     if cuda:
-        torch.cuda.set_device(layout.device)
-    dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=layout.rank,
-                            world_size=layout.ranks, timeout=datetime.timedelta(minutes=5))
-    numbers, rounds = torch.ones((256 if cuda else 4) << 18, device=layout.device), 10 if cuda else 3
+        torch.cuda.set_device(world.device)
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.PrefixStore("group", store), rank=world.rank,
+                            world_size=world.size, timeout=datetime.timedelta(minutes=5))
+    numbers, rounds = torch.ones((256 if cuda else 4) << 18, device=world.device), 10 if cuda else 3
     readings = []
     for _ in range(5):
         dist.barrier()
-        mine = torch.tensor([time.time()], dtype=torch.float64, device=layout.device)
-        every = [torch.zeros_like(mine) for _ in range(layout.ranks)]
+        mine = torch.tensor([time.time()], dtype=torch.float64, device=world.device)
+        every = [torch.zeros_like(mine) for _ in range(world.size)]
         dist.all_gather(every, mine)
         readings.append([clock.item() for clock in every])
     best = float("inf")
@@ -184,7 +183,7 @@ def measure(layout: Layout, store) -> tuple[float, list[float]]:
         if cuda:
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - began)
-    moved = numbers.numel() * 4 * 2 * (layout.ranks - 1) / layout.ranks
+    moved = numbers.numel() * 4 * 2 * (world.size - 1) / world.size
     return moved / best / 1e9, min(readings, key=lambda clocks: max(clocks) - min(clocks))
 
 

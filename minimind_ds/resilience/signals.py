@@ -32,7 +32,7 @@ class Stopped(Exception):
         self.step = step
 
 
-class Stop:
+class StopRequest:
     """Whether this process was asked to stop (`asked`: the signal's name) and whether all ranks know (`agreed`).
 
     As a context manager it takes the signals over.  A thread reads them from a pipe that Python's C handler writes
@@ -44,7 +44,7 @@ class Stop:
         self.agreed = False
         self.first = None
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> StopRequest:
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
         threading.Thread(target=self.watch, args=(self.reader,), name="signals", daemon=True).start()

@@ -11,28 +11,26 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from minimind_ds import kernels
-from minimind_ds.checkpoint.async_save import Saving, fsync
 from minimind_ds.config import deepspeed_json
-from minimind_ds.config.model import Degrees, ModelConfig
+from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.run import RunConfig, parse_run_config
 from minimind_ds.convert import weights
 from minimind_ds.data import loader
 from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.distributed import sequence_parallel
-from minimind_ds.distributed.engine import Layout
-from minimind_ds.model.decoder import needs
+from minimind_ds.distributed.engine import choose_accelerator
+from minimind_ds.distributed.world import World
+from minimind_ds.io import fsync
+from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.model.lora import Lora, find_targets, fingerprint
-from minimind_ds.paths import EXAMPLES
+from minimind_ds.paths import EXAMPLES, cache_folder
 from minimind_ds.resilience import restarts
-from minimind_ds.resilience.signals import Stop
-from minimind_ds.resilience.watchdog import Watchdog
-from minimind_ds.training.spikes import Guard
 
 PROGRAMS = {
     "sft": {"data_path": str(EXAMPLES / "sft_train.jsonl"), "save_weight": "sft"},
@@ -42,13 +40,13 @@ KINDS = {"sft": "conversations", "pretrain": "text"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-@dataclass
-class Job:
-    """A prepared run: nothing in it can still fail by a user's mistake."""
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run in which nothing can still fail by a user's mistake; what changes while it trains is live.LiveRun's."""
 
     run: RunConfig
-    layout: Layout
-    degrees: Degrees
+    world: World
+    dims: ParallelDims
     tokenizer: Tokenizer
     model_config: ModelConfig
     stores: list[TokenStore]
@@ -56,31 +54,10 @@ class Job:
     first_plan: loader.EpochPlan
     eval_plan: loader.EpochPlan | None
     ds: dict
-    kernels: object
+    kernels: kernels.KernelSelection
     start_weights: dict | None
-    notes: list[str]
+    notes: tuple[str, ...]
     lora: Lora | None = None
-    stop: Stop = field(default_factory=Stop)
-    guard: Guard = field(default_factory=Guard)
-    watchdog: Watchdog | None = None
-    # Rank 0's hold on the run folder.
-    lock: object = None
-    # Seconds this rank took over the forward pass of the step before, and where each rank runs.
-    forward_s: float = 0.0
-    hosts: list[str] = field(default_factory=list)
-
-    saving: Saving | None = None
-
-    def finish_saving(self) -> None:
-        """Wait for the checkpoint that is being written, if any; raises as Saving.finish."""
-        if self.saving is not None:
-            self.saving.finish()
-            self.saving = None
-
-    def beat(self, doing: str) -> None:
-        """Tell the watchdog, if there is one, what this rank does now."""
-        if self.watchdog is not None:
-            self.watchdog.beat(doing)
 
     @property
     def stage(self) -> int:
@@ -94,7 +71,7 @@ class Job:
     @property
     def rows_ranks(self) -> int:
         """How many ranks, or groups of ranks that share rows, the rows of a step are dealt to."""
-        return self.layout.ranks // self.degrees.sequence
+        return self.world.size // self.dims.sequence
 
     @property
     def total_steps(self) -> int:
@@ -121,35 +98,36 @@ class Job:
         return self.folder / weights.file_name(name, self.model_config)
 
 
-def prepare(program: str, argv: list[str], layout: Layout) -> Job:
+def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     """Read, check and resolve everything.
 
     Raises:
         ValueError: one clear line about the user's input.
     """
+    choose_accelerator(world.device)
     run = parse_run_config(argv, program, PROGRAMS[program])
     if run.deepspeed is None:
         raise ValueError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero2.json")
     raw = deepspeed_json.read_json(run.deepspeed)
     deepspeed_json.check_keys(run.deepspeed, raw)
-    run, notes = choose(run, layout)
+    run, notes = choose(run, world)
     tokenizer = load_tokenizer(run.tokenizer)
     model_config = run.model_config(tokenizer.vocab_size)
     run, lora = choose_lora(run, model_config)
     check_writable(pathlib.Path(run.save_dir))
     stores, eval_store = open_data(KINDS[program], run, tokenizer)
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
-    degrees = sequence_parallel.read_degrees(run.deepspeed, raw, layout.ranks)
-    ranks = max(1, layout.ranks // degrees.sequence)
+    dims = sequence_parallel.read_dims(run.deepspeed, raw, world.size)
+    ranks = max(1, world.size // dims.sequence)
     ds, run = deepspeed_json.resolve(raw, run, model_config, ranks=ranks, total_steps=0)
-    sequence_parallel.check(degrees, model_config, ranks=layout.ranks, row_tokens=run.batch_size * run.row_len,
+    sequence_parallel.check(dims, model_config, ranks=world.size, row_tokens=run.batch_size * run.row_len,
                    stage=deepspeed_json.stage_of(ds), path=run.deepspeed)
-    if lora is not None and degrees.experts > 1:
+    if lora is not None and dims.experts > 1:
         raise ValueError(f"{run.deepspeed}: expert_parallel shares out experts to train, and LoRA leaves them as they "
                          "are; leave it out, or --lora_rank 0")
     spec = kernels.with_compiled(run.kernels) if run.compile else run.kernels
-    choice = kernels.resolve(spec, layout.device, DTYPES[run.dtype], needs(model_config))
-    check_machine(run, ds, layout)
+    selection = kernels.resolve(spec, world.device, DTYPES[run.dtype], kernel_requirements(model_config))
+    check_machine(run, ds, world)
     plan = plan_epoch(stores[0], run, ranks, 0)
     eval_plan = eval_store and plan_epoch(eval_store, run, ranks, 0)
     start_weights = None
@@ -157,18 +135,19 @@ def prepare(program: str, argv: list[str], layout: Layout) -> Job:
         start_weights = weights.load_weights(run.from_weight, model_config)
     if lora is not None:
         lora = replace(lora, base=fingerprint(start_weights))
-    job = Job(run, layout, degrees, tokenizer, model_config, stores, eval_store, plan, eval_plan, ds, choice,
-              start_weights, notes, lora)
+    prepared = PreparedRun(run, world, dims, tokenizer, model_config, stores, eval_store, plan, eval_plan, ds,
+                           selection, start_weights, tuple(notes), lora)
     if "scheduler" in raw:
-        job.ds, _ = deepspeed_json.resolve(raw, run, model_config, ranks=ranks, total_steps=job.total_steps)
-    return job
+        ds, _ = deepspeed_json.resolve(raw, run, model_config, ranks=ranks, total_steps=prepared.total_steps)
+        prepared = replace(prepared, ds=ds)
+    return prepared
 
 
-def choose(run: RunConfig, layout: Layout) -> tuple[RunConfig, list[str]]:
+def choose(run: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
     """Fill in what the user left to the program; the notes say what was chosen and why."""
-    notes, cuda = [], layout.device.type == "cuda"
+    notes, cuda = [], world.device.type == "cuda"
     if run.preset is None:
-        memory = torch.cuda.get_device_properties(layout.device).total_memory / 2**30 if cuda else 0
+        memory = torch.cuda.get_device_properties(world.device).total_memory / 2**30 if cuda else 0
         run = run.replace(preset="minimind-3" if memory >= 12 else "debug")
         why = f"{memory:.0f} GiB of GPU memory" if cuda else "no GPU"
         notes.append(f"preset {run.preset}, chosen for this machine ({why}); --preset names another")
@@ -176,14 +155,13 @@ def choose(run: RunConfig, layout: Layout) -> tuple[RunConfig, list[str]]:
         if cuda:
             dtype = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
         else:
-            dtype = "fp32" if kernels.why_slow(layout.device, torch.bfloat16) else "bf16"
+            dtype = "fp32" if kernels.why_slow(world.device, torch.bfloat16) else "bf16"
         run = run.replace(dtype=dtype)
     if run.from_resume != "auto" and restarts.has_own_checkpoint(pathlib.Path(run.save_dir)):
         notes.append(f"started again by itself: from this job's own checkpoint, not --from_resume {run.from_resume}")
         run = run.replace(from_resume="auto")
     if run.cache_dir is None:
-        home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        run = run.replace(cache_dir=os.path.join(home, "minimind_ds"))
+        run = run.replace(cache_dir=str(cache_folder()))
     return run, notes
 
 
@@ -203,20 +181,20 @@ def fp16_runs() -> bool:
     return get_accelerator().is_fp16_supported()
 
 
-def check_machine(run: RunConfig, ds: dict, layout: Layout) -> None:
+def check_machine(run: RunConfig, ds: dict, world: World) -> None:
     """Raises ValueError for what the DeepSpeed file asks for and this machine has not."""
     path, zero = run.deepspeed, ds.get("zero_optimization", {})
     if run.dtype == "fp16" and not fp16_runs():
         raise ValueError(f"fp16 ({run.place('dtype')}): DeepSpeed has no fp16 on this machine's processor; use bf16 "
                          "or fp32")
     for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
-        if zero.get(key) and layout.device.type == "cpu":
+        if zero.get(key) and world.device.type == "cpu":
             raise ValueError(f"{path}: zero_optimization.{key} needs a GPU: DeepSpeed has the kernels of ZeRO++ for "
                              "GPUs only")
     shards = zero.get("zero_hpz_partition_size", 1)
-    if layout.ranks % shards:
+    if world.size % shards:
         raise ValueError(f"{path}: zero_optimization.zero_hpz_partition_size {shards} does not divide the "
-                         f"{layout.ranks} ranks of this run; it is meant to be the ranks of one machine")
+                         f"{world.size} ranks of this run; it is meant to be the ranks of one machine")
     if deepspeed_json.offloads_optimizer(ds) and not all(map(shutil.which, ("g++", "ninja"))):
         raise ValueError(f"{path}: an offloaded optimizer is DeepSpeed's CPU Adam, which it builds at first use; that "
                          "needs g++ and ninja on the PATH")

@@ -21,7 +21,7 @@ SIGMAS, WINDOW, LEAST = 6.0, 128, 32
 MOST_SKIPPED = 10
 
 
-class Guard:
+class SpikeDetector:
     """The losses of the last steps, and how many in a row were skipped."""
 
     def __init__(self, losses: Iterable[float] = ()):

@@ -23,14 +23,15 @@ import torch.distributed as dist
 from minimind_ds.config.run import OneLineParser, parse_run_config
 from minimind_ds.data.conversation import file_kind
 from minimind_ds.distributed import engine
+from minimind_ds.distributed.world import World, read_world
 from minimind_ds.io import write_file
 from minimind_ds.training.loop import user_error
-from minimind_ds.training.prepare import PROGRAMS, Job, prepare
+from minimind_ds.training.prepare import PROGRAMS, PreparedRun, prepare
 
 from . import data
-from .finding import Finding, worst_over_ranks
+from .finding import Check, worst_over_ranks
 from .laws import LAWS
-from .small import Bench, bench
+from .small import ReducedRun, bench
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -47,7 +48,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, rest
 
 
-def prepare_job(argv: list[str], layout: engine.Layout) -> tuple[Job, str]:
+def prepare_run(argv: list[str], world: World) -> tuple[PreparedRun, str]:
     """The run as launch/sft.py (or pretrain.py, for texts) would start it, and the data's kind.
 
     Bad records are counted here, where training would stop, unless the run says otherwise.
@@ -55,62 +56,63 @@ def prepare_job(argv: list[str], layout: engine.Layout) -> tuple[Job, str]:
     run = parse_run_config(argv, "sft", PROGRAMS["sft"])
     kind = file_kind(run.data_path)
     skip = [] if "on_bad_record" in run.given else ["--on_bad_record", "skip"]
-    return prepare("pretrain" if kind == "text" else "sft", [*argv, *skip], layout), kind
+    return prepare("pretrain" if kind == "text" else "sft", [*argv, *skip], world), kind
 
 
 def main(argv: list[str]) -> int:
     """The whole of launch/verify.py.  Returns 0, 1 when a law fails, 2 for a user's mistake."""
-    layout = engine.read_layout()
+    world = read_world()
     try:
         options, rest = parse(argv)
-        job, kind = prepare_job(rest, layout)
-        say = print_on(layout)
-        engine.start(layout)
-        cut = bench(job, options.tokens)
+        prepared, kind = prepare_run(rest, world)
+        say = print_on(world)
+        engine.start(world)
+        cut = bench(prepared, options.tokens)
     except ValueError as error:
-        return user_error(error, layout)
+        return user_error(error, world)
     except KeyboardInterrupt:
         return 130
     try:
-        report = verify(job, kind, cut, options, say)
+        report = verify(prepared, kind, cut, options, say)
     finally:
         engine.stop()
     return 0 if report["ok"] else 1
 
 
-def print_on(layout: engine.Layout) -> Callable[[str], None]:
-    return (lambda line: print(line, flush=True)) if layout.rank == 0 else (lambda line: None)
+def print_on(world: World) -> Callable[[str], None]:
+    return (lambda line: print(line, flush=True)) if world.rank == 0 else (lambda line: None)
 
 
-def verify(job: Job, kind: str, b: Bench, options: argparse.Namespace, say: Callable[[str], None]) -> dict:
+def verify(prepared: PreparedRun, kind: str, b: ReducedRun, options: argparse.Namespace, say: Callable[[str],
+                                                                                                       None]) -> dict:
     """Everything after the preparations, collective; the report, the same on every rank."""
     began, report = time.perf_counter(), [None]
     found, stats, warned = [], {}, []
-    if job.layout.rank == 0:
-        for line in data.show(job, options.samples, color=options.color or sys.stdout.isatty()):
+    if prepared.world.rank == 0:
+        for line in data.show(prepared, options.samples, color=options.color or sys.stdout.isatty()):
             say(line)
-        stats = data.statistics(job, kind)
-        warned = data.warnings(job, stats, kind)
+        stats = data.statistics(prepared, kind)
+        warned = data.warnings(prepared, stats, kind)
         for line in [*data.describe(stats), *(f"warning: {line}" for line in warned)]:
             say(line)
-        found = data.labels_law(job, kind)
-    for line in job.notes:
+        found = data.labels_law(prepared, kind)
+    for line in prepared.notes:
         say(line)
-    say(f"kernels: {job.kernels.reason}")
+    say(f"kernels: {prepared.kernels.reason}")
     if b.cut:
         say(f"the model is too large for a minute here; the laws are measured on {b.cut}")
     found += measure(b, say)
-    if job.layout.rank == 0:
+    if prepared.world.rank == 0:
         ok = all(finding.ok for finding in found)
         for line in table(found):
             say(line)
         report = [{"ok": ok, "failed": failed(found), "laws": [finding.to_dict() for finding in found],
                    "warnings": warned, "data": stats, "model": b.config.to_dict(), "cut_down": b.cut,
-                   "deepspeed": job.ds, "dtype": job.run.dtype, "ranks": job.layout.ranks,
-                   "device": job.layout.device.type, "kernels": job.kernels.reason,
+                   "deepspeed": prepared.ds, "dtype": prepared.run.dtype, "ranks": prepared.world.size,
+                   "device": prepared.world.device.type, "kernels": prepared.kernels.reason,
                    "versions": {name: version(name) for name in ("torch", "deepspeed")},
                    "seconds": time.perf_counter() - began}]
-        path = job.folder / "verify.json"
+        path = prepared.folder / "verify.json"
         write_file(path, json.dumps(report[0], indent=1, ensure_ascii=False))
         verdict = "every law holds" if ok else f"broken: {', '.join(failed(found))}"
         say(f"{verdict}; {report[0]['seconds']:.0f} s; wrote {path}")
@@ -118,9 +120,9 @@ def verify(job: Job, kind: str, b: Bench, options: argparse.Namespace, say: Call
     return report[0]
 
 
-def measure(b: Bench, say: Callable[[str], None]) -> list[Finding]:
+def measure(b: ReducedRun, say: Callable[[str], None]) -> list[Check]:
     """All the laws that need the model.  One that ends in an error is broken, and on several ranks the last."""
-    found, scratch = [], b.job.folder / ".verify"
+    found, scratch = [], b.prepared.folder / ".verify"
     # Engines are collected one by one; what is there by now stays, and need not be looked through each time.
     gc.freeze()
     try:
@@ -128,25 +130,25 @@ def measure(b: Bench, say: Callable[[str], None]) -> list[Finding]:
             began = time.perf_counter()
             try:
                 # Where several ranks compute the same alone, the worst of them counts.
-                found += worst_over_ranks(function(b), b.job.layout.device)
+                found += worst_over_ranks(function(b), b.prepared.world.device)
             except Exception as error:
-                found.append(Finding(law, f"ended with {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+                found.append(Check(law, f"ended with {type(error).__name__}: {' '.join(str(error).split())[:300]}",
                                      math.inf, 0))
-                if b.job.layout.ranks > 1:
+                if b.prepared.world.size > 1:
                     break
             say(f"measured {law}, {time.perf_counter() - began:.1f} s")
     finally:
         gc.unfreeze()
-        if b.job.layout.rank == 0:
+        if b.prepared.world.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
     return found
 
 
-def failed(found: list[Finding]) -> list[str]:
+def failed(found: list[Check]) -> list[str]:
     return list(dict.fromkeys(finding.law for finding in found if not finding.ok))
 
 
-def table(found: list[Finding]) -> list[str]:
+def table(found: list[Check]) -> list[str]:
     lines = [f"{'law':<10} {'measured':>9}  {'bound':>7}      what"]
     for f in found:
         ok = "ok" if f.ok else "NO"

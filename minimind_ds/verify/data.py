@@ -16,9 +16,9 @@ from minimind_ds.data.conversation import Conversation, read_records
 from minimind_ds.data.packing import IGNORE, permutation
 from minimind_ds.data.store import TokenStore
 from minimind_ds.data.tokenizer import Tokenizer
-from minimind_ds.training.prepare import Job
+from minimind_ds.training.prepare import PreparedRun
 
-from .finding import Finding
+from .finding import Check
 
 # Samples looked at one by one, and records compared with their text.
 MOST_SAMPLES, MOST_RECORDS = 20_000, 300
@@ -62,12 +62,12 @@ def answers(ids: np.ndarray, tok: Tokenizer) -> tuple[np.ndarray, int, int]:
     return mine, begun, ended
 
 
-def labels_law(job: Job, kind: str) -> list[Finding]:
+def labels_law(prepared: PreparedRun, kind: str) -> list[Check]:
     """labels[i] is the sample's next token; exactly what the assistant wrote is learnt, the stop token with it."""
-    store, tok = job.stores[0], job.tokenizer
+    store, tok = prepared.stores[0], prepared.tokenizer
     stop = tok.special_id("<|im_end|>")
     not_next = outside = missing = no_stop = 0
-    indices = some(store, MOST_SAMPLES, job.run.seed)
+    indices = some(store, MOST_SAMPLES, prepared.run.seed)
     for index in indices:
         ids, labels = store.read([int(index)])
         has_label = labels != IGNORE
@@ -80,13 +80,13 @@ def labels_law(job: Job, kind: str) -> list[Finding]:
             no_stop += ended - int((told & mine & (ids == stop) & (labels_before(labels) == stop)).sum())
         outside, missing = outside + int((told & ~mine).sum()), missing + int((mine & ~told).sum())
     n = f"of {len(indices):,} samples"
-    found = [Finding("labels", f"labels {n} that are not the sample's next token", not_next, 0)]
+    found = [Check("labels", f"labels {n} that are not the sample's next token", not_next, 0)]
     if kind == "text":
-        return [*found, Finding("labels", f"tokens {n} without a label", missing, 0)]
-    return [*found, Finding("labels", f"labels {n} outside the assistant's turns", outside, 0),
-            Finding("labels", f"the assistant's tokens {n} without a label", missing, 0),
-            Finding("labels", f"finished answers {n} whose stop token has no label", no_stop, 0),
-            Finding("labels", *lost_answers(job))]
+        return [*found, Check("labels", f"tokens {n} without a label", missing, 0)]
+    return [*found, Check("labels", f"labels {n} outside the assistant's turns", outside, 0),
+            Check("labels", f"the assistant's tokens {n} without a label", missing, 0),
+            Check("labels", f"finished answers {n} whose stop token has no label", no_stop, 0),
+            Check("labels", *lost_answers(prepared))]
 
 
 def labels_before(labels: np.ndarray) -> np.ndarray:
@@ -94,19 +94,19 @@ def labels_before(labels: np.ndarray) -> np.ndarray:
     return np.concatenate(([IGNORE], labels[:-1]))
 
 
-def lost_answers(job: Job) -> tuple[str, int, int]:
+def lost_answers(prepared: PreparedRun) -> tuple[str, int, int]:
     """Answers of the first records whose text is not in the text of their labels: what, how many, none allowed."""
-    store, lost, seen = job.stores[0], 0, 0
+    store, lost, seen = prepared.stores[0], 0, 0
     index_of = {int(line): index for index, line in enumerate(store.lines)}
-    for number, (line, item) in enumerate(read_records(job.run.data_path, "conversations", "skip")):
+    for number, (line, item) in enumerate(read_records(prepared.run.data_path, "conversations", "skip")):
         if number >= MOST_RECORDS:
             break
         index = index_of.get(line)
-        if index is None or store.lengths[index] >= job.run.max_seq_len:
+        if index is None or store.lengths[index] >= prepared.run.max_seq_len:
             continue
         assert isinstance(item, Conversation)
         ids, labels = store.read([index])
-        text = job.tokenizer.decode(labels[labels != IGNORE].tolist())
+        text = prepared.tokenizer.decode(labels[labels != IGNORE].tolist())
         for message in item.messages:
             if message.role == "assistant":
                 seen += 1
@@ -114,26 +114,26 @@ def lost_answers(job: Job) -> tuple[str, int, int]:
     return f"of {seen:,} answers in the file, those that are not in the labels' text", lost, 0
 
 
-def statistics(job: Job, kind: str) -> dict:
+def statistics(prepared: PreparedRun, kind: str) -> dict:
     """Counts over the whole file, and over MOST_SAMPLES of it what takes reading."""
-    store, plan = job.stores[0], job.first_plan
+    store, plan = prepared.stores[0], prepared.first_plan
     lengths, stats = store.lengths, store.stats
-    indices = some(store, MOST_SAMPLES, job.run.seed)
+    indices = some(store, MOST_SAMPLES, prepared.run.seed)
     seen, twice, unstopped, cut_answers = set(), 0, 0, 0
-    stop = job.tokenizer.special_id("<|im_end|>") if kind == "conversations" else job.tokenizer.eos_id
+    stop = prepared.tokenizer.special_id("<|im_end|>") if kind == "conversations" else prepared.tokenizer.eos_id
     for index in indices:
         ids, labels = store.read([int(index)])
         twice += ids.tobytes() in seen
         seen.add(ids.tobytes())
         unstopped += stop not in labels
         # Cut while the assistant was speaking: the last token is learnt, and is no end of an answer.
-        full = len(ids) >= job.run.max_seq_len and len(ids) > 1
-        cut_answers += bool(full and kind == "conversations" and answer_is_open(ids, job.tokenizer))
-    return {"path": str(job.run.data_path), "samples": len(store), "tokens": int(lengths.sum()),
+        full = len(ids) >= prepared.run.max_seq_len and len(ids) > 1
+        cut_answers += bool(full and kind == "conversations" and answer_is_open(ids, prepared.tokenizer))
+    return {"path": str(prepared.run.data_path), "samples": len(store), "tokens": int(lengths.sum()),
             "labelled_share": float(store.labelled.sum() / max(lengths.sum(), 1)),
             "length": {"min": int(lengths.min()), "median": float(np.median(lengths)), "mean": float(lengths.mean()),
                        "p95": float(np.percentile(lengths, 95)), "max": int(lengths.max())},
-            "rows": plan.n_rows, "row_length": job.run.row_len, "packing_fill": plan.fill, "steps": len(plan),
+            "rows": plan.n_rows, "row_length": prepared.run.row_len, "packing_fill": plan.fill, "steps": len(plan),
             "cut": stats["cut"], "dropped": stats["dropped"], "without_label": stats["unlabelled"],
             "bad_records": stats["skipped"], "looked_at": len(indices), "duplicates": twice,
             "stop_never_labelled": unstopped, "cut_inside_answer": cut_answers}
@@ -156,9 +156,9 @@ def describe(stats: dict) -> list[str]:
             f"records {stats['bad_records']:,}"]
 
 
-def warnings(job: Job, stats: dict, kind: str) -> list[str]:
+def warnings(prepared: PreparedRun, stats: dict, kind: str) -> list[str]:
     """What spoils fine-tuning, one line each, with what to do."""
-    run, tok, n = job.run, job.tokenizer, stats["looked_at"]
+    run, tok, n = prepared.run, prepared.tokenizer, stats["looked_at"]
     lines = []
     if stats["bad_records"]:
         records = read_records(run.data_path, kind, "skip")
@@ -182,17 +182,17 @@ def warnings(job: Job, stats: dict, kind: str) -> list[str]:
                      "not come from ids; a trainer that masks padding by its id would never learn to end")
     if stats["duplicates"]:
         lines.append(f"{stats['duplicates']:,} of {n:,} samples stand there more than once, token for token")
-    if job.model_config.use_moe and run.moe_balance == "batch":
+    if prepared.model_config.use_moe and run.moe_balance == "batch":
         lines.append("--moe_balance batch depends on how rows are dealt to micro-batches, as MiniMind's does; the "
                      "laws are checked with row")
     return lines
 
 
-def show(job: Job, count: int, *, color: bool) -> list[str]:
+def show(prepared: PreparedRun, count: int, *, color: bool) -> list[str]:
     """Samples as text, what is learnt in green or in [brackets]."""
-    store, tok, lines = job.stores[0], job.tokenizer, []
+    store, tok, lines = prepared.stores[0], prepared.tokenizer, []
     before, after = (GREEN, PLAIN) if color else ("[", "]")
-    for index in some(store, count, job.run.seed):
+    for index in some(store, count, prepared.run.seed):
         ids, labels = store.read([int(index)])
         lines.append(f"--- line {store.lines[index]}: {len(ids)} tokens, {(labels != IGNORE).sum()} labelled")
         told, text = learnt(labels), ""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Finding:
+class Check:
     """What was compared, the largest difference found and the largest that the law allows."""
 
     law: str
@@ -67,7 +67,7 @@ def bits_apart(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> int:
     return sum(int((~torch.isclose(a, b, rtol=0, atol=0, equal_nan=True)).sum()) for a, b in zip(ours, theirs))
 
 
-def worst_over_ranks(findings: list[Finding], device: torch.device) -> list[Finding]:
+def worst_over_ranks(findings: list[Check], device: torch.device) -> list[Check]:
     """Each finding with the largest difference any rank measured; collective."""
     values = torch.tensor([math.inf if math.isnan(f.measured) else f.measured for f in findings], dtype=torch.float64,
                           device=device)

@@ -23,10 +23,11 @@ from minimind_ds.data.sample import Sample
 from minimind_ds.distributed import engine
 from minimind_ds.model.decoder import MiniMindForCausalLM
 from minimind_ds.training import loop
-from minimind_ds.training.prepare import DTYPES, Job
+from minimind_ds.training.live import LiveRun
+from minimind_ds.training.prepare import DTYPES, PreparedRun
 
-from .finding import Finding, apart, bits_apart, gradient_apart, gradients_apart, whole_norm
-from .small import STEPS, Bench
+from .finding import Check, apart, bits_apart, gradient_apart, gradients_apart, whole_norm
+from .small import STEPS, ReducedRun
 
 # Of a step's rows into micro-batches; the law of gradients takes two.
 SPLITS = (1, 4)
@@ -66,27 +67,29 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def trained(job: Job, steps: int) -> tuple[list[dict], dict[str, Tensor]]:
+def trained(prepared: PreparedRun, steps: int) -> tuple[list[dict], dict[str, Tensor]]:
     """The first steps of a run: their lines of metrics, and the first step's gradients as the update saw them."""
-    ds_engine = loop.build_engine(job)
+    live = LiveRun(engine=loop.build_engine(prepared))
+    ds_engine = live.engine
     update, seen = ds_engine.step, {}
 
     def watched_update(*args, **kwargs):
-        if ds_engine.is_gradient_accumulation_boundary() and not seen and job.run.dtype == "fp32":
-            seen.update(engine.full_gradients(ds_engine, job.stage))
+        if ds_engine.is_gradient_accumulation_boundary() and not seen and prepared.run.dtype == "fp32":
+            seen.update(engine.full_gradients(ds_engine, prepared.stage))
         return update(*args, **kwargs)
 
     ds_engine.step = watched_update
     lines, step = [], 0
-    for epoch in range(job.run.epochs):
-        plan = job.plan(epoch)
+    for epoch in range(prepared.run.epochs):
+        plan = prepared.plan(epoch)
         here = range(min(len(plan), steps - step))
-        batches = loop.fetch(job, epoch, plan, here)
+        batches = loop.fetch(prepared, epoch, plan, here)
         for epoch_step in here:
             step += 1
-            if "scheduler" not in job.ds:
-                engine.set_lr(ds_engine, job.run.learning_rate)
-            lines.append(loop.train_step(job, ds_engine, plan, loop.Position(step, epoch, epoch_step), batches))
+            if "scheduler" not in prepared.ds:
+                engine.set_lr(ds_engine, prepared.run.learning_rate)
+            at = loop.Position(step, epoch, epoch_step)
+            lines.append(loop.train_step(prepared, live, plan, at, batches).line())
     forget(ds_engine)
     return lines, seen
 
@@ -97,44 +100,44 @@ def forget(ds_engine) -> None:
     gc.collect()
 
 
-def gradients_law(b: Bench) -> list[Finding]:
+def gradients_law(b: ReducedRun) -> list[Check]:
     """The engine's loss and gradients are the plain loop's, over all ranks and two micro-batches."""
-    job = b.layout(accumulation=2, dtype="fp32", moe_balance="document", grad_clip=0.0)
-    lines, ours = trained(job, 1)
+    prepared = b.layout(accumulation=2, dtype="fp32", moe_balance="document", grad_clip=0.0)
+    lines, ours = trained(prepared, 1)
     samples = [sample for row in b.rows() for sample in row]
     loss, theirs = plain_gradients(b.model("reference", torch.float32), samples)
-    how = f"{len(samples)} samples in {b.row_len}-token rows, {job.layout.ranks} ranks x 2 micro-batches"
-    found = [Finding("gradients", f"fp32 loss against a plain loop's, {how}", apart(lines[0]["loss"], loss), FP32),
-             Finding("gradients", "fp32 gradients against the plain loop's", gradients_apart(ours, theirs), FP32)]
-    dtype = b.job.run.dtype
+    how = f"{len(samples)} samples in {b.row_len}-token rows, {prepared.world.size} ranks x 2 micro-batches"
+    found = [Check("gradients", f"fp32 loss against a plain loop's, {how}", apart(lines[0]["loss"], loss), FP32),
+             Check("gradients", "fp32 gradients against the plain loop's", gradients_apart(ours, theirs), FP32)]
+    dtype = b.prepared.run.dtype
     if dtype != "fp32":
-        job = b.layout(accumulation=2, dtype=dtype, moe_balance="document", grad_clip=0.0)
-        lines, _ = trained(job, 1)
-        found.append(Finding("gradients", f"{dtype} loss against the fp32 loop's", apart(lines[0]["loss"], loss),
+        prepared = b.layout(accumulation=2, dtype=dtype, moe_balance="document", grad_clip=0.0)
+        lines, _ = trained(prepared, 1)
+        found.append(Check("gradients", f"{dtype} loss against the fp32 loop's", apart(lines[0]["loss"], loss),
                              HALF_LOSS))
         # With fp16 the first updates may overflow, and have no norm.
         if "skipped" not in lines[0]:
-            found.append(Finding("gradients", f"{dtype} gradient norm against the fp32 loop's",
+            found.append(Check("gradients", f"{dtype} gradient norm against the fp32 loop's",
                                  apart(lines[0]["grad_norm"], whole_norm(theirs)), HALF_NORM))
     return found
 
 
-def layout_law(b: Bench) -> list[Finding]:
+def layout_law(b: ReducedRun) -> list[Check]:
     """However a step's rows are cut into micro-batches, losses, norms and gradients are the same."""
-    balance = "row" if b.job.run.moe_balance == "batch" else b.job.run.moe_balance
+    balance = "row" if b.prepared.run.moe_balance == "batch" else b.prepared.run.moe_balance
     runs = {split: trained(b.layout(accumulation=split, dtype="fp32", moe_balance=balance), CURVE) for split in SPLITS}
     control, grads = runs[SPLITS[0]]
-    ranks, worst = b.job.layout.ranks, {"loss": 0.0, "aux_loss": 0.0, "grad_norm": 0.0}
+    ranks, worst = b.prepared.world.size, {"loss": 0.0, "aux_loss": 0.0, "grad_norm": 0.0}
     for lines, _ in runs.values():
         for key in worst:
             worst[key] = max([worst[key], *(apart(a[key], c[key]) for a, c in zip(lines, control))])
     how = f"{ranks} ranks x {', '.join(map(str, SPLITS))} micro-batches"
     moved = max(gradients_apart(other, grads) for _, other in runs.values())
-    found = [Finding("layout", f"fp32 losses of {CURVE} steps, {how}", worst["loss"], FP32),
-             Finding("layout", "gradient norms of these steps", worst["grad_norm"], FP32),
-             Finding("layout", "gradients of the first", moved, FP32)]
+    found = [Check("layout", f"fp32 losses of {CURVE} steps, {how}", worst["loss"], FP32),
+             Check("layout", "gradient norms of these steps", worst["grad_norm"], FP32),
+             Check("layout", "gradients of the first", moved, FP32)]
     if b.config.use_moe:
-        found.append(Finding("layout", f"balance losses of these steps ({balance})", worst["aux_loss"], FP32))
+        found.append(Check("layout", f"balance losses of these steps ({balance})", worst["aux_loss"], FP32))
     return found
 
 
@@ -146,7 +149,7 @@ def run_rows(model: MiniMindForCausalLM, rows: list[list[Sample]], row_len: int)
     return out.loss_sum.item(), gradients(model)
 
 
-def packing_law(b: Bench) -> list[Finding]:
+def packing_law(b: ReducedRun) -> list[Check]:
     """Rows give the loss and gradients of their samples alone; what one sample holds moves no bit of another."""
     rows = [row for row in b.rows() if row]
     model = b.model(b.spec32, torch.float32)
@@ -157,22 +160,22 @@ def packing_law(b: Bench) -> list[Finding]:
         alone_loss += one_loss
         alone = one if alone is None else {name: alone[name] + grad for name, grad in one.items()}
     what = f"{sum(map(len, rows))} samples in {len(rows)} rows against each alone"
-    found = [Finding("packing", f"fp32 loss, {what}", apart(loss, alone_loss), FP32),
-             Finding("packing", f"fp32 gradients, {what}", gradients_apart(packed, alone), FP32)]
-    dtype = b.job.run.dtype
+    found = [Check("packing", f"fp32 loss, {what}", apart(loss, alone_loss), FP32),
+             Check("packing", f"fp32 gradients, {what}", gradients_apart(packed, alone), FP32)]
+    dtype = b.prepared.run.dtype
     spec, kept = b.spec, ""
     if b.config.use_moe:
         # Where fast kernels sort tokens by expert, another sample's routing changes the shapes of products.
         spec, kept = only_moe(b, "reference"), ", experts by reference"
         moved, _ = probe(b.model(b.spec32, torch.float32), rows)
-        found.append(Finding("packing", "the same through the run's own experts, relative, fp32", moved, FP32))
+        found.append(Check("packing", "the same through the run's own experts, relative, fp32", moved, FP32))
     _, bits = probe(b.model(spec, DTYPES[dtype]), rows)
-    found.insert(2, Finding("packing", f"elements of a sample's outputs and gradients that move with its neighbours' "
+    found.insert(2, Check("packing", f"elements of a sample's outputs and gradients that move with its neighbours' "
                             f"tokens, {dtype}{kept}", bits, 0))
     return found
 
 
-def only_moe(b: Bench, backend: str) -> str:
+def only_moe(b: ReducedRun, backend: str) -> str:
     chosen = kernels.parse(b.spec)
     return ",".join(f"{key}={backend if key == 'moe' else name}" for key, name in chosen.items())
 
@@ -201,15 +204,15 @@ def probe(model: MiniMindForCausalLM, rows: list[list[Sample]]) -> tuple[float, 
     return relative, bits_apart([*one.values(), *one_grads.values()], [*other.values(), *other_grads.values()])
 
 
-def kernels_law(b: Bench) -> list[Finding]:
+def kernels_law(b: ReducedRun) -> list[Check]:
     """The run's kernels and the readable reference, in the run's precision."""
-    dtype, rows = b.job.run.dtype, [row for row in b.rows() if row]
+    dtype, rows = b.prepared.run.dtype, [row for row in b.rows() if row]
     reference_loss, reference = run_rows(b.model("reference", DTYPES[dtype]), rows, b.row_len)
     loss, ours = run_rows(b.model(b.spec, DTYPES[dtype]), rows, b.row_len)
     bounds = (FP32, FP32) if dtype == "fp32" else (HALF_LOSS, HALF_GRADIENT)
     moved = (gradients_apart if dtype == "fp32" else gradient_apart)(ours, reference)
-    return [Finding("kernels", f"{dtype} loss against the reference kernels'", apart(loss, reference_loss), bounds[0]),
-            Finding("kernels", f"{dtype} gradients against the reference kernels'", moved, bounds[1])]
+    return [Check("kernels", f"{dtype} loss against the reference kernels'", apart(loss, reference_loss), bounds[0]),
+            Check("kernels", f"{dtype} gradients against the reference kernels'", moved, bounds[1])]
 
 
 class Lines(list):
@@ -219,33 +222,35 @@ class Lines(list):
         self.append(line)
 
 
-def resume_law(b: Bench) -> list[Finding]:
+def resume_law(b: ReducedRun) -> list[Check]:
     """A run that stops half-way and goes on in a new engine ends as one that never stopped, bit for bit."""
-    folder = pathlib.Path(b.job.run.save_dir) / ".verify"
-    job = b.layout(accumulation=2, dtype=b.job.run.dtype, save_dir=str(folder), save_interval=STEPS // 2, keep=2,
+    folder = pathlib.Path(b.prepared.run.save_dir) / ".verify"
+    prepared = b.layout(accumulation=2, dtype=b.prepared.run.dtype, save_dir=str(folder), save_interval=STEPS // 2,
+                        keep=2,
                    keep_dropout=True)
     whole, resumed = Lines(), Lines()
-    ds_engine = loop.build_engine(job)
-    loop.run_plan(job, ds_engine, loop.Start(), whole)
-    job.finish_saving()
-    ends = [engine.full_weights(ds_engine, job.stage)]
-    forget(ds_engine)
+    live = LiveRun(engine=loop.build_engine(prepared))
+    loop.run_plan(prepared, live, loop.Start(), whole)
+    live.finish_save()
+    ends = [engine.full_weights(live.engine, prepared.stage)]
+    forget(live.engine)
     path = checkpoint.folder_of(folder) / checkpoint.name_of(STEPS // 2)
     facts = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     start = loop.Start(path, facts["step"], facts["epoch"], facts["epoch_step"])
-    ds_engine = loop.build_engine(job)
-    loop.load_checkpoint(job, ds_engine, start)
-    loop.run_plan(job, ds_engine, start, resumed)
+    live = LiveRun(engine=loop.build_engine(prepared))
+    loop.load_checkpoint(prepared, live.engine, start)
+    loop.run_plan(prepared, live, start, resumed)
     # Its last checkpoint may still be on the way into the folder, which is deleted next.
-    job.finish_saving()
-    ends.append(engine.full_weights(ds_engine, job.stage))
-    forget(ds_engine)
+    live.finish_save()
+    ends.append(engine.full_weights(live.engine, prepared.stage))
+    forget(live.engine)
     assert len(whole) == STEPS and len(resumed) == STEPS - STEPS // 2, (len(whole), len(resumed))
     keys = ("loss", "aux_loss", "grad_norm", "lr")
     worst = max(apart(a[key] or 0.0, c[key] or 0.0) for a, c in zip(resumed, whole[STEPS // 2:]) for key in keys)
-    return [Finding("resume", f"losses, norms and rates of {len(resumed)} steps after a checkpoint, {job.run.dtype}",
+    return [Check("resume",
+                  f"losses, norms and rates of {len(resumed)} steps after a checkpoint, {prepared.run.dtype}",
                     worst, 0),
-            Finding("resume", "elements of the last weights that differ", bits_apart(*(e.values() for e in ends)), 0)]
+            Check("resume", "elements of the last weights that differ", bits_apart(*(e.values() for e in ends)), 0)]
 
 
 LAWS = {"gradients": gradients_law, "packing": packing_law, "layout": layout_law, "kernels": kernels_law,

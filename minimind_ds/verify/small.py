@@ -19,9 +19,9 @@ from minimind_ds.convert import weights
 from minimind_ds.data.packing import permutation
 from minimind_ds.data.sample import Sample
 from minimind_ds.data.store import TokenStore
-from minimind_ds.model import lora
-from minimind_ds.model.decoder import MiniMindForCausalLM, needs
-from minimind_ds.training.prepare import DTYPES, Job, plan_epoch
+from minimind_ds.model.decoder import MiniMindForCausalLM, kernel_requirements
+from minimind_ds.training.build import build_model
+from minimind_ds.training.prepare import DTYPES, PreparedRun, plan_epoch
 
 # What is taken of data and model.  Parameters and tokens of a law's step, on a CPU and on a GPU.
 MOST_PARAMETERS = {"cpu": 8e6, "cuda": 300e6}
@@ -65,13 +65,13 @@ def choose_samples(store: TokenStore, *, tokens: int, longest: int, seed: int) -
 
 
 @dataclass(frozen=True)
-class Bench:
+class ReducedRun:
     """The user's run, its small model, the samples the laws are proved on, and what they are proved with.
 
     cut: what was cut off the model, or None.  spec32: the run's kernels, or auto if they have no fp32.
     """
 
-    job: Job
+    prepared: PreparedRun
     config: ModelConfig
     cut: str | None
     store: TokenStore
@@ -79,38 +79,33 @@ class Bench:
     spec: str
     spec32: str
 
-    def layout(self, *, accumulation: int, dtype: str, **changes) -> Job:
+    def layout(self, *, accumulation: int, dtype: str, **changes) -> PreparedRun:
         """The small run with this split of a step's rows, in this precision; other RunConfig fields as changed.
 
         Dropout is off unless the run keeps it: two runs are compared that draw apart.
         """
-        job, ds = self.job, copy.deepcopy(self.job.ds)
+        prepared, ds = self.prepared, copy.deepcopy(self.prepared.ds)
         dropout = {} if changes.pop("keep_dropout", False) else {"dropout": 0.0}
-        run = job.run.replace(**{
+        run = prepared.run.replace(**{
             "batch_size": ROWS // accumulation, "accumulation_steps": accumulation, "pack_len": self.row_len,
-            "max_seq_len": self.row_len, "dtype": dtype, "kernels": self.spec if dtype == job.run.dtype
+            "max_seq_len": self.row_len, "dtype": dtype, "kernels": self.spec if dtype == prepared.run.dtype
             else self.spec32, "compile": False, "epochs": STEPS, "max_steps": STEPS, "eval_interval": 0, **changes})
         ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"] = ROWS // accumulation, accumulation
         ds["gradient_clipping"] = float(run.grad_clip)
         for name in ("bf16", "fp16"):
             ds[name]["enabled"] = dtype == name
-        adapters = job.lora and dataclasses.replace(job.lora, **dropout)
+        adapters = prepared.lora and dataclasses.replace(prepared.lora, **dropout)
         stores = [self.store] * STEPS
         return dataclasses.replace(
-            job, run=run, ds=ds, model_config=dataclasses.replace(self.config, **dropout), stores=stores,
-            eval_store=None, eval_plan=None, first_plan=plan_epoch(self.store, run, job.rows_ranks, 0), lora=adapters,
-            start_weights=None if self.cut else job.start_weights, notes=[])
+            prepared, run=run, ds=ds, model_config=dataclasses.replace(self.config, **dropout), stores=stores,
+            eval_store=None, eval_plan=None, first_plan=plan_epoch(self.store, run, prepared.rows_ranks, 0),
+            lora=adapters,
+            start_weights=None if self.cut else prepared.start_weights, notes=())
 
     def model(self, spec: str, dtype: torch.dtype, *, balance: str = "document") -> MiniMindForCausalLM:
         """The small model outside DeepSpeed, with the weights build_engine gives it."""
-        job = self.layout(accumulation=1, dtype="fp32")
-        torch.manual_seed(job.run.seed)
-        model = MiniMindForCausalLM(job.model_config, kernels=spec, balance=balance)
-        if job.start_weights is not None:
-            model.load_weights(job.start_weights)
-        if job.lora:
-            lora.attach(model, job.lora, lora.fresh(job.model_config, job.lora, seed=job.run.seed))
-        return model.to(job.layout.device, dtype)
+        prepared = self.layout(accumulation=1, dtype="fp32")
+        return build_model(prepared, kernels=spec, balance=balance).to(prepared.world.device, dtype)
 
     def rows(self) -> list[list[Sample]]:
         """The samples of a run's first step, row by row."""
@@ -118,22 +113,24 @@ class Bench:
         return [[self.store[index] for index in row] for row in plan.rows(0)]
 
 
-def bench(job: Job, tokens: int) -> Bench:
+def bench(prepared: PreparedRun, tokens: int) -> ReducedRun:
     """tokens: of a law's step, about; 0: what fits this machine."""
-    kind = job.layout.device.type
-    config, cut = cut_down(job.model_config, MOST_PARAMETERS[kind])
-    store = choose_samples(job.stores[0], tokens=tokens or TOKENS[kind], longest=LONGEST[kind], seed=job.run.seed)
-    rows = ROWS * job.rows_ranks
+    kind = prepared.world.device.type
+    config, cut = cut_down(prepared.model_config, MOST_PARAMETERS[kind])
+    store = choose_samples(prepared.stores[0], tokens=tokens or TOKENS[kind], longest=LONGEST[kind],
+                           seed=prepared.run.seed)
+    rows = ROWS * prepared.rows_ranks
     # Rows that fill about two steps, whose length can be cut over the ranks that share a row.
     enough = max(int(store.lengths.max()), math.ceil(int(store.lengths.sum()) / (2 * rows)))
-    multiple = 8 * job.degrees.sequence
-    spec = kernels.with_compiled(job.run.kernels) if job.run.compile else job.run.kernels
-    return Bench(job, config, cut, store, math.ceil(enough / multiple) * multiple, spec, in_fp32(spec, job))
+    multiple = 8 * prepared.dims.sequence
+    spec = kernels.with_compiled(prepared.run.kernels) if prepared.run.compile else prepared.run.kernels
+    return ReducedRun(prepared, config, cut, store, math.ceil(enough / multiple) * multiple, spec, in_fp32(spec,
+                                                                                                           prepared))
 
 
-def in_fp32(spec: str, job: Job) -> str:
+def in_fp32(spec: str, prepared: PreparedRun) -> str:
     try:
-        kernels.resolve(spec, job.layout.device, DTYPES["fp32"], needs(job.model_config))
+        kernels.resolve(spec, prepared.world.device, DTYPES["fp32"], kernel_requirements(prepared.model_config))
     except ValueError:
         return "auto"
     return spec

@@ -13,8 +13,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from minimind_ds.bench.throughput import cell, guard, loops, ratios, report, sweep, trace, trl_ratio
 from minimind_ds.bench.throughput.watch import PARTS
-from minimind_ds.training import loop as train
-from minimind_ds.training import step
+from minimind_ds.training import build, step
+from minimind_ds.training import loop as training_loop
 from tests.conftest import ROOT, environment, free_port
 
 PROGRAM = str(ROOT / "launch" / "benchmark.py")
@@ -133,7 +133,8 @@ def test_without_matplotlib_one_line_says_so(cells, tmp_path, monkeypatch):
 
 def test_what_is_timed_is_the_trainers_own_step():
     for module in (cell, loops, trace):
-        assert module.train_step is step.train_step is train.train_step and module.build_engine is train.build_engine
+        assert module.train_step is step.train_step is training_loop.train_step
+        assert module.build_engine is build.build_engine
 
 
 @pytest.mark.parametrize("log, code, status, words", [
@@ -176,8 +177,8 @@ def compared(tmp_path_factory, swept):
 import sys
 asked = []
 sys.addaudithook(lambda event, args: asked.append(1) if event == "subprocess.Popen" and "numactl" in args[1] else None)
-from minimind_ds import benchmark
-code = benchmark.main("", {argv!r})
+from minimind_ds.bench import throughput
+code = throughput.main("", {argv!r})
 print("numactl:", len(asked))
 sys.exit(code)
 """
@@ -260,16 +261,17 @@ def test_the_leak_probe_sees_samples_that_see_each_other(preset, tmp_path):
              "--dtype", "fp32", "--cache_dir", str(tmp_path), "--save_dir", str(tmp_path / "run")]
     code = f"""
 import json, torch
-from minimind_ds import engine, weights
-from minimind_ds.benchmark import cell, trl_loop
-layout = engine.read_layout()
-job = cell.prepare_cell({flags!r}, layout)
-engine.start(layout)
-trainer = trl_loop.build(job, dict(weights.fresh(job.model_config)), 1)
-found = [trl_loop.leak(job, trainer)]
+from minimind_ds.convert import weights
+from minimind_ds.distributed import engine
+from minimind_ds.bench.throughput import cell, trl_loop
+world = read_world()
+prepared = cell.prepare_cell({flags!r}, world)
+engine.start(world)
+trainer = trl_loop.build(prepared, dict(weights.fresh(prepared.model_config)), 1)
+found = [trl_loop.leak(prepared, trainer)]
 collate = trainer.data_collator
 trainer.data_collator = lambda rows: (b := collate(rows)) | {{"attention_mask": torch.ones_like(b["input_ids"])}}
-found.append(trl_loop.leak(job, trainer))
+found.append(trl_loop.leak(prepared, trainer))
 trainer.data_collator = collate
 trainer.begin()
 trainer.one_step()

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 from minimind_ds.checkpoint import reshape
-from minimind_ds.distributed.engine import Layout
-from minimind_ds.training.loop import look_for_start
+from minimind_ds.distributed.world import World
+from minimind_ds.training.start import look_for_start
 from minimind_ds.training.step import my_rows
-from tests.distributed.ranks.reshape import BEFORE, COMPILED, SPLITS, job_of
+from tests.distributed.ranks.reshape import BEFORE, COMPILED, SPLITS, run_of
 
 PROGRAM = "tests/distributed/ranks/reshape.py"
 CPU = torch.device("cpu")
@@ -97,14 +97,14 @@ def test_each_sample_of_the_epoch_is_seen_once_over_the_two_halves(tmp_path, the
     seen, cut = Counter(), None
     for ranks, half in (then, now):
         for rank in range(ranks):
-            layout = Layout(rank, ranks, rank, ranks, CPU)
-            job = job_of(layout, tmp_path, half, "dense", 2)
-            cut = cut or len(job.first_plan) // 3
-            steps = range(cut) if half == "write" else range(cut, len(job.first_plan))
+            world = World(rank, ranks, rank, ranks, CPU)
+            prepared = run_of(world, tmp_path, half, "dense", 2)
+            cut = cut or len(prepared.first_plan) // 3
+            steps = range(cut) if half == "write" else range(cut, len(prepared.first_plan))
             for step in steps:
                 for micro in range(SPLITS[half][ranks][1]):
-                    seen.update(i for row in my_rows(job, job.first_plan, step, micro) for i in row)
-    assert seen == Counter(range(len(job.stores[0].lengths)))
+                    seen.update(i for row in my_rows(prepared, prepared.first_plan, step, micro) for i in row)
+    assert seen == Counter(range(len(prepared.stores[0].lengths)))
 
 
 LAYOUT = {"ranks": 2, "ZeRO stage": 2, "offload": "none", "batch_size": 2, "accumulation_steps": 2, "dtype": "bf16",
@@ -155,10 +155,10 @@ def test_the_loss_scale_of_fp16_goes_from_one_stages_form_to_anothers():
                                                 (3, "fp32", "its rows per step is 8, this run's is 12")])
 def test_another_precision_and_other_rows_per_step_are_refused(resumed, tmp_path, monkeypatch, ranks, dtype, said):
     monkeypatch.setitem(SPLITS["resume"], 3, (2, 2))
-    job = job_of(Layout(0, ranks, 0, ranks, CPU), tmp_path, "resume", "frozen", 3, dtype=dtype,
+    prepared = run_of(World(0, ranks, 0, ranks, CPU), tmp_path, "resume", "frozen", 3, dtype=dtype,
                  resume=str(resumed[0] / "frozen_2_2"))
     with pytest.raises(ValueError, match=said):
-        look_for_start(job)
+        look_for_start(prepared)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from minimind_ds import checkpoint
-from minimind_ds.checkpoint.async_save import Saving, facts_of, snapshot
-from minimind_ds.distributed.engine import free_port
+from minimind_ds.checkpoint.async_save import AsyncSave, facts_of, snapshot
+from minimind_ds.distributed.world import free_port
 
 Pair = collections.namedtuple("Pair", "left right")
 
@@ -65,7 +65,7 @@ def test_nothing_is_in_place_until_everything_is_on_disk(tmp_path, group):
         gate.wait(30)
         path.write_bytes(b"whole")
 
-    saving = Saving([(aside / "state" / "a.pt", slowly)], root=aside, commit=commit, what="writing")
+    saving = AsyncSave([(aside / "state" / "a.pt", slowly)], root=aside, commit=commit, what="writing")
     assert not final.exists() and not (tmp_path / "latest").exists()
     gate.set()
     saving.finish()
@@ -78,14 +78,14 @@ def test_nothing_is_in_place_until_everything_is_on_disk(tmp_path, group):
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_full_or_broken_disk_is_named_and_leaves_the_checkpoint_before(tmp_path, group, number):
     aside, final, commit = commit_to(tmp_path, 1)
-    Saving([(aside / "a.pt", lambda path: path.write_bytes(b"good"))], root=aside, commit=commit, what="").finish()
+    AsyncSave([(aside / "a.pt", lambda path: path.write_bytes(b"good"))], root=aside, commit=commit, what="").finish()
 
     def fail(path):
         path.write_bytes(b"torn")
         raise OSError(number, "as the disk says")
 
     aside, second, commit = commit_to(tmp_path, 2)
-    saving = Saving([(aside / "a.pt", fail)], root=aside, commit=commit, what=f"writing {second}")
+    saving = AsyncSave([(aside / "a.pt", fail)], root=aside, commit=commit, what=f"writing {second}")
     with pytest.raises(RuntimeError, match="step_00000002 failed on rank 0: OSError.*as the disk says"):
         saving.finish()
     assert not second.exists() and checkpoint.verify(final)[1] is None
@@ -113,7 +113,7 @@ def test_a_commit_that_fails_is_a_save_that_failed(tmp_path, group):
         raise PermissionError("no rename here")
 
     with pytest.raises(RuntimeError, match="no rename here"):
-        Saving([(aside / "a.pt", lambda path: path.write_bytes(b"x"))], root=aside, commit=refuse, what="").finish()
+        AsyncSave([(aside / "a.pt", lambda path: path.write_bytes(b"x"))], root=aside, commit=refuse, what="").finish()
     assert not final.exists()
 
 
@@ -121,7 +121,7 @@ def test_a_commit_that_fails_is_a_save_that_failed(tmp_path, group):
 def test_retention_counts_no_checkpoint_that_was_passed_over(tmp_path, group, keep, stay):
     for step in (8, 12, 16, 20, 14):
         aside, final, commit = commit_to(tmp_path, step)
-        Saving([(aside / "a.pt", lambda path: path.write_bytes(b"x"))], root=aside, commit=commit, what="").finish()
+        AsyncSave([(aside / "a.pt", lambda path: path.write_bytes(b"x"))], root=aside, commit=commit, what="").finish()
     (tmp_path / ".writing_step_00000024").mkdir()
     checkpoint.retain(final, keep)
     assert sorted(path.name for path in tmp_path.glob("*step_*")) == [checkpoint.name_of(step) for step in stay]
@@ -136,7 +136,7 @@ def test_the_lines_of_the_steps_before_a_checkpoint_are_on_disk_before_it(tmp_pa
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
     monkeypatch.setattr(os, "rename", lambda old, new: (done.append(str(new)), rename(old, new)))
     aside, final, commit = commit_to(home, 1)
-    Saving([(aside / "a.pt", lambda path: path.write_bytes(b"x"))], root=aside, commit=commit, what="").finish()
+    AsyncSave([(aside / "a.pt", lambda path: path.write_bytes(b"x"))], root=aside, commit=commit, what="").finish()
     assert done.index(str((tmp_path / "metrics.jsonl").resolve())) < done.index(str(final))
 
 

@@ -105,8 +105,8 @@ def test_where_files_cannot_be_locked_it_is_as_torch_s_but_for_old_files(tmp_pat
 
 @pytest.mark.parametrize("first", ["", "import torch.utils.cpp_extension; "])
 def test_an_engine_s_process_compiles_under_it(first):
-    code = (f"{first}from minimind_ds import op_build, engine; engine.start(engine.read_layout()); "
-            "import torch.utils.cpp_extension as c; assert c.FileBaton is op_build.BuildLock; "
+    code = (f"{first}from minimind_ds.distributed import build_lock, engine, world; engine.start(world.read_world()); "
+            "import torch.utils.cpp_extension as c; assert c.FileBaton is build_lock.BuildLock; "
             "from deepspeed.accelerator import get_accelerator; "
             "args = get_accelerator().create_op_builder('CPUAdamBuilder').cxx_args(); "
             "assert '-O3' in args and args[-1] == '-g0' and args.count('-g0') == 1, args; engine.stop()")

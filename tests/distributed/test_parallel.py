@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minimind_ds.config.model import Degrees, ModelConfig
+from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.distributed import sequence_parallel
 
 # The control of a case is its model's.
@@ -36,7 +36,8 @@ LONG = dict(model="dense", steps=1, fields={"max_position_embeddings": 16384})
 
 
 def start(deepspeed, ranks: int, out, cases: dict):
-    deepspeed(ranks, "tests/distributed/ranks/parallel.py", str(out), json.dumps([{"name": n, **c} for n, c in cases.items()]),
+    deepspeed(ranks, "tests/distributed/ranks/parallel.py", str(out), json.dumps([{"name": n, **c} for n,
+                                                                                  c in cases.items()]),
               timeout=900)
     return out, json.loads((out / "cases.json").read_text())
 
@@ -116,20 +117,20 @@ def test_rows_and_experts_over_four_ranks_train_as_one_rank(name, control, found
 ])
 def test_keys_that_cannot_be_are_named(keys, ranks, word):
     with pytest.raises(ValueError, match=word):
-        sequence_parallel.read_degrees("ds.json", keys, ranks)
+        sequence_parallel.read_dims("ds.json", keys, ranks)
 
 
 @pytest.mark.parametrize("degrees, config, facts, word", [
-    (Degrees(3), {}, {}, "does not divide 8 heads over 4 key heads; 1, 2, 4, 8 do"),
-    (Degrees(2), {}, {"row_tokens": 127}, "choose another --pack_len"),
-    (Degrees(4), {}, {"ranks": 2}, "does not divide the 2 ranks"),
-    (Degrees(1, 2), {}, {}, "the model has no experts"),
-    (Degrees(1, 3), {"use_moe": True}, {"ranks": 3}, "does not divide 4 experts"),
-    (Degrees(1, 2), {"use_moe": True}, {"stage": 0}, "stage 1, 2 or 3"),
+    (ParallelDims(3), {}, {}, "does not divide 8 heads over 4 key heads; 1, 2, 4, 8 do"),
+    (ParallelDims(2), {}, {"row_tokens": 127}, "choose another --pack_len"),
+    (ParallelDims(4), {}, {"ranks": 2}, "does not divide the 2 ranks"),
+    (ParallelDims(1, 2), {}, {}, "the model has no experts"),
+    (ParallelDims(1, 3), {"use_moe": True}, {"ranks": 3}, "does not divide 4 experts"),
+    (ParallelDims(1, 2), {"use_moe": True}, {"stage": 0}, "stage 1, 2 or 3"),
 ])
-def test_sizes_that_do_not_fit_are_refused_with_those_that_do(degrees, config, facts, word):
+def test_sizes_that_do_not_fit_are_refused_with_those_that_do(dims, config, facts, word):
     with pytest.raises(ValueError, match=word):
-        sequence_parallel.check(degrees, ModelConfig(**config), path="ds.json",
+        sequence_parallel.check(dims, ModelConfig(**config), path="ds.json",
                        **{"ranks": 12, "row_tokens": 4096, "stage": 2, **facts})
 
 

@@ -10,8 +10,8 @@ import shutil
 import pytest
 
 from minimind_ds.config.deepspeed_json import read_json
-from minimind_ds.distributed.engine import Layout
-from minimind_ds.training import prepare as job_module
+from minimind_ds.distributed.world import World
+from minimind_ds.training import prepare as prepare_module
 from tests.conftest import ROOT
 
 FILES = ROOT / "ds_configs"
@@ -83,7 +83,7 @@ def control(tmp_path_factory, deepspeed):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, deepspeed):
-    half = {"zero2_fp16": HALF} if job_module.fp16_runs() else {}
+    half = {"zero2_fp16": HALF} if prepare_module.fp16_runs() else {}
     return curves(deepspeed, 2, tmp_path_factory.mktemp("found"), {**CASES, **half})
 
 
@@ -146,9 +146,9 @@ def test_states_and_parameters_on_nvme_train_as_one_rank_at_stage_0(tmp_path, de
 def prepare(tmp_path, path, *flags):
     import torch
 
-    return job_module.prepare("sft", ["--deepspeed", str(path), "--preset", "debug", "--save_dir",
+    return prepare_module.prepare("sft", ["--deepspeed", str(path), "--preset", "debug", "--save_dir",
                                       str(tmp_path / "run"), "--cache_dir", str(tmp_path), *flags],
-                              Layout(0, 8, 0, 8, torch.device("cpu")))
+                              World(0, 8, 0, 8, torch.device("cpu")))
 
 
 def test_checkpoints_that_nothing_could_go_on_from_are_refused(tmp_path):
@@ -162,7 +162,7 @@ def test_checkpoints_that_nothing_could_go_on_from_are_refused(tmp_path):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_this_machine_cannot_run_is_refused_in_one_line(tmp_path, name):
-    if name == "zero2_fp16" and job_module.fp16_runs():
+    if name == "zero2_fp16" and prepare_module.fp16_runs():
         pytest.skip("this processor has fp16")
     with pytest.raises(ValueError, match=REFUSED[name]) as caught:
         prepare(tmp_path, FILES / f"{name}.json")

@@ -49,7 +49,8 @@ def launches():
 
 @functools.cache
 def compiled(arch: int) -> list[dict]:
-    command = [sys.executable, "-m", "tests.kernels.triton.aot", "tests.kernels.test_deepspeed_ops:launches", str(arch)]
+    command = [sys.executable, "-m", "tests.kernels.triton.aot", "tests.kernels.test_deepspeed_ops:launches",
+               str(arch)]
     done = subprocess.run(command, cwd=ROOT, env={**environment(interpret=False), "DS_ACCELERATOR": "cpu"}, text=True,
                           capture_output=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -13,7 +13,8 @@ LENGTHS = [[1], [2, 1, 1, 3], [63, 64, 65], [300, 1, 17], [5, 0, 3]]
 # reference in fp32 on the same rounded inputs.
 BOUNDS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 OTHERS = [name for name in kernels.BACKENDS if name not in ("reference", "compiled")
-          and kernels.BACKENDS[name].why_not("attention", torch.device("cpu"), torch.float32, kernels.Needs()) is None]
+          and kernels.BACKENDS[name].why_not("attention", torch.device("cpu"), torch.float32,
+                                             kernels.KernelRequirements()) is None]
 
 
 def cu_seqlens(lengths):
@@ -186,9 +187,11 @@ def test_a_bare_name_leaves_to_auto_what_the_backend_has_no_code_for_and_says_so
 
 def test_triton_attention_is_not_chosen_for_what_it_does_not_do():
     gpu = torch.device("cuda")
-    for needs, word in ((kernels.Needs(96, 0.1), "dropout"), (kernels.Needs(256), "256"), (kernels.Needs(33), "33")):
+    for needs, word in ((kernels.KernelRequirements(96, 0.1), "dropout"), (kernels.KernelRequirements(256), "256"),
+                        (kernels.KernelRequirements(33), "33")):
         assert word in kernels.BACKENDS["triton"].why_not("attention", gpu, torch.bfloat16, needs)
-    assert "head_dim" not in kernels.BACKENDS["triton"].why_not("attention", gpu, torch.bfloat16, kernels.Needs(96))
+    assert "head_dim" not in kernels.BACKENDS["triton"].why_not("attention", gpu, torch.bfloat16,
+                                                                kernels.KernelRequirements(96))
 
 
 @pytest.mark.parametrize("backend", OTHERS)

@@ -64,7 +64,8 @@ def elementwise():
 
 
 def resources(function: str, arch: int) -> list[dict]:
-    command = [sys.executable, "-m", "tests.kernels.triton.aot", f"tests.kernels.test_triton_aot:{function}", str(arch)]
+    command = [sys.executable, "-m", "tests.kernels.triton.aot", f"tests.kernels.test_triton_aot:{function}",
+               str(arch)]
     done = subprocess.run(command, cwd=ROOT, env=environment(interpret=False), capture_output=True, text=True,
                           timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]

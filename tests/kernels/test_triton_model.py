@@ -1,5 +1,4 @@
-"""A model on the Triton backend is MiniMind's and trains as the reference does: see tests/kernels/triton/model_facts.py.
-"""
+"""A model on the Triton backend is MiniMind's and trains as the reference does: triton/model_facts.py."""
 
 import pytest
 import torch

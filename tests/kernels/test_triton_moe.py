@@ -54,7 +54,8 @@ def fp32_launches():
 
 @functools.cache
 def compiled(function: str, arch: int) -> list[dict]:
-    command = [sys.executable, "-m", "tests.kernels.triton.aot", f"tests.kernels.test_triton_moe:{function}", str(arch)]
+    command = [sys.executable, "-m", "tests.kernels.triton.aot", f"tests.kernels.test_triton_moe:{function}",
+               str(arch)]
     done = subprocess.run(command, cwd=ROOT, env=environment(interpret=False), capture_output=True, text=True,
                           timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]

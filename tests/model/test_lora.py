@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, load_tokenizer
 from minimind_ds.convert import export, weights
-from minimind_ds.distributed.engine import Layout
+from minimind_ds.distributed.world import World
 from minimind_ds.inference import chat
 from minimind_ds.model import lora, loss
 from minimind_ds.model.lora import Lora
@@ -334,7 +334,7 @@ def test_a_wrong_flag_is_answered_in_one_line(tmp_path, preset, flags, said):
     with pytest.raises(ValueError, match=said) as error:
         prepare("sft", ["--deepspeed", str(ROOT / "ds_configs" / "zero2.json"), "--preset", preset, "--save_dir",
                         str(tmp_path / "run"), "--cache_dir", str(tmp_path / "cache"), "--dtype", "fp32", *flags],
-                Layout(0, 1, 0, 1, torch.device("cpu")))
+                World(0, 1, 0, 1, torch.device("cpu")))
     assert "\n" not in str(error.value)
     assert not list((tmp_path / "run").glob("*") if (tmp_path / "run").exists() else [])
 

@@ -14,7 +14,7 @@ import pytest
 from minimind_ds.distributed.engine import patience
 from minimind_ds.resilience import stragglers
 from minimind_ds.resilience.watchdog import HUNG
-from minimind_ds.training.spikes import LEAST, MOST_SKIPPED, Guard, taken_losses
+from minimind_ds.training.spikes import LEAST, MOST_SKIPPED, SpikeDetector, taken_losses
 from tests.conftest import ROOT, environment, free_port
 
 MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -125,7 +125,7 @@ def test_a_second_run_in_the_same_folder_is_refused_but_the_jobs_own_next_start_
 
 
 def test_a_spike_is_judged_by_the_last_steps_and_too_many_skips_in_a_row_end():
-    guard = Guard(2.0 + 0.01 * (i % 5) for i in range(LEAST - 1))
+    guard = SpikeDetector(2.0 + 0.01 * (i % 5) for i in range(LEAST - 1))
     assert guard.judge(99.0) is None
     guard.took(2.02)
     assert guard.judge(2.1) is None and "standard deviations above" in guard.judge(2.2)

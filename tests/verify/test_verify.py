@@ -14,7 +14,7 @@ import torch
 from minimind_ds import load_tokenizer, verify
 from minimind_ds.config.model import PRESETS
 from minimind_ds.verify import data, small
-from minimind_ds.verify.finding import Finding, apart, bits_apart, gradients_apart
+from minimind_ds.verify.finding import Check, apart, bits_apart, gradients_apart
 from tests.conftest import ROOT, SHARED, environment
 
 ZERO = {stage: ["--deepspeed", f"ds_configs/zero{stage}.json"] for stage in range(4)}
@@ -139,7 +139,7 @@ def test_a_model_is_cut_down_to_one_of_its_architecture(preset):
 
 def test_nothing_that_is_not_a_number_passes():
     nan, inf = float("nan"), float("inf")
-    assert not Finding("law", "what", nan, 1e9).ok and not Finding("law", "what", inf, 1e9).ok
+    assert not Check("law", "what", nan, 1e9).ok and not Check("law", "what", inf, 1e9).ok
     assert apart(nan, 1.0) == apart(1.0, nan) == inf and apart(nan, nan) == inf
     one, bad = {"w": torch.ones(3)}, {"w": torch.tensor([1.0, nan, 1.0])}
     assert gradients_apart(bad, one) == inf and gradients_apart(one, one) == 0

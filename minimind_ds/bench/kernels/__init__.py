@@ -33,7 +33,8 @@ PARTS = ("correctness", "curve", "timings")
 # The interpreter takes INTERPRETED times as long.
 INTERPRETED = 5
 BUDGETS = {"correctness": 190, "curve": 190, "timings": 170}
-TESTS = ("tests/kernels/test_triton_attention.py", "tests/kernels/test_triton_rope.py", "tests/kernels/test_triton_moe.py",
+TESTS = ("tests/kernels/test_triton_attention.py", "tests/kernels/test_triton_rope.py",
+         "tests/kernels/test_triton_moe.py",
          "tests/kernels/test_triton_model.py", "tests/kernels/test_deepspeed_ops.py")
 # Statuses of a result that has to be right and is not.
 BAD = ("wrong", "failed", "stopped")

@@ -2,7 +2,7 @@
 
 Import it in a process started with TRITON_INTERPRET=1, before the first launch:
 
-    TRITON_INTERPRET=1 python -m minimind_ds.bench.kernels.interpreter        # checks that it works with the Triton at hand
+    TRITON_INTERPRET=1 python -m minimind_ds.bench.kernels.interpreter    # checks that it works with the Triton at hand
 
 What it changes (the stock interpreter computes on the bits of bf16, and reads and writes wherever it is told):
 
@@ -30,7 +30,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 if not triton.knobs.runtime.interpret:
-    raise RuntimeError("minimind_ds.bench.kernels.interpreter needs TRITON_INTERPRET=1 in the environment of its process")
+    raise RuntimeError("the kernels' interpreter needs TRITON_INTERPRET=1 in the environment of its process")
 
 Builder, Handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
 

@@ -14,7 +14,7 @@ import sys
 from minimind_ds.bench.throughput import report, sweep
 from minimind_ds.config.model import PRESETS
 from minimind_ds.distributed import engine
-from minimind_ds.distributed.engine import Layout
+from minimind_ds.distributed.world import World, read_world
 from minimind_ds.paths import DS_CONFIGS, ROOT
 from minimind_ds.training.loop import user_error
 
@@ -27,7 +27,7 @@ def main(doc: str, argv: list[str]) -> int:
     if "SLURM_STEP_ID" not in os.environ:
         # A batch script is told it is task 0 of all; only what srun starts is one.
         os.environ.pop("SLURM_PROCID", None)
-    layout = engine.read_layout()
+    world = read_world()
     args, flags = parse(doc, argv)
     # Every started process is a rank of the one measurement; otherwise one process starts the others.
     together = args.compare or args.profile or args.cell or args.append or in_srun_step()
@@ -35,13 +35,13 @@ def main(doc: str, argv: list[str]) -> int:
         return 0
     try:
         if args.cell or args.append or (in_srun_step() and not (args.compare or args.profile)):
-            return run_here(args, flags, layout)
+            return run_here(args, flags, world)
         if args.report:
             return show(sweep.read(args.out / "results.json"), args.out)
         if args.compare:
-            return compare(args, flags, layout)
+            return compare(args, flags, world)
         if args.profile:
-            return profile(args, flags, layout)
+            return profile(args, flags, world)
         if args.guard:
             from minimind_ds.bench.throughput import guard
 
@@ -52,7 +52,7 @@ def main(doc: str, argv: list[str]) -> int:
                                flags=flags)
         return show(sweep.sweep(cells, args.out, timeout=args.timeout, retry=args.retry), args.out)
     except ValueError as error:
-        return user_error(error, layout)
+        return user_error(error, world)
     except KeyboardInterrupt:
         return 130
 
@@ -155,7 +155,7 @@ def train_flags(args: argparse.Namespace, flags: list[str], *, deepspeed: bool =
     return found
 
 
-def run_here(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
+def run_here(args: argparse.Namespace, flags: list[str], world: World) -> int:
     """This process is a rank of one cell; rank 0 writes its record."""
     from minimind_ds.bench.throughput import cell
 
@@ -163,9 +163,9 @@ def run_here(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
     if not args.cell:
         path = args.append or args.out / "results.json"
         fill_in(args)
-        args.ranks = [str(layout.ranks)]
+        args.ranks = [str(world.size)]
         the = sweep.Cell(*(single(args, name, "") for name in ("deepspeed", "preset")),
-                         *sweep.parse_rows(single(args, "rows", "")), single(args, "kernels", ""), layout.ranks,
+                         *sweep.parse_rows(single(args, "rows", "")), single(args, "kernels", ""), world.size,
                          args.warm_up, args.steps, tuple(flags))
         if the.key in {c["key"] for c in sweep.read(path)["cells"]}:
             print(f"{the.name} is in {path} already", flush=True)
@@ -174,14 +174,14 @@ def run_here(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
         record = {"key": the.key, "name": the.name, "cell": {**vars(the), "flags": list(the.flags)}}
     else:
         flags = train_flags(args, flags)
-    job = None
+    prepared = None
     try:
-        job = cell.prepare_cell(flags, layout)
-        engine.start(layout)
-        found = cell.run(job, warm_up=args.warm_up, steps=args.steps)
+        prepared = cell.prepare_cell(flags, world)
+        engine.start(world)
+        found = cell.run(prepared, warm_up=args.warm_up, steps=args.steps)
     except Exception as error:
-        refused = job is None and isinstance(error, ValueError)
-        if record and (layout.rank == 0 or not refused):
+        refused = prepared is None and isinstance(error, ValueError)
+        if record and (world.rank == 0 or not refused):
             text = " ".join(str(error if refused else f"{type(error).__name__}: {error}").split())
             status, reason = sweep.diagnose(f"error: {text}", 2 if refused else 1, args.timeout)
             sweep.append(path, {**record, "status": status, "reason": reason})
@@ -193,9 +193,9 @@ def run_here(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
         traceback.print_exc()
         print(f"error: {type(error).__name__}: {' '.join(str(error).split())[:280]}", file=sys.stderr, flush=True)
         os._exit(1)
-    if layout.rank == 0 and record is None:
+    if world.rank == 0 and record is None:
         path.write_text(json.dumps(found), encoding="utf-8")
-    elif layout.rank == 0:
+    elif world.rank == 0:
         record |= {"status": "ok", "reason": None, **found}
         sweep.append(path, record)
         print(f"{the.name}: {sweep.outcome(record)}", flush=True)
@@ -209,11 +209,11 @@ def show(document: dict, folder: pathlib.Path) -> int:
     return 0
 
 
-def compare(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
+def compare(args: argparse.Namespace, flags: list[str], world: World) -> int:
     from minimind_ds.bench.throughput import ratios, trl_ratio
 
     def say(text: str) -> None:
-        if layout.rank == 0:
+        if world.rank == 0:
             print(text, flush=True)
 
     timing = dict(warm_up=args.warm_up, steps=args.steps, say=say)
@@ -230,7 +230,7 @@ def compare(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
     else:
         result = ratios.compare_engines(train_flags(args, flags, deepspeed=False), files=args.deepspeed or ZERO,
                                            ddp=args.compare == "ddp", **timing)
-    if layout.rank == 0:
+    if world.rank == 0:
         print("\n" + ratios.table(result) + "\n")
         text = json.dumps(result, indent=1, ensure_ascii=False)
         if args.out:
@@ -241,11 +241,11 @@ def compare(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
     return 0
 
 
-def profile(args: argparse.Namespace, flags: list[str], layout: Layout) -> int:
+def profile(args: argparse.Namespace, flags: list[str], world: World) -> int:
     from minimind_ds.bench.throughput import trace
 
-    lines = trace.run(train_flags(args, flags), layout, args.profile, warm_up=args.warm_up, steps=args.steps)
-    if layout.rank == 0:
+    lines = trace.run(train_flags(args, flags), world, args.profile, warm_up=args.warm_up, steps=args.steps)
+    if world.rank == 0:
         print("\n".join(lines), flush=True)
     engine.stop()
     return 0

@@ -19,15 +19,16 @@ import torch
 import torch.distributed as dist
 
 from minimind_ds import kernels
-from minimind_ds.bench.throughput.watch import PARTS, Collectives, Stopwatch, parted
+from minimind_ds.bench.throughput.watch import PARTS, Collectives, PartTimer, parted
 from minimind_ds.data import loader
 from minimind_ds.distributed import engine
-from minimind_ds.distributed.engine import Layout
+from minimind_ds.distributed.world import World
 from minimind_ds.plan import counted, measure, memory_model
-from minimind_ds.training.loop import build_engine
+from minimind_ds.training.build import build_engine
+from minimind_ds.training.live import LiveRun
 from minimind_ds.training.metrics import flops_per_token
-from minimind_ds.training.prepare import DTYPES, Job, prepare
-from minimind_ds.training.step import Position, fetch, train_step
+from minimind_ds.training.prepare import DTYPES, PreparedRun, prepare
+from minimind_ds.training.step import Position, StepStats, fetch, train_step
 
 MFU = ("6 x matmul parameters (tied head included) + 12 x layers x heads x head_dim x mean keys attended FLOPs a real "
        "token, nothing for recomputation; over the rate of a square matrix product of the same dtype, measured in the "
@@ -36,87 +37,88 @@ MFU = ("6 x matmul parameters (tied head included) + 12 x layers x heads x head_
 VENDOR = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "3090": 71e12}
 
 
-def full_steps(job: Job) -> int:
+def full_steps(prepared: PreparedRun) -> int:
     """Steps of the first epoch that have all their rows.
 
     Raises:
         ValueError: not even one has.
     """
-    plan = job.first_plan
+    run, plan = prepared.run, prepared.first_plan
     if plan.n_rows < plan.rows_per_step:
-        raise ValueError(f"{job.run.data_path}: {plan.n_rows} rows of {job.run.row_len} tokens are fewer than the "
+        raise ValueError(f"{run.data_path}: {plan.n_rows} rows of {run.row_len} tokens are fewer than the "
                          f"{plan.rows_per_step} of one step; use more data, or shorter or fewer rows")
     return plan.n_rows // plan.rows_per_step
 
 
-def prepare_cell(flags: list[str], layout: Layout) -> Job:
+def prepare_cell(flags: list[str], world: World) -> PreparedRun:
     """Raises ValueError for what cannot be run, before ranks talk."""
-    if layout.device.type == "cuda" and layout.local_rank >= torch.cuda.device_count():
-        raise ValueError(f"{layout.ranks} ranks are more than this machine's {torch.cuda.device_count()} GPUs")
-    job = prepare("sft", flags, layout)
-    full_steps(job)
-    return job
+    if world.device.type == "cuda" and world.local_rank >= torch.cuda.device_count():
+        raise ValueError(f"{world.size} ranks are more than this machine's {torch.cuda.device_count()} GPUs")
+    prepared = prepare("sft", flags, world)
+    full_steps(prepared)
+    return prepared
 
 
-def run(job: Job, *, warm_up: int, steps: int, split_steps: int = 2) -> dict:
+def run(prepared: PreparedRun, *, warm_up: int, steps: int, split_steps: int = 2) -> dict:
     """Collective.  -> the measured part of the cell's record (docs/BENCHMARK.md), alike on every rank."""
-    layout, plan = job.layout, job.first_plan
-    peak = matmul_rate(job)
+    world, plan = prepared.world, prepared.first_plan
+    peak = matmul_rate(prepared)
     rss_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    ds_engine = build_engine(job)
+    live = LiveRun(engine=build_engine(prepared))
     total = warm_up + steps + 1 + split_steps
-    order = [i % full_steps(job) for i in range(total)]
-    if layout.device.type == "cuda":
+    order = [i % full_steps(prepared) for i in range(total)]
+    if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    engine.set_lr(ds_engine, job.run.learning_rate)
-    with loader.Prefetcher(fetch(job, 0, plan, order), pin=layout.device.type == "cuda") as batches:
-        lines, seconds = [], []
+    engine.set_lr(live.engine, prepared.run.learning_rate)
+    with loader.Prefetcher(fetch(prepared, 0, plan, order), pin=world.device.type == "cuda") as batches:
+        stats, seconds = [], []
         for i in range(warm_up + steps):
             began = time.perf_counter()
-            line = train_step(job, ds_engine, plan, Position(i + 1, 0, order[i]), batches)
-            if layout.device.type == "cuda":
+            one = train_step(prepared, live, plan, Position(i + 1, 0, order[i]), batches)
+            if world.device.type == "cuda":
                 torch.cuda.synchronize()
             if i >= warm_up:
-                lines.append(line)
+                stats.append(one)
                 seconds.append(time.perf_counter() - began)
-        peaks = peak_memory(layout)
+        peaks = peak_memory(world)
         at = warm_up + steps
-        held, traffic = counted_step(job, ds_engine, Position(at + 1, 0, order[at]), batches)
-        parts = [split_step(job, ds_engine, Position(i + 1, 0, order[i]), batches) for i in range(at + 1, total)]
+        held, traffic = counted_step(prepared, live, Position(at + 1, 0, order[at]), batches)
+        parts = [split_step(prepared, live, Position(i + 1, 0, order[i]), batches) for i in range(at + 1, total)]
     mine = {"held": held, "traffic": traffic, **peaks, "rss_before_engine": rss_before}
-    everyone = [None] * layout.ranks
+    everyone = [None] * world.size
     dist.all_gather_object(everyone, mine)
-    return {**rates(job, lines, seconds, peak),
+    return {**rates(prepared, stats, seconds, peak),
             "split_s": {part: statistics.median(p[part] for p in parts) for part in PARTS} if parts else None,
-            "memory": memory_facts(job, ds_engine, everyone), "traffic": traffic,
+            "memory": memory_facts(prepared, live.engine, everyone), "traffic": traffic,
             "sent_bytes_per_step": max(sum(kind["sent"] for kind in r["traffic"].values()) for r in everyone),
-            "kernels_chosen": job.kernels.reason, "dtype": job.run.dtype, "machine": machine(layout)}
+            "kernels_chosen": prepared.kernels.reason, "dtype": prepared.run.dtype, "machine": machine(world)}
 
 
-def rates(job: Job, lines: list[dict], seconds: list[float], peak: float) -> dict:
+def rates(prepared: PreparedRun, stats: list[StepStats], seconds: list[float], peak: float) -> dict:
     """Tokens a second and what they make of the machine."""
-    ranks, lengths = job.layout.ranks, job.stores[0].lengths.astype(np.float64)
-    real = [line["tokens"] / s for line, s in zip(lines, seconds)]
+    ranks, lengths = prepared.world.size, prepared.stores[0].lengths.astype(np.float64)
+    real = [one.tokens / s for one, s in zip(stats, seconds)]
     mean_keys = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
-    flops = flops_per_token(job.model_config, mean_keys)
+    flops = flops_per_token(prepared.model_config, mean_keys)
     rate = statistics.median(real)
     vendor = None
-    if job.layout.device.type == "cuda" and job.run.dtype != "fp32":
+    if prepared.world.device.type == "cuda" and prepared.run.dtype != "fp32":
         vendor = next((f for name, f in VENDOR.items() if name in torch.cuda.get_device_name()), None)
-    return {"steps": len(lines), "step_s": statistics.median(seconds), "step_s_all": seconds,
+    return {"steps": len(stats), "step_s": statistics.median(seconds), "step_s_all": seconds,
             "tokens_per_s": rate, "tokens_per_s_min": min(real), "tokens_per_s_max": max(real),
             "tokens_per_s_per_device": rate / ranks,
-            "labelled_tokens_per_s": statistics.median(line["labelled_tokens"] / s for line, s in zip(lines, seconds)),
-            "tokens_per_step": statistics.mean(line["tokens"] for line in lines),
-            "packing_fill": statistics.mean(line["packing_fill"] for line in lines),
+            "labelled_tokens_per_s": statistics.median(one.labelled_tokens / s for one, s in zip(stats, seconds)),
+            "tokens_per_step": statistics.mean(one.tokens for one in stats),
+            "packing_fill": statistics.mean(one.packing_fill for one in stats),
             "flops_per_token": flops, "matmul_flops_per_s_per_device": peak,
             "mfu": rate / ranks * flops / peak, "mfu_vendor": vendor and rate / ranks * flops / vendor,
-            "loss_first": lines[0]["loss"], "loss_last": lines[-1]["loss"]}
+            "loss_first": stats[0].loss, "loss_last": stats[-1].loss}
 
 
-def counted_step(job: Job, ds_engine, at: Position, batches) -> tuple[dict, dict]:
+def counted_step(prepared: PreparedRun, live: LiveRun, at: Position, batches) -> tuple[dict, dict]:
     """-> (most bytes of state held at any of the step's updates or after it, by kind; collectives by kind)."""
-    step, found = ds_engine.step, []
+    ds_engine, found = live.engine, []
+    step = ds_engine.step
 
     def look_then_step():
         found.append(counted.held(ds_engine))
@@ -125,52 +127,52 @@ def counted_step(job: Job, ds_engine, at: Position, batches) -> tuple[dict, dict
     ds_engine.step = look_then_step
     try:
         with Collectives() as collectives:
-            train_step(job, ds_engine, job.first_plan, at, batches)
+            train_step(prepared, live, prepared.first_plan, at, batches)
     finally:
         del ds_engine.step
     found.append(counted.held(ds_engine))
     return {kind: max(f[kind] for f in found) for kind in counted.KINDS}, collectives.kinds
 
 
-def split_step(job: Job, ds_engine, at: Position, batches) -> dict[str, float]:
+def split_step(prepared: PreparedRun, live: LiveRun, at: Position, batches) -> dict[str, float]:
     """Seconds of one step by part; collectives are taken out of the part they happen in."""
-    stopwatch = Stopwatch(job.layout.device)
-    with parted(ds_engine, stopwatch), Collectives(stopwatch):
-        train_step(job, ds_engine, job.first_plan, at, stopwatch.data(batches))
+    stopwatch = PartTimer(prepared.world.device)
+    with parted(live.engine, stopwatch), Collectives(stopwatch):
+        train_step(prepared, live, prepared.first_plan, at, stopwatch.data(batches))
     stopwatch.turn()
     return stopwatch.seconds
 
 
-def peak_memory(layout: Layout) -> dict:
-    cuda = layout.device.type == "cuda"
+def peak_memory(world: World) -> dict:
+    cuda = world.device.type == "cuda"
     return {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "peak_allocated": torch.cuda.max_memory_allocated() if cuda else None,
             "peak_reserved": torch.cuda.max_memory_reserved() if cuda else None}
 
 
-def memory_facts(job: Job, ds_engine, everyone: list[dict]) -> dict:
+def memory_facts(prepared: PreparedRun, ds_engine, everyone: list[dict]) -> dict:
     """Bytes of the rank that holds most, beside what launch/plan.py plans."""
     n = sum(getattr(p, "ds_numel", p.numel()) for p in ds_engine.module.parameters())
     most = {key: max((r[key] for r in everyone if r[key] is not None), default=None)
             for key in ("peak_rss", "peak_allocated", "peak_reserved", "rss_before_engine")}
     return {"parameters": n, "held": {kind: max(r["held"][kind] for r in everyone) for kind in counted.KINDS},
-            "planned": planned(job),
+            "planned": planned(prepared),
             **most}
 
 
-def planned(job: Job) -> dict[str, float]:
+def planned(prepared: PreparedRun) -> dict[str, float]:
     """States by kind as planner.states has them, on device and host together, as memory.held counts them.
 
     Without buckets: stages 1 and 2 have let go of them before the update, when `held` is counted.
     """
-    states = memory_model.states(measure.setting(job, labelled=0.0))
+    states = memory_model.states(measure.setting(prepared, labelled=0.0))
     return {kind: states["device"][kind] + states["host"][kind] for kind in counted.KINDS if kind != "buckets"}
 
 
-def matmul_rate(job: Job) -> float:
+def matmul_rate(prepared: PreparedRun) -> float:
     """FLOP/s of one rank's square matrix product, all ranks at it at once: the roof for MFU."""
-    device = job.layout.device
-    dtype = DTYPES[job.run.dtype]
+    device = prepared.world.device
+    dtype = DTYPES[prepared.run.dtype]
     if device.type == "cpu" and kernels.why_slow(device, dtype):
         # Computed in fp32 there.
         dtype = torch.float32
@@ -186,10 +188,10 @@ def matmul_rate(job: Job) -> float:
         best = min(best, time.perf_counter() - began)
     rate = torch.tensor(2 * n**3 / best, dtype=torch.float64, device=device)
     dist.all_reduce(rate)
-    return rate.item() / job.layout.ranks
+    return rate.item() / prepared.world.size
 
 
-def machine(layout: Layout | None = None) -> dict:
+def machine(world: World | None = None) -> dict:
     """Where and with what a result was measured."""
     name = platform.processor()
     if platform.system() == "Linux":
@@ -199,6 +201,6 @@ def machine(layout: Layout | None = None) -> dict:
              "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
              "python": platform.python_version(), "torch": torch.__version__, "deepspeed": version("deepspeed"),
              "date": time.strftime("%Y-%m-%d")}
-    if layout is not None:
-        facts["nodes"] = max(1, layout.ranks // max(1, layout.local_ranks))
+    if world is not None:
+        facts["nodes"] = max(1, world.size // max(1, world.local_size))
     return facts

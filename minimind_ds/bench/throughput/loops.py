@@ -22,8 +22,9 @@ from minimind_ds.data.packing import permutation
 from minimind_ds.distributed import engine
 from minimind_ds.model.decoder import MiniMindForCausalLM
 from minimind_ds.model.loss import scaled_loss
-from minimind_ds.training.loop import build_engine
-from minimind_ds.training.prepare import DTYPES, Job
+from minimind_ds.training.build import build_engine
+from minimind_ds.training.live import LiveRun
+from minimind_ds.training.prepare import DTYPES, PreparedRun
 from minimind_ds.training.step import Position, fetch, train_step
 
 
@@ -35,23 +36,24 @@ class Loop:
     step: object
 
 
-def padded_loop(job: Job, dtype: str, rows: int, length: int, start: dict) -> Loop:
+def padded_loop(prepared: PreparedRun, dtype: str, rows: int, length: int, start: dict) -> Loop:
     """MiniMind's trainer: `rows` samples padded to `length`, autocast in bf16, AdamW on fp32 weights, clipping at 1.
 
     Args:
         start: the weights both loops start from, in our names.
     """
-    model = PaddedMiniMind(job.model_config).to(job.layout.device).train()
-    model.load_state_dict(weights.to_minimind(start, job.model_config))
-    optimizer = adamw(job, model.parameters())
-    store, state = job.stores[0], {"at": 0}
-    order = permutation(len(store.lengths), job.run.seed)
+    model = PaddedMiniMind(prepared.model_config).to(prepared.world.device).train()
+    model.load_state_dict(weights.to_minimind(start, prepared.model_config))
+    optimizer = adamw(prepared, model.parameters())
+    store, state = prepared.stores[0], {"at": 0}
+    order = permutation(len(store.lengths), prepared.run.seed)
 
     def step():
         chosen = [int(order[(state["at"] + i) % len(order)]) for i in range(rows)]
         state["at"] += rows
-        batch = load_micro_batch(store, [[i] for i in chosen], length, job.tokenizer.pad_id).to(job.layout.device)
-        with torch.autocast(job.layout.device.type, torch.bfloat16, enabled=dtype == "bf16"):
+        batch = load_micro_batch(store, [[i] for i in chosen], length,
+                                 prepared.tokenizer.pad_id).to(prepared.world.device)
+        with torch.autocast(prepared.world.device.type, torch.bfloat16, enabled=dtype == "bf16"):
             loss, aux, _ = model(batch.input_ids, batch.labels)
         (loss + aux).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -62,61 +64,61 @@ def padded_loop(job: Job, dtype: str, rows: int, length: int, start: dict) -> Lo
     return Loop(f"padded {dtype}", step)
 
 
-def packed_loop(job: Job, name: str) -> Loop:
+def packed_loop(prepared: PreparedRun, name: str) -> Loop:
     """This project: the trainer's own step on packed rows under DeepSpeed."""
-    ds_engine = build_engine(job)
+    live = LiveRun(engine=build_engine(prepared))
     state = {"at": 0}
 
     def step():
-        plan, at = job.first_plan, state["at"] % full_steps(job)
+        plan, at = prepared.first_plan, state["at"] % full_steps(prepared)
         state["at"] += 1
-        engine.set_lr(ds_engine, job.run.learning_rate)
-        batches = fetch(job, 0, plan, range(at, at + 1))
-        line = train_step(job, ds_engine, plan, Position(state["at"], 0, at), batches)
-        return line["tokens"], line["loss"]
+        engine.set_lr(live.engine, prepared.run.learning_rate)
+        batches = fetch(prepared, 0, plan, range(at, at + 1))
+        stats = train_step(prepared, live, plan, Position(state["at"], 0, at), batches)
+        return stats.tokens, stats.loss
 
     return Loop(name, step)
 
 
-def adamw(job: Job, parameters) -> torch.optim.AdamW:
-    run = job.run
+def adamw(prepared: PreparedRun, parameters) -> torch.optim.AdamW:
+    run = prepared.run
     return torch.optim.AdamW(parameters, lr=run.learning_rate, fused=True, betas=(run.adam_beta1, run.adam_beta2),
                              eps=run.adam_epsilon, weight_decay=run.weight_decay)
 
 
-def torch_loop(job: Job, name: str, *, ddp: bool) -> Loop:
+def torch_loop(prepared: PreparedRun, name: str, *, ddp: bool) -> Loop:
     """Our model without an engine: PyTorch alone on one rank, or under DistributedDataParallel.
 
     What DeepSpeed does at stage 0, and no more: in half precision parameters and gradients are 16 bits wide and AdamW
     updates fp32 masters; gradients are clipped; nothing is checked for being finite.
     """
-    run, layout = job.run, job.layout
+    run, world = prepared.run, prepared.world
     torch.manual_seed(run.seed)
-    model = MiniMindForCausalLM(job.model_config, kernels=run.kernels, balance=run.moe_balance)
-    if job.start_weights is not None:
-        model.load_weights(job.start_weights)
+    model = MiniMindForCausalLM(prepared.model_config, kernels=run.kernels, balance=run.moe_balance)
+    if prepared.start_weights is not None:
+        model.load_weights(prepared.start_weights)
     model.gradient_checkpointing = run.gradient_checkpointing
     if run.compile:
         model.compile_layers()
-    params = list(model.to(layout.device).train().parameters())
+    params = list(model.to(world.device).train().parameters())
     half = run.dtype != "fp32"
     masters = [p.detach().clone().requires_grad_() for p in params] if half else params
     model.to(DTYPES[run.dtype])
     wrapped = DistributedDataParallel(model) if ddp else model
-    optimizer, state = adamw(job, masters), {"at": 0}
+    optimizer, state = adamw(prepared, masters), {"at": 0}
 
     def step():
-        at = state["at"] % full_steps(job)
+        at = state["at"] % full_steps(prepared)
         state["at"] += 1
-        facts = job.first_plan.facts(at)
-        total = torch.zeros((), dtype=torch.float64, device=layout.device)
-        for micro, batch in enumerate(fetch(job, 0, job.first_plan, range(at, at + 1))):
-            batch = batch.to(layout.device, non_blocking=True)
+        facts = prepared.first_plan.facts(at)
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
+        for micro, batch in enumerate(fetch(prepared, 0, prepared.first_plan, range(at, at + 1))):
+            batch = batch.to(world.device, non_blocking=True)
             last = micro + 1 == run.accumulation_steps
             with contextlib.nullcontext() if last or not ddp else wrapped.no_sync():
                 out = wrapped(batch)
                 scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
-                            step_real=facts.n_tokens, dp_world=layout.ranks).backward()
+                            step_real=facts.n_tokens, dp_world=world.size).backward()
             total += out.loss_sum.detach().double()
         if ddp:
             dist.all_reduce(total)

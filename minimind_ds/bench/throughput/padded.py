@@ -2,8 +2,8 @@
 
 One sample a row, padded to one length; every position goes through attention, experts and head; experts are separate
 modules visited in a loop with masks; the loss is a mean over the labelled tokens of the batch.  Written after
-model/model_minimind.py and trainer/train_full_sft.py of jingyaogong/minimind; tests/bench/test_padded.py holds it to the
-goldens, so that what is compared computes the same thing.
+model/model_minimind.py and trainer/train_full_sft.py of jingyaogong/minimind; tests/bench/test_padded.py holds it to
+the goldens, so that what is compared computes the same thing.
 
     deepspeed launch/benchmark.py --compare padded
 """

@@ -12,6 +12,7 @@ import gc
 import pathlib
 import statistics
 import time
+from dataclasses import replace
 
 import torch
 
@@ -19,7 +20,8 @@ from minimind_ds.bench.throughput.cell import machine, prepare_cell
 from minimind_ds.bench.throughput.loops import Loop, packed_loop, padded_loop, torch_loop
 from minimind_ds.convert import weights
 from minimind_ds.distributed import engine
-from minimind_ds.training.prepare import Job, prepare
+from minimind_ds.distributed.world import read_world
+from minimind_ds.training.prepare import PreparedRun, prepare
 
 # One rank, as a share of the plain loop's tokens/s.
 GOALS = {"zero1": 0.95, "zero2": 0.95, "zero3": 0.85}
@@ -70,30 +72,31 @@ def compare_engines(program_flags: list[str], *, files: list[str], ddp: bool, wa
         ValueError: a user's mistake in the flags.
         RuntimeError: the loops do not train the same model.
     """
-    layout = engine.read_layout()
-    if ddp and layout.ranks < 2:
+    world = read_world()
+    if ddp and world.size < 2:
         raise ValueError("--compare ddp needs ranks: deepspeed --num_gpus 2 launch/benchmark.py --compare ddp")
-    if not ddp and layout.ranks > 1:
+    if not ddp and world.size > 1:
         raise ValueError("--compare plain is on one rank: python launch/benchmark.py --compare plain")
-    jobs = [prepare_cell([*program_flags, "--deepspeed", file], layout) for file in files]
-    for job in jobs:
-        if job.degrees.sequence > 1 or job.degrees.experts > 1 or job.lora:
-            raise ValueError(f"{job.run.deepspeed}: the plain loop has no sequence or expert parallelism and no LoRA")
-    engine.start(layout)
+    runs = [prepare_cell([*program_flags, "--deepspeed", file], world) for file in files]
+    for prepared in runs:
+        if prepared.dims.sequence > 1 or prepared.dims.experts > 1 or prepared.lora:
+            raise ValueError(f"{prepared.run.deepspeed}: the plain loop has no sequence or expert parallelism "
+                             "and no LoRA")
+    engine.start(world)
     base_name, pairs = "ddp" if ddp else "plain", {}
-    for job in jobs:
-        name = pathlib.Path(job.run.deepspeed).stem
-        base = torch_loop(job, base_name, ddp=ddp)
-        found = pair(base, packed_loop(job, name), warm_up=warm_up, steps=steps, device=layout.device, say=say)
-        if job.run.dtype == "fp32" and not found["largest_loss_difference"] < 1e-3:
+    for prepared in runs:
+        name = pathlib.Path(prepared.run.deepspeed).stem
+        base = torch_loop(prepared, base_name, ddp=ddp)
+        found = pair(base, packed_loop(prepared, name), warm_up=warm_up, steps=steps, device=world.device, say=say)
+        if prepared.run.dtype == "fp32" and not found["largest_loss_difference"] < 1e-3:
             raise RuntimeError(f"{name} and {base_name} do not train the same model: their losses differ by "
                                f"{found['largest_loss_difference']:.1e}")
         goal = None if ddp else GOALS.get(name)
         pairs[f"{name} / {base_name}"] = {**found, **({"goal": goal} if goal else {})}
         del base
         gc.collect()
-    return {"what": f"{layout.ranks} rank(s): each DeepSpeed file / {base_name}, real tokens/s, in turns",
-            **facts(jobs[0]), "pairs": pairs, "machine": machine(layout)}
+    return {"what": f"{world.size} rank(s): each DeepSpeed file / {base_name}, real tokens/s, in turns",
+            **facts(runs[0]), "pairs": pairs, "machine": machine(world)}
 
 
 def compare_moe(program_flags: list[str], *, preset: str, file: str, warm_up: int, steps: int, say) -> dict:
@@ -102,18 +105,18 @@ def compare_moe(program_flags: list[str], *, preset: str, file: str, warm_up: in
     Raises:
         ValueError: a user's mistake in the flags.
     """
-    layout = engine.read_layout()
+    world = read_world()
     preset = preset.removesuffix("-moe")
     names = [preset, f"{preset}-moe"]
-    dense, moe = (prepare_cell([*without(program_flags, "--preset"), "--preset", name, "--deepspeed", file], layout)
+    dense, moe = (prepare_cell([*without(program_flags, "--preset"), "--preset", name, "--deepspeed", file], world)
                   for name in names)
-    engine.start(layout)
+    engine.start(world)
     found = pair(packed_loop(dense, names[0]), packed_loop(moe, names[1]), warm_up=warm_up, steps=steps,
-                 device=layout.device, say=say)
+                 device=world.device, say=say)
     # Two models: their losses are not meant to agree.
     del found["largest_loss_difference"]
     return {"what": "mixture of experts / dense, real tokens/s, in turns", **facts(dense),
-            "pairs": {f"{names[1]} / {names[0]}": found}, "machine": machine(layout)}
+            "pairs": {f"{names[1]} / {names[0]}": found}, "machine": machine(world)}
 
 
 def without(flags: list[str], name: str) -> list[str]:
@@ -121,11 +124,11 @@ def without(flags: list[str], name: str) -> list[str]:
     return [f for i, f in enumerate(flags) if f != name and (i == 0 or flags[i - 1] != name)]
 
 
-def facts(job: Job) -> dict:
-    run = job.run
+def facts(prepared: PreparedRun) -> dict:
+    run = prepared.run
     return {"preset": run.preset, "data": pathlib.Path(run.data_path).name, "dtype": run.dtype,
-            "rows": f"{run.row_len}x{run.batch_size}x{run.accumulation_steps}", "ranks": job.layout.ranks,
-            "kernels": job.kernels.reason, "packing_fill": job.first_plan.fill}
+            "rows": f"{run.row_len}x{run.batch_size}x{run.accumulation_steps}", "ranks": prepared.world.size,
+            "kernels": prepared.kernels.reason, "packing_fill": prepared.first_plan.fill}
 
 
 def compare_padded(program_flags: list[str], *, dtypes: list[str], padded_rows: int, warm_up: int, steps: int,
@@ -135,20 +138,19 @@ def compare_padded(program_flags: list[str], *, dtypes: list[str], padded_rows: 
     Raises:
         ValueError: a user's mistake in the flags.
     """
-    layout = engine.read_layout()
-    if layout.ranks > 1:
+    world = read_world()
+    if world.size > 1:
         raise ValueError("--compare padded runs on one rank: the padded loop is MiniMind's single-device trainer")
-    jobs = {dtype: prepare("sft", [*program_flags, "--dtype", dtype], layout) for dtype in dtypes}
-    engine.start(layout)
-    first = next(iter(jobs.values()))
+    runs = {dtype: prepare("sft", [*program_flags, "--dtype", dtype], world) for dtype in dtypes}
+    engine.start(world)
+    first = next(iter(runs.values()))
     torch.manual_seed(first.run.seed)
     start = dict(weights.fresh(first.model_config))
     loops = []
-    for dtype, job in jobs.items():
-        loops += [padded_loop(job, dtype, padded_rows, job.run.max_seq_len, start)]
-        job.start_weights = start
-        loops += [packed_loop(job, f"packed {dtype}")]
-    results = measure(loops, warm_up, steps, layout.device, say)
+    for dtype, prepared in runs.items():
+        loops += [padded_loop(prepared, dtype, padded_rows, prepared.run.max_seq_len, start)]
+        loops += [packed_loop(replace(prepared, start_weights=start), f"packed {dtype}")]
+    results = measure(loops, warm_up, steps, world.device, say)
     for result in results.values():
         del result["rates"], result["losses"]
     plan, store = first.first_plan, first.stores[0]

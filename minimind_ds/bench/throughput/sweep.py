@@ -17,7 +17,6 @@ import os
 import pathlib
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
+from minimind_ds.distributed.world import free_port
 from minimind_ds.io import write_file
 from minimind_ds.paths import ROOT
 
@@ -237,9 +237,3 @@ def diagnose(log: str, code: int | None, timeout: float) -> tuple[str, str]:
         return ("refused" if "error: " + errors[0] in said and code == 2 else "failed"), errors[0][:300]
     reason = next((line for line in raised if "subprocess.CalledProcessError" not in line), None)
     return "failed", (reason or f"exit code {code}; last line: {next((x for x in reversed(said) if x), 'none')}")[:300]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

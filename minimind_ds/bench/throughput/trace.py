@@ -19,8 +19,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from minimind_ds.bench.throughput.cell import full_steps, prepare_cell
 from minimind_ds.bench.throughput.watch import PARTS, Parts, parted
 from minimind_ds.distributed import engine
-from minimind_ds.distributed.engine import Layout
-from minimind_ds.training.loop import build_engine
+from minimind_ds.distributed.world import World
+from minimind_ds.training.build import build_engine
+from minimind_ds.training.live import LiveRun
 from minimind_ds.training.step import Position, fetch, train_step
 
 STEP = "benchmark: step"
@@ -41,32 +42,32 @@ class Marks(Parts):
         self.open.pop().__exit__(None, None, None)
 
 
-def run(flags: list[str], layout: Layout, folder: pathlib.Path, *, warm_up: int, steps: int) -> list[str]:
+def run(flags: list[str], world: World, folder: pathlib.Path, *, warm_up: int, steps: int) -> list[str]:
     """Collective; rank 0 is profiled.  Writes trace.json and summary.json.  -> the summary's lines.
 
     Raises:
         ValueError: a user's mistake in the flags.
     """
-    job = prepare_cell(flags, layout)
+    prepared = prepare_cell(flags, world)
     folder.mkdir(parents=True, exist_ok=True)
-    engine.start(layout)
-    ds_engine, plan = build_engine(job), job.first_plan
-    engine.set_lr(ds_engine, job.run.learning_rate)
-    order = [i % full_steps(job) for i in range(warm_up + steps)]
+    engine.start(world)
+    live, plan = LiveRun(engine=build_engine(prepared)), prepared.first_plan
+    engine.set_lr(live.engine, prepared.run.learning_rate)
+    order = [i % full_steps(prepared) for i in range(warm_up + steps)]
     marks = Marks()
-    batches = marks.data(fetch(job, 0, plan, order))
+    batches = marks.data(fetch(prepared, 0, plan, order))
 
     def step(i: int) -> None:
         with record_function(STEP):
-            train_step(job, ds_engine, plan, Position(i + 1, 0, order[i]), batches)
-            if layout.device.type == "cuda":
+            train_step(prepared, live, plan, Position(i + 1, 0, order[i]), batches)
+            if world.device.type == "cuda":
                 torch.cuda.synchronize()
 
-    with parted(ds_engine, marks):
+    with parted(live.engine, marks):
         for i in range(warm_up):
             step(i)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (layout.device.type == "cuda")
-        if layout.rank > 0:
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (world.device.type == "cuda")
+        if world.rank > 0:
             for i in range(warm_up, warm_up + steps):
                 step(i)
             return []
@@ -74,8 +75,8 @@ def run(flags: list[str], layout: Layout, folder: pathlib.Path, *, warm_up: int,
             for i in range(warm_up, warm_up + steps):
                 step(i)
     found.export_chrome_trace(str(folder / "trace.json"))
-    facts = summarise(found.events(), cuda=layout.device.type == "cuda")
-    facts |= {"deepspeed": job.run.deepspeed, "preset": job.run.preset, "ranks": layout.ranks, "steps": steps}
+    facts = summarise(found.events(), cuda=world.device.type == "cuda")
+    facts |= {"deepspeed": prepared.run.deepspeed, "preset": prepared.run.preset, "ranks": world.size, "steps": steps}
     (folder / "summary.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return screen(facts, folder)
 

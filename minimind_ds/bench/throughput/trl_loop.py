@@ -27,7 +27,7 @@ from minimind_ds.bench.throughput.cell import full_steps
 from minimind_ds.bench.throughput.loops import Loop, adamw
 from minimind_ds.convert import export
 from minimind_ds.data.sample import IGNORE
-from minimind_ds.training.prepare import Job
+from minimind_ds.training.prepare import PreparedRun
 
 # Samples that TRL packs by itself, to say how full its own rows are.
 SAMPLED = 20_000
@@ -103,30 +103,30 @@ class Stepwise(trl.SFTTrainer):
         self.thread.join()
 
 
-def build(job: Job, start: dict, steps: int) -> Stepwise:
+def build(prepared: PreparedRun, start: dict, steps: int) -> Stepwise:
     """SFTTrainer over the exported model and the plan's own rows; collective.
 
     Args:
         start: weights both contenders start from, in our names.
         steps: how many the trainer is going to be asked for.
     """
-    run, layout = job.run, job.layout
+    run, world = prepared.run, prepared.world
     half = {"bf16": run.dtype == "bf16", "fp16": run.dtype == "fp16"}
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    with tempfile.TemporaryDirectory() as folder, alone(layout.ranks):
+    with tempfile.TemporaryDirectory() as folder, alone(world.size):
         exported = pathlib.Path(folder) / "hf"
-        export.export_hf(start, job.model_config, job.tokenizer, exported, dtype=torch.float32)
+        export.export_hf(start, prepared.model_config, prepared.tokenizer, exported, dtype=torch.float32)
         # TRL's own precision: fp32 weights, autocast.
         model = transformers.AutoModelForCausalLM.from_pretrained(
-            exported, dtype=torch.float32, attn_implementation=attention(layout.device, run.dtype))
+            exported, dtype=torch.float32, attn_implementation=attention(world.device, run.dtype))
         tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
-        model.to(layout.device)
+        model.to(world.device)
         arguments = trl.SFTConfig(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=run.batch_size,
             gradient_accumulation_steps=run.accumulation_steps, learning_rate=run.learning_rate,
-            lr_scheduler_type="constant", max_grad_norm=run.grad_clip, **half, use_cpu=layout.device.type == "cpu",
-            gradient_checkpointing=run.gradient_checkpointing, use_liger_kernel=liger(layout.device),
+            lr_scheduler_type="constant", max_grad_norm=run.grad_clip, **half, use_cpu=world.device.type == "cpu",
+            gradient_checkpointing=run.gradient_checkpointing, use_liger_kernel=liger(world.device),
             packing=True, packing_strategy="bfd", max_length=run.row_len, shuffle_dataset=False,
             # The rows are packed, and in our order.
             dataset_kwargs={"skip_prepare_dataset": True}, train_sampling_strategy="sequential",
@@ -135,8 +135,9 @@ def build(job: Job, start: dict, steps: int) -> Stepwise:
             logging_strategy="no", report_to="none", disable_tqdm=True)
         # Otherwise one process would take every GPU it sees.
         arguments._n_gpu = min(1, arguments.n_gpu)
-        return Stepwise(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows_of(job, steps)),
-                        processing_class=tokenizer, optimizers=(adamw(job, model.parameters()), None))
+        return Stepwise(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows_of(prepared,
+                                                                                                      steps)),
+                        processing_class=tokenizer, optimizers=(adamw(prepared, model.parameters()), None))
 
 
 @contextlib.contextmanager
@@ -164,17 +165,17 @@ def liger(device: torch.device) -> bool:
     return device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
 
 
-def rows_of(job: Job, steps: int) -> list[dict]:
+def rows_of(prepared: PreparedRun, steps: int) -> list[dict]:
     """The plan's rows as TRL's packing writes them, in the order in which the ranks' batches are dealt out.
 
     Labels are those of the tokens themselves: transformers looks one place ahead, we have looked already.
     """
-    plan, store, run = job.first_plan, job.stores[0], job.run
+    plan, store, run = prepared.first_plan, prepared.stores[0], prepared.run
     found = []
-    for at in range(min(steps, full_steps(job))):
+    for at in range(min(steps, full_steps(prepared))):
         for micro in range(run.accumulation_steps):
-            for rank in range(job.rows_ranks):
-                for row in plan.micro_batch_rows(at, rank, micro, ranks=job.rows_ranks,
+            for rank in range(prepared.rows_ranks):
+                for row in plan.micro_batch_rows(at, rank, micro, ranks=prepared.rows_ranks,
                                                  accumulation=run.accumulation_steps, batch_size=run.batch_size):
                     ids, labels = store.read(np.array(row))
                     own = np.concatenate([[IGNORE], labels[:-1]])
@@ -183,29 +184,29 @@ def rows_of(job: Job, steps: int) -> list[dict]:
     return found
 
 
-def loop(job: Job, trainer: Stepwise, name: str) -> Loop:
+def loop(prepared: PreparedRun, trainer: Stepwise, name: str) -> Loop:
     state = {"at": 0}
 
     def step():
-        facts = job.first_plan.facts(state["at"] % full_steps(job))
+        facts = prepared.first_plan.facts(state["at"] % full_steps(prepared))
         state["at"] += 1
         loss = trainer.one_step().double()
-        if job.layout.ranks > 1:
+        if prepared.world.size > 1:
             dist.all_reduce(loss)
-        return facts.n_tokens, loss.item() / job.layout.ranks
+        return facts.n_tokens, loss.item() / prepared.world.size
 
     return Loop(name, step)
 
 
 @torch.no_grad()
-def leak(job: Job, trainer: Stepwise) -> tuple[int, int] | None:
+def leak(prepared: PreparedRun, trainer: Stepwise) -> tuple[int, int] | None:
     """Elements of a batch's outputs that move when its first sample's tokens change: (its own, other samples').
 
     Of the first batch with two samples, as TRL's collator lays it out, in the run's precision, by the model that is
     trained; None if no batch has two.  Outputs are the last hidden states; of a mixture of experts those of the first
     layer's attention, since an expert's rounding depends on how many tokens it has.
     """
-    device, rows, size = job.layout.device, trainer.train_dataset, job.run.batch_size
+    device, rows, size = prepared.world.device, trainer.train_dataset, prepared.run.batch_size
     batches = ([rows[at + i] for i in range(size)] for at in range(0, len(rows), size))
     batch = next((b for b in batches if sum(len(row["seq_lengths"]) for row in b) > 1), None)
     if batch is None:
@@ -214,24 +215,24 @@ def leak(job: Job, trainer: Stepwise) -> tuple[int, int] | None:
     del inputs["labels"]
     inputs = {key: value.to(device) if torch.is_tensor(value) else value for key, value in inputs.items()}
     first, changed = batch[0]["seq_lengths"][0], inputs["input_ids"].clone()
-    changed[:, :first] = (changed[:, :first] + 1) % job.model_config.vocab_size
+    changed[:, :first] = (changed[:, :first] + 1) % prepared.model_config.vocab_size
     model, attended, found = trainer.model.eval().base_model, [], []
     hook = model.layers[0].self_attn.register_forward_hook(lambda module, args, out: attended.append(out[0]))
-    with torch.autocast(device.type, torch.float16 if job.run.dtype == "fp16" else torch.bfloat16,
-                        enabled=job.run.dtype != "fp32"):
+    with torch.autocast(device.type, torch.float16 if prepared.run.dtype == "fp16" else torch.bfloat16,
+                        enabled=prepared.run.dtype != "fp32"):
         for ids in (inputs["input_ids"], changed):
             found.append(model(**{**inputs, "input_ids": ids}, use_cache=False).last_hidden_state)
     hook.remove()
     trainer.model.train()
-    before, after = attended if job.model_config.use_moe else found
+    before, after = attended if prepared.model_config.use_moe else found
     moved = (before != after)[0]
     return int(moved[:first].sum()), int(moved[first:].sum())
 
 
-def own_fill(job: Job) -> float:
+def own_fill(prepared: PreparedRun) -> float:
     """How full TRL's own packing (best fit decreasing, a thousand samples at a time) makes its rows of this data."""
     datasets.disable_progress_bars()
-    lengths = job.stores[0].lengths[:SAMPLED].tolist()
+    lengths = prepared.stores[0].lengths[:SAMPLED].tolist()
     samples = datasets.Dataset.from_dict({"input_ids": [[0] * n for n in lengths]})
-    packed = trl.pack_dataset(samples, job.run.row_len, "bfd")
-    return sum(lengths) / (len(packed) * job.run.row_len)
+    packed = trl.pack_dataset(samples, prepared.run.row_len, "bfd")
+    return sum(lengths) / (len(packed) * prepared.run.row_len)

@@ -10,6 +10,7 @@ import gc
 import os
 import pathlib
 import warnings
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -20,7 +21,8 @@ from minimind_ds.bench.throughput.loops import packed_loop
 from minimind_ds.bench.throughput.ratios import facts, pair
 from minimind_ds.convert import weights
 from minimind_ds.distributed import engine
-from minimind_ds.training.prepare import Job
+from minimind_ds.distributed.world import read_world
+from minimind_ds.training.prepare import PreparedRun
 
 # The tested releases; setup.py's extra `trl` says the same.
 NEEDS = {"trl": ">=1.16,<1.17", "datasets": ">=5.2,<6", "accelerate": ">=1.15,<2"}
@@ -55,62 +57,63 @@ def compare(program_flags: list[str], *, files: list[str], warm_up: int, steps: 
         ValueError: a user's mistake in the flags, or TRL is not there.
         RuntimeError: the two do not train the same model.
     """
-    versions, layout = require(), engine.read_layout()
-    jobs = [prepare_cell([*program_flags, "--deepspeed", file], layout) for file in files]
-    for job in jobs:
-        if job.degrees.sequence > 1 or job.degrees.experts > 1 or job.lora:
-            raise ValueError(f"{job.run.deepspeed}: --compare trl has no sequence or expert parallelism and no LoRA")
-    engine.start(layout)
-    if layout.device.type == "cpu":
+    versions, world = require(), read_world()
+    runs = [prepare_cell([*program_flags, "--deepspeed", file], world) for file in files]
+    for prepared in runs:
+        if prepared.dims.sequence > 1 or prepared.dims.experts > 1 or prepared.lora:
+            raise ValueError(f"{prepared.run.deepspeed}: --compare trl has no sequence or expert parallelism "
+                             "and no LoRA")
+    engine.start(world)
+    if world.device.type == "cpu":
         # Otherwise accelerate chooses again, and for both.
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
     warnings.filterwarnings("ignore", category=FutureWarning, module="trl|transformers")
     pairs, notes = {}, []
-    for job in jobs:
-        name = pathlib.Path(job.run.deepspeed).stem
-        found, note = compare_one(job, name, warm_up=warm_up, steps=steps, say=say)
+    for prepared in runs:
+        name = pathlib.Path(prepared.run.deepspeed).stem
+        found, note = compare_one(prepared, name, warm_up=warm_up, steps=steps, say=say)
         pairs[f"{name} / trl"] = found
         notes.append(f"{name} / trl: {note}")
         gc.collect()
-    return {"what": f"{layout.ranks} rank(s): each DeepSpeed file / TRL's SFTTrainer on the same packed rows, real "
-                    "tokens/s, in turns", **facts(jobs[0]), "pairs": pairs, "notes": notes,
-            "machine": {**machine(layout), **versions, "transformers": version("transformers")}}
+    return {"what": f"{world.size} rank(s): each DeepSpeed file / TRL's SFTTrainer on the same packed rows, real "
+                    "tokens/s, in turns", **facts(runs[0]), "pairs": pairs, "notes": notes,
+            "machine": {**machine(world), **versions, "transformers": version("transformers")}}
 
 
-def compare_one(job: Job, name: str, *, warm_up: int, steps: int, say) -> tuple[dict, str]:
+def compare_one(prepared: PreparedRun, name: str, *, warm_up: int, steps: int, say) -> tuple[dict, str]:
     from minimind_ds.bench.throughput import trl_loop
 
-    torch.manual_seed(job.run.seed)
-    start = job.start_weights or dict(weights.fresh(job.model_config))
-    trainer = trl_loop.build(job, start, warm_up + steps)
-    leak = trl_loop.leak(job, trainer)
+    torch.manual_seed(prepared.run.seed)
+    start = prepared.start_weights or dict(weights.fresh(prepared.model_config))
+    trainer = trl_loop.build(prepared, start, warm_up + steps)
+    leak = trl_loop.leak(prepared, trainer)
     trainer.begin()
-    job.start_weights = start
-    found = pair(trl_loop.loop(job, trainer, "trl"), packed_loop(job, name), warm_up=warm_up, steps=steps,
-                 device=job.layout.device, say=say)
+    prepared = replace(prepared, start_weights=start)
+    found = pair(trl_loop.loop(prepared, trainer, "trl"), packed_loop(prepared, name), warm_up=warm_up, steps=steps,
+                 device=prepared.world.device, say=say)
     trainer.end()
-    counted = [job.first_plan.facts(at % full_steps(job)) for at in range(warm_up, warm_up + steps)]
+    counted = [prepared.first_plan.facts(at % full_steps(prepared)) for at in range(warm_up, warm_up + steps)]
     share = sum(f.n_labelled for f in counted) / sum(f.n_tokens for f in counted)
     found |= {"labelled_tokens_per_s": {who: rate * share for who, rate in found["tokens_per_s"].items()},
               "attention": trainer.model.config._attn_implementation, "liger": trainer.args.use_liger_kernel,
               "leak": leak and dict(zip(("changed_sample", "others"), leak)),
-              "trl_own_packing_fill": trl_loop.own_fill(job)}
-    config, leaks = job.model_config, leak is not None and leak[1] > 0
-    same = job.run.dtype == "fp32" and not config.use_moe and not config.dropout and not leaks
+              "trl_own_packing_fill": trl_loop.own_fill(prepared)}
+    config, leaks = prepared.model_config, leak is not None and leak[1] > 0
+    same = prepared.run.dtype == "fp32" and not config.use_moe and not config.dropout and not leaks
     if same and not found["largest_loss_difference"] < 1e-3:
         raise RuntimeError(f"{name} and TRL do not train the same model: their losses differ by "
                            f"{found['largest_loss_difference']:.1e}")
     if config.use_moe:
         # Their balance losses are not meant to agree.
         del found["largest_loss_difference"]
-    return found, describe(job, found)
+    return found, describe(prepared, found)
 
 
-def describe(job: Job, found: dict) -> str:
+def describe(prepared: PreparedRun, found: dict) -> str:
     """What TRL did, as a line to stand beside the ratio."""
     moved = found["leak"]
     words = [f"TRL with {found['attention']} attention, {'Liger' if found['liger'] else 'no Liger'}, "
-             + ("fp32" if job.run.dtype == "fp32" else f"fp32 weights under {job.run.dtype} autocast")]
+             + ("fp32" if prepared.run.dtype == "fp32" else f"fp32 weights under {prepared.run.dtype} autocast")]
     if moved is None:
         words.append("no batch had two samples")
     elif moved["others"]:
@@ -119,10 +122,10 @@ def describe(job: Job, found: dict) -> str:
     else:
         words.append(f"its packed samples are apart (one changed: {moved['changed_sample']:,} of its own outputs "
                      "moved, none of the others')")
-    if job.model_config.use_moe:
+    if prepared.model_config.use_moe:
         words.append("its balance loss is another, so losses are not compared")
     else:
         words.append(f"losses differ by at most {found['largest_loss_difference']:.0e}")
-    words.append(f"on our rows, {job.first_plan.fill:.1%} full (TRL's own packing: "
+    words.append(f"on our rows, {prepared.first_plan.fill:.1%} full (TRL's own packing: "
                  f"{found['trl_own_packing_fill']:.1%})")
     return "; ".join(words)

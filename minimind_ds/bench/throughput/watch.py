@@ -1,6 +1,6 @@
 """Where a training step's time and traffic go, seen from outside: the step itself is not changed.
 
-Collectives counts what torch.distributed moves, whoever calls it; Stopwatch deals the seconds of a step to its parts.
+Collectives counts what torch.distributed moves, whoever calls it; PartTimer deals the seconds of a step to its parts.
 
     python -m pytest tests/bench/test_benchmark.py -k traffic
 """
@@ -79,7 +79,7 @@ class Parts(abc.ABC):
             yield batch
 
 
-class Stopwatch(Parts):
+class PartTimer(Parts):
     """Seconds by part; time belongs to the innermost part that is open."""
 
     def __init__(self, device: torch.device):
@@ -113,7 +113,7 @@ class Collectives:
     overlaps then.
     """
 
-    def __init__(self, stopwatch: Stopwatch | None = None):
+    def __init__(self, stopwatch: PartTimer | None = None):
         self.stopwatch, self.kinds = stopwatch, {}
 
     def __enter__(self) -> Collectives:

@@ -13,12 +13,12 @@ from types import ModuleType
 
 import torch
 
-from ..needs import Needs
+from ..needs import KernelRequirements
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: Needs) -> str | None:
+def why_not(op: str, device: torch.device, dtype: torch.dtype, needs: KernelRequirements) -> str | None:
     """None where this operation runs, else why it does not.  Triton itself is only imported by what runs."""
     if op == "attention" and needs.dropout:
         return f"the attention kernel has no dropout (asked for {needs.dropout})"

@@ -12,7 +12,7 @@ The method is FlashAttention-2 (arXiv:2307.08691), laid out for rows of many sho
 - Backward is two kernels: one owns tiles of queries (dq, and rowsum(o * do) on the way), one owns tiles of keys and
   goes through all heads of their group (dk, dv).  Every output is written once, by one program: deterministic.
 
-    python -m pytest tests/kernels/test_triton_attention.py tests/kernels/test_triton_aot.py        (docs/KERNELS.md has the figures)
+    python -m pytest tests/kernels/test_triton_attention.py tests/kernels/test_triton_aot.py
 """
 
 from __future__ import annotations

@@ -23,9 +23,11 @@ sys.path.insert(0, str(ROOT))
 from minimind_ds.data.packing import collate  # noqa: E402
 from minimind_ds.data.sample import Sample  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
+from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.model.decoder import MiniMindForCausalLM  # noqa: E402
 from minimind_ds.model.loss import scaled_loss  # noqa: E402
-from minimind_ds.training.loop import build_engine  # noqa: E402
+from minimind_ds.training.build import build_engine  # noqa: E402
+from minimind_ds.training.live import LiveRun  # noqa: E402
 from minimind_ds.training.prepare import prepare  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
 
@@ -35,20 +37,20 @@ STEPS = 10
 FEW = 800
 
 
-def make_job(layout, out: pathlib.Path, model: str, stage: int, accumulation: int, extra: list[str],
+def make_run(world, out: pathlib.Path, model: str, stage: int, accumulation: int, extra: list[str],
              dtype: str = "fp32", keys: dict | None = None, fields: dict | None = None):
     """A run on a tiny model; `keys` are added to the stage's DeepSpeed JSON, `fields` to the model's."""
-    yaml = out / f"{model}_{layout.rank}.yaml"
+    yaml = out / f"{model}_{world.rank}.yaml"
     fields = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
               "intermediate_size": 96, **MODELS[model], **(fields or {})}
     yaml.write_text("preset: debug\nmodel: " + json.dumps(fields), encoding="utf-8")
     ds = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
-    path = out / f"stage_{layout.rank}.json"
+    path = out / f"stage_{world.rank}.json"
     path.write_text(json.dumps({**ds, **(keys or {})}), encoding="utf-8")
-    return prepare("sft", ["--config", str(yaml), "--deepspeed", str(path), "--data_path", str(few(out, layout.rank)),
+    return prepare("sft", ["--config", str(yaml), "--deepspeed", str(path), "--data_path", str(few(out, world.rank)),
                            "--save_dir", str(out / "run"), "--cache_dir", str(out / "cache"), "--dtype", dtype,
                            "--max_seq_len", "128", "--pack_len", "128", "--batch_size", "2", "--learning_rate", "1e-2",
-                           "--accumulation_steps", str(accumulation), "--warmup_ratio", "0", *extra], layout)
+                           "--accumulation_steps", str(accumulation), "--warmup_ratio", "0", *extra], world)
 
 
 def few(out: pathlib.Path, rank: int) -> pathlib.Path:
@@ -103,10 +105,10 @@ def constant_rows(model: MiniMindForCausalLM) -> list[int]:
     return list(tokens.values())
 
 
-def idle_experts(job, ds_engine, reference, tokens: list[int]) -> float:
+def idle_experts(prepared, ds_engine, reference, tokens: list[int]) -> float:
     """Largest gradient error when every micro-batch of every rank routes to another expert."""
-    layout, accumulation, batches = job.layout, job.run.accumulation_steps, []
-    for i in range(layout.ranks * accumulation):
+    world, accumulation, batches = prepared.world, prepared.run.accumulation_steps, []
+    for i in range(world.size * accumulation):
         token = tokens[i % 3]
         targets = torch.cat([torch.full((15,), tokens[(i + 1) % 3]), torch.tensor([-100])])
         batches.append(collate([[Sample(torch.full((16,), token), targets)]], 16))
@@ -116,46 +118,46 @@ def idle_experts(job, ds_engine, reference, tokens: list[int]) -> float:
         out = reference(batch)
         (out.loss_sum / labelled + out.aux_loss * batch.n_tokens / real).backward()
     for micro in range(accumulation):
-        batch = batches[layout.rank * accumulation + micro]
+        batch = batches[world.rank * accumulation + micro]
         out = ds_engine(batch)
         ds_engine.backward(scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=labelled,
-                                       step_real=real, dp_world=layout.ranks), scale_wrt_gas=False)
+                                       step_real=real, dp_world=world.size), scale_wrt_gas=False)
         if ds_engine.is_gradient_accumulation_boundary():
-            grads = full_gradients(ds_engine, job.stage)
+            grads = full_gradients(ds_engine, prepared.stage)
         ds_engine.step()
     expected = {name: p.grad for name, p in reference.named_parameters()}
     return max(((grads[n] - expected[n]).norm() / expected[n].norm().clamp(min=1e-6)).item() for n in expected)
 
 
-def fresh_engine(job):
-    ds_engine = build_engine(job)
+def fresh_engine(prepared):
+    ds_engine = build_engine(prepared)
     ds_engine.train()
     return ds_engine
 
 
 def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
-    layout = engine.read_layout()
-    engine.start(layout)
+    world = read_world()
+    engine.start(world)
     losses, tokens = {}, None
     for model in MODELS:
         for stage in range(4):
-            job = make_job(layout, out, model, stage, accumulation, extra)
-            ds_engine = fresh_engine(job)
-            batches = fetch(job, 0, job.first_plan, range(STEPS))
+            prepared = make_run(world, out, model, stage, accumulation, extra)
+            live = LiveRun(engine=fresh_engine(prepared))
+            batches = fetch(prepared, 0, prepared.first_plan, range(STEPS))
             with watched_gradients(functools.partial(full_gradients, stage=stage)) as grads:
-                lines = [train_step(job, ds_engine, job.first_plan, Position(step + 1, 0, step), batches)
+                lines = [train_step(prepared, live, prepared.first_plan, Position(step + 1, 0, step), batches).line()
                          for step in range(STEPS)]
             case = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
                     "norm": [line["grad_norm"] for line in lines]}
             if model == "moe":
-                torch.manual_seed(job.run.seed)
-                reference = MiniMindForCausalLM(job.model_config, balance="row")
+                torch.manual_seed(prepared.run.seed)
+                reference = MiniMindForCausalLM(prepared.model_config, balance="row")
                 tokens = tokens or constant_rows(reference)
-                case["idle_expert_error"] = idle_experts(job, fresh_engine(job), reference, tokens)
+                case["idle_expert_error"] = idle_experts(prepared, fresh_engine(prepared), reference, tokens)
             losses[f"{model}_{stage}"] = case
-            if layout.rank == 0:
+            if world.rank == 0:
                 save_file(grads, out / f"{model}_{stage}.safetensors")
-    if layout.rank == 0:
+    if world.rank == 0:
         (out / "losses.json").write_text(json.dumps(losses))
     dist.barrier()
     engine.stop()

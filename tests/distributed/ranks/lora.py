@@ -19,9 +19,11 @@ sys.path.insert(0, str(ROOT))
 from minimind_ds import checkpoint  # noqa: E402
 from minimind_ds.convert import weights  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
-from minimind_ds.training import loop  # noqa: E402
+from minimind_ds.distributed.world import read_world  # noqa: E402
+from minimind_ds.training import loop, start  # noqa: E402
+from minimind_ds.training.live import LiveRun  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
-from tests.distributed.ranks.layouts import MODELS, fresh_engine, make_job  # noqa: E402
+from tests.distributed.ranks.layouts import MODELS, fresh_engine, make_run  # noqa: E402
 
 STEPS, HALF = 10, 5
 # The dense model's every projection; of the mixture of experts what the program chooses by itself.
@@ -30,11 +32,11 @@ FLAGS = {"dense": ["--lora_rank", "4", "--lora_alpha", "8", "--lora_targets",
          "moe": ["--lora_rank", "3"]}
 
 
-def write_base(layout, out: pathlib.Path, model: str) -> list[str]:
+def write_base(world, out: pathlib.Path, model: str) -> list[str]:
     """A base's weights in a file; the flags of a LoRA run on it."""
     path = out / f"base_{model}.safetensors"
-    if layout.rank == 0:
-        config = make_job(layout, out, model, 0, 1, []).model_config
+    if world.rank == 0:
+        config = make_run(world, out, model, 0, 1, []).model_config
         torch.manual_seed(1)
         # Large enough for attention and routing to matter.
         state = {name: tensor if tensor.dim() == 1 else 3 * tensor for name, tensor in weights.fresh(config)}
@@ -60,27 +62,27 @@ def optimizer_numbers(ds_engine) -> int:
                if torch.is_tensor(value) and value.dim())
 
 
-def run_steps(job, ds_engine, first: int, last: int) -> list[dict]:
-    batches = fetch(job, 0, job.first_plan, range(first, last))
-    return [train_step(job, ds_engine, job.first_plan, Position(step + 1, 0, step), batches)
+def run_steps(prepared, ds_engine, first: int, last: int) -> list[dict]:
+    batches, live = fetch(prepared, 0, prepared.first_plan, range(first, last)), LiveRun(engine=ds_engine)
+    return [train_step(prepared, live, prepared.first_plan, Position(step + 1, 0, step), batches).line()
             for step in range(first, last)]
 
 
-def case(job, out: pathlib.Path, resume: bool) -> dict:
+def case(prepared, out: pathlib.Path, resume: bool) -> dict:
     """What one model at one stage does; the same on every rank."""
-    base = job.start_weights
-    ds_engine = fresh_engine(job)
-    before = gathered(ds_engine, job.stage)
-    lines = run_steps(job, ds_engine, 0, HALF)
+    base = prepared.start_weights
+    ds_engine = fresh_engine(prepared)
+    before = gathered(ds_engine, prepared.stage)
+    lines = run_steps(prepared, ds_engine, 0, HALF)
     if resume:
-        folder = out / f"checkpoint_{job.run.dtype}_{job.stage}_{job.model_config.use_moe}"
+        folder = out / f"checkpoint_{prepared.run.dtype}_{prepared.stage}_{prepared.model_config.use_moe}"
         folder.mkdir(exist_ok=True)
         checkpoint.save(ds_engine, folder, facts={"step": HALF}, keep=1).finish()
         path = checkpoint.folder_of(folder) / checkpoint.name_of(HALF)
-    lines += run_steps(job, ds_engine, HALF, STEPS)
-    after = gathered(ds_engine, job.stage)
+    lines += run_steps(prepared, ds_engine, HALF, STEPS)
+    after = gathered(ds_engine, prepared.stage)
     adapters = {name: tensor for name, tensor in after.items() if ".lora." in name}
-    final = engine.full_weights(ds_engine, job.stage)
+    final = engine.full_weights(ds_engine, prepared.stage)
     facts = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
              "norm": [line["grad_norm"] for line in lines], "numbers": optimizer_numbers(ds_engine),
              "adapters": sum(tensor.numel() for tensor in adapters.values()),
@@ -88,49 +90,49 @@ def case(job, out: pathlib.Path, resume: bool) -> dict:
              "base kept": all(torch.equal(after[name], tensor.to(after[name].dtype)) for name, tensor in base.items())
              and base.keys() == after.keys() - adapters.keys(),
              "unmoved adapters": [name for name in adapters if torch.equal(before[name], after[name])],
-             "written": sorted(final) == sorted(adapters) or job.layout.rank > 0}
+             "written": sorted(final) == sorted(adapters) or prepared.world.rank > 0}
     if resume:
-        job.start_weights = base
-        again = fresh_engine(job)
+        again = fresh_engine(prepared)
         checkpoint.load(again, path)
-        second = run_steps(job, again, HALF, STEPS)
-        ours = gathered(again, job.stage)
+        second = run_steps(prepared, again, HALF, STEPS)
+        ours = gathered(again, prepared.stage)
         facts["resumed alike"] = (all(torch.equal(ours[name], tensor) for name, tensor in after.items())
                                   and [line["loss"] for line in second] == facts["loss"][HALF:])
     return facts
 
 
-def refusals(layout, out: pathlib.Path, flags: list[str]) -> list[str]:
+def refusals(world, out: pathlib.Path, flags: list[str]) -> list[str]:
     """What a full run says to a LoRA run's checkpoint, and a LoRA run to a full one's and to another rank's."""
-    full, ours = (make_job(layout, out, "dense", 2, 1, extra) for extra in (flags[:2], flags))
-    other = make_job(layout, out, "dense", 2, 1, [*flags[:2], "--lora_rank", "2"])
+    full, ours = (make_run(world, out, "dense", 2, 1, extra) for extra in (flags[:2], flags))
+    other = make_run(world, out, "dense", 2, 1, [*flags[:2], "--lora_rank", "2"])
     said = []
     for then, now in ((ours, full), (full, ours), (ours, other)):
         try:
-            loop.compare(loop.identity(then), loop.identity(now), "CHECKPOINT")
+            start.refuse_changes(start.identity(then), start.identity(now), "CHECKPOINT")
         except ValueError as error:
             said.append(str(error))
     return said
 
 
 def main(out: pathlib.Path, accumulation: int, stages: list[int]) -> None:
-    layout = engine.read_layout()
-    engine.start(layout)
+    world = read_world()
+    engine.start(world)
     facts = {}
     for model in MODELS:
-        flags = write_base(layout, out, model)
+        flags = write_base(world, out, model)
         for stage in stages:
-            job = make_job(layout, out, model, stage, accumulation, flags)
-            facts[f"{model}_{stage}"] = case(job, out, resume=layout.ranks > 1)
-        if layout.ranks > 1 and model == "dense":
+            prepared = make_run(world, out, model, stage, accumulation, flags)
+            facts[f"{model}_{stage}"] = case(prepared, out, resume=world.size > 1)
+        if world.size > 1 and model == "dense":
             for stage in stages:
-                job = make_job(layout, out, model, stage, accumulation, flags, dtype="bf16")
-                facts[f"bf16_{stage}"] = case(job, out, resume=True)
-            facts["refusals"] = refusals(layout, out, flags)
-    if layout.ranks > 1:
-        job = make_job(layout, out, "moe", 3, accumulation, [*flags, "--max_steps", "3", "--save_interval", "0"])
-        loop.train(job, loop.find_start(job))
-    if layout.rank == 0:
+                prepared = make_run(world, out, model, stage, accumulation, flags, dtype="bf16")
+                facts[f"bf16_{stage}"] = case(prepared, out, resume=True)
+            facts["refusals"] = refusals(world, out, flags)
+    if world.size > 1:
+        prepared = make_run(world, out, "moe", 3, accumulation, [*flags, "--max_steps", "3", "--save_interval", "0"])
+        live = LiveRun()
+        loop.train(prepared, live, start.find_start(prepared, live))
+    if world.rank == 0:
         (out / "facts.json").write_text(json.dumps(facts))
     dist.barrier()
     engine.stop()

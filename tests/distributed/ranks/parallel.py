@@ -21,8 +21,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 from minimind_ds.distributed import engine  # noqa: E402
+from minimind_ds.distributed.world import read_world  # noqa: E402
+from minimind_ds.training.live import LiveRun  # noqa: E402
 from minimind_ds.training.step import Position, evaluate, fetch, train_step  # noqa: E402
-from tests.distributed.ranks.layouts import fresh_engine, full_gradients, make_job, watched_gradients  # noqa: E402
+from tests.distributed.ranks.layouts import fresh_engine, full_gradients, make_run, watched_gradients  # noqa: E402
 
 DEFAULTS = {"accumulation": 1, "sequence": 1, "experts": 1, "flags": ["--eval_fraction", "0.02"], "fields": {},
             "keys": {}, "file": None, "steps": 10}
@@ -46,38 +48,38 @@ def whole_gradients(ds_engine, case: dict) -> dict:
     return grads
 
 
-def run_case(layout, out: pathlib.Path, case: dict) -> dict:
+def run_case(world, out: pathlib.Path, case: dict) -> dict:
     flags = case["flags"]
     if case["file"]:
-        path = out / f"file_{layout.rank}.json"
+        path = out / f"file_{world.rank}.json"
         path.write_text(json.dumps(case["file"]))
         flags = [*flags, "--deepspeed", str(path)]
-    job = make_job(layout, out, case["model"], case["stage"], case["accumulation"], flags, keys=keys_of(case),
-                   fields=case["fields"])
-    assert job.stage == case["stage"]
-    ds_engine, plan = fresh_engine(job), job.first_plan
-    batches = fetch(job, 0, plan, range(case["steps"]))
+    prepared = make_run(world, out, case["model"], case["stage"], case["accumulation"], flags, keys=keys_of(case),
+                        fields=case["fields"])
+    assert prepared.stage == case["stage"]
+    live, plan = LiveRun(engine=fresh_engine(prepared)), prepared.first_plan
+    batches = fetch(prepared, 0, plan, range(case["steps"]))
     with watched_gradients(functools.partial(whole_gradients, case=case)) as grads:
-        lines = [train_step(job, ds_engine, plan, Position(step + 1, 0, step), batches)
+        lines = [train_step(prepared, live, plan, Position(step + 1, 0, step), batches).line()
                  for step in range(case["steps"])]
-    if layout.rank == 0:
+    if world.rank == 0:
         save_file(grads, out / f"{case['name']}_grad.safetensors")
     found = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
              "norm": [line["grad_norm"] for line in lines], "labelled": [line["labelled_tokens"] for line in lines]}
-    if job.eval_plan:
-        found["eval"] = evaluate(job, ds_engine)["eval_loss"]
-    final = engine.full_weights(ds_engine, job.stage)
-    if layout.rank == 0:
+    if prepared.eval_plan:
+        found["eval"] = evaluate(prepared, live)["eval_loss"]
+    final = engine.full_weights(live.engine, prepared.stage)
+    if world.rank == 0:
         save_file(final, out / f"{case['name']}_weights.safetensors")
     return found
 
 
 def main(out: pathlib.Path, cases: list[dict]) -> None:
-    layout = engine.read_layout()
-    engine.start(layout)
+    world = read_world()
+    engine.start(world)
     torch.manual_seed(0)
-    found = {case["name"]: run_case(layout, out, {**DEFAULTS, **case}) for case in cases}
-    if layout.rank == 0:
+    found = {case["name"]: run_case(world, out, {**DEFAULTS, **case}) for case in cases}
+    if world.rank == 0:
         (out / "cases.json").write_text(json.dumps(found))
     dist.barrier()
     engine.stop()

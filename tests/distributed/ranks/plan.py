@@ -17,22 +17,23 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 from minimind_ds.distributed import engine  # noqa: E402
+from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.plan import measure  # noqa: E402
 from minimind_ds.training.prepare import prepare  # noqa: E402
 
 
 def main(out: pathlib.Path, cases: list[dict]) -> None:
-    layout = engine.read_layout()
-    engine.start(layout)
+    world = read_world()
+    engine.start(world)
     torch.manual_seed(0)
     found = {}
     for case in cases:
-        yaml = out / f"run_{layout.rank}.yaml"
+        yaml = out / f"run_{world.rank}.yaml"
         yaml.write_text("preset: debug\nmodel: " + json.dumps(case["model"]), encoding="utf-8")
-        job = prepare("sft", ["--config", str(yaml), "--save_dir", str(out / "run"), "--cache_dir",
-                              str(out / "cache"), "--max_seq_len", "128", *case["flags"]], layout)
-        found[case["name"]] = measure.measure(job)
-    measure.write(out / f"rank{layout.rank}.json", found)
+        prepared = prepare("sft", ["--config", str(yaml), "--save_dir", str(out / "run"), "--cache_dir",
+                              str(out / "cache"), "--max_seq_len", "128", *case["flags"]], world)
+        found[case["name"]] = measure.measure(prepared)
+    measure.write(out / f"rank{world.rank}.json", found)
     dist.barrier()
     engine.stop()
 

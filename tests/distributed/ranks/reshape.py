@@ -1,7 +1,8 @@
 """Checkpoints written on one layout and resumed on others, for tests/checkpoint/test_reshape.py.
 
     deepspeed --num_gpus 2 tests/distributed/ranks/reshape.py OUT_DIR "write MODELS" "program write STAGE"
-    deepspeed --num_gpus 1 tests/distributed/ranks/reshape.py OUT_DIR "resume MODELS RANKS_THAT_WROTE STAGES_FURTHER [offload]"
+    deepspeed --num_gpus 1 tests/distributed/ranks/reshape.py OUT_DIR \
+        "resume MODELS RANKS_THAT_WROTE STAGES_FURTHER [offload]"
     deepspeed --num_gpus 2 tests/distributed/ranks/reshape.py OUT_DIR compiled
     deepspeed --num_gpus 2 tests/distributed/ranks/reshape.py OUT_DIR shared
 
@@ -26,10 +27,14 @@ sys.path.insert(0, str(ROOT))
 from minimind_ds import checkpoint  # noqa: E402
 from minimind_ds.checkpoint import reshape  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
+from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.model.decoder import MiniMindForCausalLM  # noqa: E402
-from minimind_ds.training.loop import build_engine, identity, layout_facts, load_checkpoint, look_for_start, main  # noqa: E402
+from minimind_ds.training.build import build_engine  # noqa: E402
+from minimind_ds.training.live import LiveRun  # noqa: E402
+from minimind_ds.training.loop import main  # noqa: E402
+from minimind_ds.training.start import layout_facts, load_checkpoint, look_for_start, manifest_facts  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
-from tests.distributed.ranks.layouts import make_job  # noqa: E402
+from tests.distributed.ranks.layouts import make_run  # noqa: E402
 
 BEFORE, AFTER = 2, 3
 # ranks -> (rows of a micro-batch, micro-batches): 8 rows a step always, split otherwise after the resume.
@@ -39,7 +44,7 @@ DTYPES = {"dense": "fp32", "frozen": "fp32", "moe": "bf16"}
 COMPILED = {"offload 2": ("dense", 2), "offload 3": ("dense", 3), "fused 0": ("moe", 0), "fused 1": ("dense", 1)}
 
 
-def job_of(layout, out: pathlib.Path, half: str, model: str, stage: int, *, adam: str = "torch",
+def run_of(world, out: pathlib.Path, half: str, model: str, stage: int, *, adam: str = "torch",
            resume: str = "none", dtype: str | None = None):
     """The MoE trains under a scheduler of DeepSpeed's, the others at the trainer's own constant rate."""
     config = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text())
@@ -57,20 +62,20 @@ def job_of(layout, out: pathlib.Path, half: str, model: str, stage: int, *, adam
     elif adam == "fused":
         del config["optimizer"]["params"]["torch_adam"], config["optimizer"]["params"]["fused"]
     # make_job writes a plain one under another name.
-    path = out / f"reshape_{layout.rank}.json"
+    path = out / f"reshape_{world.rank}.json"
     path.write_text(json.dumps(config))
-    rows, accumulation = SPLITS[half][1 if "rows" in adam else layout.ranks]
-    return make_job(layout, out, "moe" if model == "moe" else "dense", stage, accumulation,
+    rows, accumulation = SPLITS[half][1 if "rows" in adam else world.size]
+    return make_run(world, out, "moe" if model == "moe" else "dense", stage, accumulation,
                     ["--batch_size", str(rows), "--deepspeed", str(path), "--from_resume", resume],
                     dtype or DTYPES[model])
 
 
-def build(job, model: str, half: str):
-    """train.build_engine, or a model of which a part is frozen, with a buffer; `resume` builds them unlike."""
+def build(prepared, model: str, half: str):
+    """build_engine, or a model of which a part is frozen, with a buffer; `resume` builds them unlike."""
     if model != "frozen":
-        return build_engine(job)
-    torch.manual_seed(job.run.seed)
-    net = MiniMindForCausalLM(job.model_config, kernels=job.run.kernels)
+        return build_engine(prepared)
+    torch.manual_seed(prepared.run.seed)
+    net = MiniMindForCausalLM(prepared.model_config, kernels=prepared.run.kernels)
     net.model.register_buffer("notes", torch.arange(5.0))
     for name, p in net.named_parameters():
         # 4608 elements, which the optimizer's order has in its midst, and 48.
@@ -79,12 +84,12 @@ def build(job, model: str, half: str):
         with torch.no_grad():
             for t in [net.model.notes, *(p for p in net.parameters() if not p.requires_grad)]:
                 t.mul_(1.5)
-    return engine.initialize(net, job.ds)
+    return engine.initialize(net, prepared.ds)
 
 
-def steps(job, ds_engine, first: int, last: int) -> list[dict]:
-    batches = fetch(job, 0, job.first_plan, range(first, last))
-    lines = [train_step(job, ds_engine, job.first_plan, Position(step + 1, 0, step), batches)
+def steps(prepared, ds_engine, first: int, last: int) -> list[dict]:
+    batches, live = fetch(prepared, 0, prepared.first_plan, range(first, last)), LiveRun(engine=ds_engine)
+    lines = [train_step(prepared, live, prepared.first_plan, Position(step + 1, 0, step), batches).line()
              for step in range(first, last)]
     return [{key: line[key] for key in ("loss", "aux_loss", "grad_norm", "lr")} for line in lines]
 
@@ -146,110 +151,109 @@ def differing(a: dict, b: dict) -> list[str]:
     return [key for key in a if a[key].dtype != b[key].dtype or not torch.equal(a[key], b[key])]
 
 
-def save(job, ds_engine, folder: pathlib.Path, step: int) -> pathlib.Path:
-    facts = {"step": step, "epoch": 0, "epoch_step": step, "identity": identity(job), "layout": layout_facts(job)}
-    checkpoint.save(ds_engine, folder, facts=facts, keep=1).finish()
+def save(prepared, ds_engine, folder: pathlib.Path, step: int) -> pathlib.Path:
+    checkpoint.save(ds_engine, folder, facts=manifest_facts(prepared, step, 0, step), keep=1).finish()
     return checkpoint.folder_of(folder) / checkpoint.name_of(step)
 
 
-def write(layout, out: pathlib.Path, models: str) -> dict:
+def write(world, out: pathlib.Path, models: str) -> dict:
     curves = {}
     for model in models.split(","):
         for stage in range(4):
-            name = f"{model}_{stage}_{layout.ranks}"
-            job = job_of(layout, out, "write", model, stage)
-            ds_engine = build(job, model, "write")
-            steps(job, ds_engine, 0, BEFORE)
-            save(job, ds_engine, out / name, BEFORE)
+            name = f"{model}_{stage}_{world.size}"
+            prepared = run_of(world, out, "write", model, stage)
+            ds_engine = build(prepared, model, "write")
+            steps(prepared, ds_engine, 0, BEFORE)
+            save(prepared, ds_engine, out / name, BEFORE)
             state = full_state(ds_engine)
-            if layout.rank == 0:
+            if world.rank == 0:
                 save_file(state, out / f"{name}.safetensors")
-            curves[name] = steps(job, ds_engine, BEFORE, BEFORE + AFTER)
+            curves[name] = steps(prepared, ds_engine, BEFORE, BEFORE + AFTER)
     return curves
 
 
-def load(job, ds_engine):
-    """As train.train does."""
-    start = look_for_start(job)[0]
+def load(prepared, ds_engine):
+    """As loop.train does."""
+    start = look_for_start(prepared)
     assert start.step == start.epoch_step == BEFORE
-    load_checkpoint(job, ds_engine, start)
+    load_checkpoint(prepared, ds_engine, start)
     return start
 
 
-def resume(layout, out: pathlib.Path, models: str, wrote: str, further: str, where: str = "") -> dict:
+def resume(world, out: pathlib.Path, models: str, wrote: str, further: str, where: str = "") -> dict:
     found = {}
     for model in models.split(","):
         for source in [f"{model}_{stage}_{ranks}" for ranks in wrote.split(",") for stage in range(4)]:
             state = load_file(out / f"{source}.safetensors")
             for target in [(int(source.split("_")[1]) + int(s)) % 4 for s in further.split(",")]:
-                job = job_of(layout, out, "resume", model, target, adam=f"torch {where}", resume=str(out / source))
-                ds_engine = build(job, model, "resume")
-                start = load(job, ds_engine)
-                seeds = [None] * layout.ranks
+                prepared = run_of(world, out, "resume", model, target, adam=f"torch {where}", resume=str(out / source))
+                ds_engine = build(prepared, model, "resume")
+                start = load(prepared, ds_engine)
+                seeds = [None] * world.size
                 dist.all_gather_object(seeds, torch.initial_seed())
-                found[f"{source} -> {target}_{layout.ranks}"] = {
+                found[f"{source} -> {target}_{world.size}"] = {
                     "wrong": differing(full_state(ds_engine), state), "seeds": seeds,
-                    "note": reshape.note(start.layout, layout_facts(job)),
-                    "curve": steps(job, ds_engine, BEFORE, BEFORE + AFTER)}
+                    "note": reshape.note(start.layout, layout_facts(prepared)),
+                    "curve": steps(prepared, ds_engine, BEFORE, BEFORE + AFTER)}
     return found
 
 
-def compiled(layout, out: pathlib.Path) -> dict:
+def compiled(world, out: pathlib.Path) -> dict:
     """The same layout again, and the same checkpoint under torch's Adam at another stage."""
     found = {}
     for case, (model, stage) in COMPILED.items():
         adam = case.split()[0]
-        job = job_of(layout, out, "write", model, stage, adam=adam)
-        ds_engine = build_engine(job)
-        steps(job, ds_engine, 0, BEFORE)
-        path = save(job, ds_engine, out / case, BEFORE)
+        prepared = run_of(world, out, "write", model, stage, adam=adam)
+        ds_engine = build_engine(prepared)
+        steps(prepared, ds_engine, 0, BEFORE)
+        path = save(prepared, ds_engine, out / case, BEFORE)
         state = full_state(ds_engine)
         found[case] = facts = {"adam": type(ds_engine.basic_optimizer).__name__,
-                               "whole": steps(job, ds_engine, BEFORE, BEFORE + AFTER)}
+                               "whole": steps(prepared, ds_engine, BEFORE, BEFORE + AFTER)}
         ended = full_state(ds_engine)
-        job = job_of(layout, out, "write", model, stage, adam=adam, resume=str(path))
-        ds_engine = build_engine(job)
-        load(job, ds_engine)
+        prepared = run_of(world, out, "write", model, stage, adam=adam, resume=str(path))
+        ds_engine = build_engine(prepared)
+        load(prepared, ds_engine)
         facts["wrong"] = differing(full_state(ds_engine), state)
-        facts["again"] = steps(job, ds_engine, BEFORE, BEFORE + AFTER)
+        facts["again"] = steps(prepared, ds_engine, BEFORE, BEFORE + AFTER)
         facts["wrong at the end"] = differing(full_state(ds_engine), ended)
         for other, name in ((adam, "there"), ("torch", "torch")):
-            job = job_of(layout, out, "resume", model, 5 - stage if stage > 1 else 1 - stage, adam=other,
+            prepared = run_of(world, out, "resume", model, 5 - stage if stage > 1 else 1 - stage, adam=other,
                          resume=str(path))
-            ds_engine = build_engine(job)
-            load(job, ds_engine)
+            ds_engine = build_engine(prepared)
+            load(prepared, ds_engine)
             facts[f"wrong {name}"] = differing(full_state(ds_engine), state)
-            facts[f"curve {name}"] = steps(job, ds_engine, BEFORE, BEFORE + AFTER)
+            facts[f"curve {name}"] = steps(prepared, ds_engine, BEFORE, BEFORE + AFTER)
     return found
 
 
-def shared(layout, out: pathlib.Path) -> dict:
+def shared(world, out: pathlib.Path) -> dict:
     """Experts shared out over both ranks, or rows, and neither: each written, resumed on the same and as the next."""
     found, ways = {}, ("torch experts", "torch", "torch rows", "torch rows experts")
     for stage in (1, 2, 3):
         for i, way in enumerate(ways):
             name, after = f"{way} {stage}", ways[(i + 1) % len(ways)]
-            job = job_of(layout, out, "write", "moe", stage, adam=way)
-            ds_engine = build_engine(job)
-            steps(job, ds_engine, 0, BEFORE)
-            path = save(job, ds_engine, out / name.replace(" ", "_"), BEFORE)
+            prepared = run_of(world, out, "write", "moe", stage, adam=way)
+            ds_engine = build_engine(prepared)
+            steps(prepared, ds_engine, 0, BEFORE)
+            path = save(prepared, ds_engine, out / name.replace(" ", "_"), BEFORE)
             state = full_state(ds_engine)
-            found[name] = facts = {"whole": steps(job, ds_engine, BEFORE, BEFORE + AFTER)}
+            found[name] = facts = {"whole": steps(prepared, ds_engine, BEFORE, BEFORE + AFTER)}
             for key, how, at in (("again", way, stage), ("next", after, stage % 3 + 1)):
-                job = job_of(layout, out, "write" if key == "again" else "resume", "moe", at, adam=how,
+                prepared = run_of(world, out, "write" if key == "again" else "resume", "moe", at, adam=how,
                              resume=str(path))
-                ds_engine = build_engine(job)
-                start = load(job, ds_engine)
+                ds_engine = build_engine(prepared)
+                start = load(prepared, ds_engine)
                 facts[f"wrong {key}"] = differing(full_state(ds_engine), state)
-                facts[key] = steps(job, ds_engine, BEFORE, BEFORE + AFTER)
-            facts["note"] = reshape.note(start.layout, layout_facts(job))
+                facts[key] = steps(prepared, ds_engine, BEFORE, BEFORE + AFTER)
+            facts["note"] = reshape.note(start.layout, layout_facts(prepared))
     return found
 
 
-def program(layout, out: pathlib.Path, half: str, stage: str) -> None:
+def program(world, out: pathlib.Path, half: str, stage: str) -> None:
     """The main of launch/sft.py: five steps on one layout; on the other from step 2 on, into another folder."""
-    rows, accumulation = SPLITS[half][layout.ranks]
-    yaml = out / f"program_{layout.rank}.yaml"
+    rows, accumulation = SPLITS[half][world.size]
+    yaml = out / f"program_{world.rank}.yaml"
     yaml.write_text("preset: debug\nmodel: {hidden_size: 48, num_hidden_layers: 2}")
     begin = "none" if half == "write" else str(out / "program_write" / "checkpoints" / "step_00000002")
     assert main("sft", ["--config", str(yaml), "--deepspeed", f"ds_configs/zero{stage}.json",
@@ -262,14 +266,14 @@ def program(layout, out: pathlib.Path, half: str, stage: str) -> None:
 if __name__ == "__main__":
     # The launcher puts --local_rank somewhere among the arguments.
     folder, *commands = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    out, layout = pathlib.Path(folder), engine.read_layout()
-    engine.start(layout)
+    out, world = pathlib.Path(folder), read_world()
+    engine.start(world)
     for what, *words in map(str.split, commands):
         if what == "program":
-            program(layout, out, *words)
+            program(world, out, *words)
             break
-        found = {"write": write, "resume": resume, "compiled": compiled, "shared": shared}[what](layout, out, *words)
-        if layout.rank == 0:
-            (out / f"{what}_{layout.ranks}.json").write_text(json.dumps(found))
+        found = {"write": write, "resume": resume, "compiled": compiled, "shared": shared}[what](world, out, *words)
+        if world.rank == 0:
+            (out / f"{what}_{world.size}.json").write_text(json.dumps(found))
         dist.barrier()
     engine.stop()

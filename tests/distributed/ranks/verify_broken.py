@@ -23,6 +23,7 @@ from minimind_ds import verify  # noqa: E402
 from minimind_ds.data.packing import IGNORE  # noqa: E402
 from minimind_ds.data.store import TokenStore  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
+from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.kernels import sdpa  # noqa: E402
 from minimind_ds.training import loop, step  # noqa: E402
 from minimind_ds.verify.small import bench  # noqa: E402
@@ -60,9 +61,9 @@ def mean_of_means():
     """Each micro-batch's own mean, averaged over micro-batches and ranks."""
     fetch, now = loop.fetch, {}
 
-    def watched(job, *args):
-        now["micro_batches"] = job.run.accumulation_steps
-        for batch in fetch(job, *args):
+    def watched(prepared, *args):
+        now["micro_batches"] = prepared.run.accumulation_steps
+        for batch in fetch(prepared, *args):
             now["labelled"] = max(batch.n_labelled, 1)
             yield batch
 
@@ -77,8 +78,8 @@ def no_moments():
     """A checkpoint that loses the optimizer's states, as a loader that was told not to load them would."""
     load = loop.load_checkpoint
 
-    def forgetful(job, ds_engine, start):
-        load(job, ds_engine, start)
+    def forgetful(prepared, ds_engine, start):
+        load(prepared, ds_engine, start)
         for state in ds_engine.basic_optimizer.state.values():
             state["exp_avg"].zero_()
 
@@ -92,19 +93,19 @@ def inexact_kernel():
 
 
 def main(out: pathlib.Path, cases: list[dict]) -> None:
-    layout = engine.read_layout()
-    engine.start(layout)
+    world = read_world()
+    engine.start(world)
     torch.manual_seed(0)
     for case in cases:
-        yaml = out / f"{case['name']}_{layout.rank}.yaml"
+        yaml = out / f"{case['name']}_{world.rank}.yaml"
         yaml.write_text("preset: debug\nmodel: " + json.dumps({**TINY, **case["model"]}), encoding="utf-8")
         argv = ["--config", str(yaml), "--save_dir", str(out / case["name"]), "--cache_dir", str(out / "cache"),
                 "--tokens", "200", "--samples", "3", *case["flags"]]
         options, rest = verify.parse(argv)
-        job, kind = verify.prepare_job(rest, layout)
+        prepared, kind = verify.prepare_run(rest, world)
         with globals()[case["breaks"]]() if case["breaks"] else contextlib.nullcontext():
-            report = verify.verify(job, kind, bench(job, options.tokens), options, verify.print_on(layout))
-        if layout.rank == 0:
+            report = verify.verify(prepared, kind, bench(prepared, options.tokens), options, verify.print_on(world))
+        if world.rank == 0:
             (out / f"{case['name']}.json").write_text(json.dumps(report))
     dist.barrier()
     engine.stop()

@@ -1,4 +1,4 @@
-"""Facts about the attention kernels, in the honest interpreter.  tests/kernels/test_triton_attention.py runs this file:
+"""Facts about the attention kernels, in the honest interpreter; tests/kernels/test_triton_attention.py runs them:
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/attention_facts.py
 """

@@ -1,4 +1,4 @@
-"""Facts about the experts through DeepSpeed's Triton ops, in the honest interpreter.  tests/kernels/test_deepspeed_ops.py:
+"""Facts about the experts through DeepSpeed's Triton ops, in the honest interpreter (test_deepspeed_ops.py runs them):
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/deepspeed_facts.py
 

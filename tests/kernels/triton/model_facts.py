@@ -1,4 +1,4 @@
-"""Facts about whole models on the Triton backend, in the honest interpreter.  tests/kernels/test_triton_model.py runs this:
+"""Facts about whole models on the Triton backend, in the honest interpreter; test_triton_model.py runs them:
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/model_facts.py
 """
@@ -50,10 +50,10 @@ def test_training_on_triton_follows_the_reference(preset, layers, steps):
 
 
 def test_triton_runs_every_operation_and_auto_takes_it_where_it_can():
-    choice = kernels.resolve("triton", "cpu", torch.float32, kernels.Needs(96))
+    choice = kernels.resolve("triton", "cpu", torch.float32, kernels.KernelRequirements(96))
     assert {getattr(choice, op) for op in kernels.OPS} == {"triton"}
-    assert kernels.resolve("auto", "cpu", torch.float32, kernels.Needs(96)).attention == "triton"
-    for needs in (kernels.Needs(96, 0.1), kernels.Needs(256)):
+    assert kernels.resolve("auto", "cpu", torch.float32, kernels.KernelRequirements(96)).attention == "triton"
+    for needs in (kernels.KernelRequirements(96, 0.1), kernels.KernelRequirements(256)):
         assert kernels.resolve("auto", "cpu", torch.float32, needs).attention == "sdpa"
         with pytest.raises(ValueError, match="attention = triton cannot run here"):
             kernels.resolve("triton", "cpu", torch.float32, needs)

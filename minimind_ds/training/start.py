@@ -1,0 +1,165 @@
+"""Where a run begins: anew, after the newest whole checkpoint, or at its end; and what must not have changed since.
+
+    deepspeed launch/sft.py --deepspeed ds_configs/zero2.json --from_resume auto
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import socket
+import time
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from minimind_ds import checkpoint
+from minimind_ds.checkpoint import reshape
+from minimind_ds.config import deepspeed_json
+from minimind_ds.config.run import MAY_CHANGE, MUST_STAY
+from minimind_ds.resilience import restarts
+from minimind_ds.training.live import LiveRun
+from minimind_ds.training.prepare import PreparedRun
+from minimind_ds.training.spikes import SpikeDetector, taken_losses
+
+# Twice what an NFS server usually gives a client that is gone; how often to look meanwhile.
+LEASE_S, LOOK_S = 180.0, 5.0
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: after `step` steps, at step `epoch_step` of `epoch`; `path` is the checkpoint or None.
+
+    layout: the checkpoint's, if it has to be reshaped into this run's.  changed: settings that may differ from the
+    checkpoint's run and do, as {name: [then, now]}.  notes: lines for the start.
+    """
+
+    path: pathlib.Path | None = None
+    step: int = 0
+    epoch: int = 0
+    epoch_step: int = 0
+    finished: bool = False
+    layout: dict | None = None
+    changed: dict | None = None
+    notes: tuple[str, ...] = ()
+
+
+def find_start(prepared: PreparedRun, live: LiveRun) -> Start:
+    """Where to begin, decided on rank 0, which holds the run folder from here on, and agreed on by all.
+
+    Raises:
+        ValueError: on every rank, when a checkpoint is damaged or the folder belongs to another run.
+        OSError: on every rank, when rank 0 cannot write to the folder.
+    """
+    found = [None]
+    if prepared.world.rank == 0:
+        try:
+            live.folder_lock = hold(prepared.folder)
+            found = [look_for_start(prepared)]
+        except (ValueError, OSError) as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], Exception):
+        raise found[0]
+    return found[0]
+
+
+def hold(folder: pathlib.Path):
+    """The run folder, for this process; the result is checkpoint.lock's.
+
+    A file server drops a lost node's lock when its lease runs out: a job that was started again by itself waits for
+    that.  Raises ValueError as checkpoint.lock, after that time or at once.
+    """
+    deadline = time.monotonic() + (LEASE_S if restarts.goes_on(restarts.read(folder)) else 0)
+    while True:
+        try:
+            return checkpoint.lock(folder)
+        except ValueError as error:
+            if time.monotonic() > deadline:
+                raise
+            print(f"this job's start before may still hold the folder; waiting, {deadline - time.monotonic():.0f} s "
+                  f"at most: {error}", flush=True)
+            time.sleep(LOOK_S)
+
+
+def look_for_start(prepared: PreparedRun) -> Start:
+    run, folder = prepared.run, prepared.folder
+    if run.from_resume == "auto" and prepared.done_path.exists():
+        done = json.loads(prepared.done_path.read_text(encoding="utf-8"))
+        refuse_changes(done["identity"], identity(prepared), folder)
+        return Start(step=done["step"], finished=True)
+    path, manifest, notes = checkpoint.find(run.from_resume, folder)
+    if path is None:
+        return Start(notes=(*notes, *restarts.begin(folder, 0)))
+    refuse_changes(manifest["identity"], identity(prepared), path)
+    then, now = manifest["layout"], layout_facts(prepared)
+    refuse_changes(then, {name: fact for name, fact in now.items() if name not in reshape.MAY_DIFFER}, path)
+    if then != now:
+        reshape.check(then, now, path)
+    # Checkpoints of releases before this one say nothing of these.
+    before = manifest.get("may_change", {})
+    changed = {name: [before[name], value] for name, value in may_change(prepared).items()
+               if before.get(name, value) != value}
+    notes = [*notes, *(f"{name} is {now!r} from here on; it was {then!r}" for name, (then, now) in changed.items())]
+    return Start(path, manifest["step"], manifest["epoch"], manifest["epoch_step"],
+                 layout=then if then != now else None, changed=changed or None,
+                 notes=(*notes, *restarts.begin(folder, manifest["step"])))
+
+
+def identity(prepared: PreparedRun) -> dict:
+    """What must not change between the halves of a run: the model, the data and everything the curve depends on."""
+    run = prepared.run
+    facts = {name: getattr(run, name) for name in MUST_STAY}
+    facts["rows per step"] = run.batch_size * run.accumulation_steps * prepared.rows_ranks
+    facts["tokenizer"] = prepared.tokenizer.fingerprint
+    facts["data"] = prepared.stores[0].content
+    facts["LoRA"] = prepared.lora.identity() if prepared.lora else None
+    return {**facts, **{f"model.{k}": v for k, v in prepared.model_config.to_dict().items()}}
+
+
+def may_change(prepared: PreparedRun) -> dict:
+    """Settings of a run that a resume may change, out loud."""
+    return {name: getattr(prepared.run, name) for name in MAY_CHANGE}
+
+
+def layout_facts(prepared: PreparedRun) -> dict:
+    run, ds = prepared.run, prepared.ds
+    return {"ranks": prepared.world.size, "ZeRO stage": prepared.stage, "dtype": run.dtype,
+            "batch_size": run.batch_size, "accumulation_steps": run.accumulation_steps,
+            "optimizer": ds["optimizer"]["type"], "offload": deepspeed_json.optimizer_device(ds),
+            "scheduler": ds.get("scheduler", {}).get("type"), "sequence_parallel_size": prepared.dims.sequence,
+            "expert_parallel.autoep_size": prepared.dims.experts}
+
+
+def manifest_facts(prepared: PreparedRun, step: int, epoch: int, epoch_step: int) -> dict:
+    """What a checkpoint's manifest says of the run that wrote it."""
+    return {"step": step, "epoch": epoch, "epoch_step": epoch_step, "identity": identity(prepared),
+            "may_change": may_change(prepared), "layout": layout_facts(prepared)}
+
+
+def refuse_changes(then: dict, now: dict, path) -> None:
+    """Raises ValueError, naming the first of `now`'s facts that was another `then`."""
+    # The model first: of everything that differs it explains the most.
+    for name in sorted(now, key=lambda n: not n.startswith("model.")):
+        if then.get(name) != now[name]:
+            raise ValueError(f"cannot resume from {path}: its {name.removeprefix('model.')} is {then.get(name)!r}, "
+                             f"this run's is {now[name]!r}; --from_resume none starts over, another --save_dir "
+                             "keeps both")
+
+
+def share_start(prepared: PreparedRun, live: LiveRun, start: Start) -> None:
+    """What every rank has to know and only one can: the losses before a resume, each rank's host; collective."""
+    world = prepared.world
+    shared = [taken_losses(prepared.folder / "metrics.jsonl", start.step) if world.rank == 0 else None]
+    dist.broadcast_object_list(shared)
+    live.spikes, live.hosts = SpikeDetector(shared[0]), [None] * world.size
+    dist.all_gather_object(live.hosts, socket.gethostname())
+
+
+def load_checkpoint(prepared: PreparedRun, ds_engine, start: Start) -> None:
+    """DeepSpeed's own loading where its files fit this layout, ours where they do not; collective."""
+    if start.layout is None and prepared.dims.experts == 1:
+        checkpoint.load(ds_engine, start.path)
+    else:
+        reshape.load(ds_engine, start.path, layout=start.layout or layout_facts(prepared), same=start.layout is None,
+                     seed=prepared.run.seed, step=start.step)
