@@ -18,6 +18,8 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from minimind_ds.bench import throughput  # noqa: E402
+from minimind_ds.config.errors import report_bugs  # noqa: E402
 
 if __name__ == "__main__":
+    report_bugs()
     sys.exit(throughput.main(__doc__, sys.argv[1:]))

@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 
+from minimind_ds.config.errors import UserError, one_line, report_bugs  # noqa: E402
 from minimind_ds.config.run import OneLineParser  # noqa: E402
 from minimind_ds.convert.export import DTYPES  # noqa: E402
 from minimind_ds.inference import chat  # noqa: E402
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     try:
         if args.history < 0:
-            raise ValueError(f"--history is {args.history}; it must be at least 0")
+            raise UserError(f"--history is {args.history}; it must be at least 0")
         sampling = chat.Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
                                  repetition_penalty=args.repetition_penalty, max_new_tokens=args.max_new_tokens)
         dtype = DTYPES[args.dtype] if args.dtype else None
@@ -65,11 +66,12 @@ def main(argv: list[str]) -> int:
             chat.converse(talk)
         else:
             chat.answer(talk, args.prompt)
-    except ValueError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    except UserError as error:
+        print(one_line(error), file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
+    report_bugs()
     sys.exit(main(sys.argv[1:]))

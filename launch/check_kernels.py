@@ -14,6 +14,8 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from minimind_ds.bench import kernels  # noqa: E402
+from minimind_ds.config.errors import report_bugs  # noqa: E402
 
 if __name__ == "__main__":
+    report_bugs()
     sys.exit(kernels.main(sys.argv[1:]))

@@ -13,6 +13,7 @@ import sys
 # Works from a checkout that was not installed, and whatever the working directory is.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from minimind_ds.config.errors import UserError, one_line, report_bugs  # noqa: E402
 from minimind_ds.config.model import PRESETS  # noqa: E402
 from minimind_ds.convert import export  # noqa: E402
 
@@ -35,12 +36,13 @@ def main() -> int:
     try:
         export.run(args.weight, args.to, args.out, dtype=args.dtype, preset=args.preset, tokenizer=args.tokenizer,
                    overwrite=args.overwrite, lora=args.lora)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except UserError as error:
+        print(one_line(error), file=sys.stderr)
         return 2
     print(f"wrote {args.out}")
     return 0
 
 
 if __name__ == "__main__":
+    report_bugs()
     sys.exit(main())

@@ -13,7 +13,9 @@ import sys
 # Works from a checkout that was not installed, and whatever the working directory is.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
+from minimind_ds.config.errors import report_bugs  # noqa: E402
 from minimind_ds.plan.report import main  # noqa: E402
 
 if __name__ == "__main__":
+    report_bugs()
     sys.exit(main(sys.argv[1:]))

@@ -18,6 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # A node that does not answer is this program's to name; PyTorch would add its C++ stacks.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
+from minimind_ds.config.errors import UserError, one_line, report_bugs  # noqa: E402
 from minimind_ds.distributed.world import read_world
 from minimind_ds.resilience import preflight  # noqa: E402
 
@@ -34,10 +35,11 @@ def main() -> int:
     try:
         return preflight.main(world, save_dir=args.save_dir, cache_dir=args.cache_dir,
                               limits={name: getattr(args, name) for name in preflight.LIMITS})
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except UserError as error:
+        print(one_line(error), file=sys.stderr, flush=True)
         return 2
 
 
 if __name__ == "__main__":
+    report_bugs()
     sys.exit(main())

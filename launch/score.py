@@ -18,6 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 
+from minimind_ds.config.errors import UserError, one_line, report_bugs  # noqa: E402
 from minimind_ds.config.run import OneLineParser  # noqa: E402
 from minimind_ds.convert.export import DTYPES  # noqa: E402
 from minimind_ds.inference import chat, score  # noqa: E402
@@ -44,14 +45,14 @@ def main(argv: list[str]) -> int:
     try:
         for name, least in (("limit", 0), ("batch_size", 1), ("show_wrong", 0)):
             if getattr(args, name) < least:
-                raise ValueError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+                raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
         questions = score.read_questions(args.data_path, args.limit)
         dtype = DTYPES[args.dtype] if args.dtype else None
         model, tok = chat.load_model(args.weight, args.tokenizer, dtype=dtype, device=args.device,
                                     lora=args.lora)
         result = score.score(model, tok, questions, batch_size=args.batch_size)
-    except ValueError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    except UserError as error:
+        print(one_line(error), file=sys.stderr)
         return 2
     answers = result.pop("answers")
     pairs = [(q, a) for q, a in zip(questions, answers) if a.strip() != q.expected.strip()]
@@ -64,4 +65,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    report_bugs()
     sys.exit(main(sys.argv[1:]))

@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from minimind_ds.config.errors import UserError, one_line, report_bugs  # noqa: E402
 from minimind_ds.data.conversation import file_kind, read_records  # noqa: E402
 from minimind_ds.data.sample import render  # noqa: E402
 from minimind_ds.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
@@ -29,8 +30,8 @@ def main(argv: list[str] | None = None) -> int:
         tok = train_tokenizer(texts(args.data_path, args.on_bad_record, counts), vocab_size=args.vocab_size,
                               out=args.out)
         print(report(tok, args, counts))
-    except ValueError as err:
-        print(f"error: {err}", file=sys.stderr)
+    except UserError as err:
+        print(one_line(err), file=sys.stderr)
         return 2
     except OSError as err:
         print(f"error: cannot write {args.out}: {err.strerror}", file=sys.stderr)
@@ -70,4 +71,5 @@ def report(tok: Tokenizer, args: argparse.Namespace, counts: dict[str, int]) -> 
 
 
 if __name__ == "__main__":
+    report_bugs()
     raise SystemExit(main())

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from minimind_ds.checkpoint import full_state
 from minimind_ds.checkpoint.async_save import AsyncSave, SaveFailed, facts_of, sha256, snapshot
+from minimind_ds.config.errors import UserError
 from minimind_ds.distributed.engine import continue_betas
 from minimind_ds.io import fsync, write_file
 
@@ -31,7 +32,7 @@ FORMAT = 2
 TAG = "state"
 
 
-class NoCheckpoint(ValueError):
+class NoCheckpoint(UserError):
     """A checkpoint that was asked for by name is not there or not whole."""
 
 
@@ -57,7 +58,7 @@ def lock(run_dir: pathlib.Path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise ValueError(f"{run_dir} is in use by {file.read().strip() or 'another run'}; stop that run, or name "
+        raise UserError(f"{run_dir} is in use by {file.read().strip() or 'another run'}; stop that run, or name "
                          "another --save_dir") from None
     except OSError:
         # A file system without locks: nothing can be held there.
@@ -118,8 +119,8 @@ def state_files(engine, aside: pathlib.Path) -> list[tuple[pathlib.Path, Callabl
     """The files of the training state that this rank has to write, and what writes each; collective."""
     if engine.has_moe_layers:
         state = full_state.collect(engine)
-        return [] if state is None else [(aside / TAG / full_state.FILE, functools.partial(full_state.write_file,
-                                                                                           state))]
+        write = functools.partial(full_state.write_file, state)
+        return [] if state is None else [(aside / TAG / full_state.FILE, write)]
     own, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script
     engine.checkpoint_engine = recorder = Recorder(own)
     # Rank 0 copies programs of DeepSpeed's into the checkpoint.  If it did so here and the disk were full, the others

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from minimind_ds.config.errors import UserError
+
 FILE = "whole.safetensors"
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
 # What a scheduler writes into the optimizer's groups.
@@ -61,8 +63,8 @@ def collect(ds_engine) -> FullState | None:
         # have a group of their own, are not there yet.
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
-    whole = FullState({}, step=max((int(state["step"]) for state in basic.state.values() if "step" in state),
-                                   default=0),
+    steps = (int(state["step"]) for state in basic.state.values() if "step" in state)
+    whole = FullState({}, step=max(steps, default=0),
                   groups=[{key: group[key] for key in SCHEDULED if key in group} for group in basic.param_groups],
                   scaler=read_scaler({"loss_scaler": optimizer.loss_scaler}),
                   counters={name: getattr(ds_engine, name) for name in COUNTERS},
@@ -106,7 +108,7 @@ def read_file(folder: pathlib.Path, *, shapes: dict[str, torch.Size]) -> FullSta
     wanted = {name: shape.numel() for name, shape in shapes.items()}
     differing = sorted(name for name in sizes.keys() | wanted.keys() if sizes.get(name) != wanted.get(name))
     if differing:
-        raise ValueError(f"{folder / FILE} does not fit this model: {differing[0]}")
+        raise UserError(f"{folder / FILE} does not fit this model: {differing[0]}")
     return whole
 
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from minimind_ds import checkpoint
 from minimind_ds.checkpoint import full_state as whole_state
 from minimind_ds.checkpoint.full_state import COUNTERS, SCHEDULED, FullState, read_scaler
+from minimind_ds.config.errors import UserError
 from minimind_ds.distributed import engine
 
 # Of the layout (train.layout_facts), what may differ between the halves of a run.
@@ -42,10 +43,10 @@ def check(then: dict, now: dict, path: pathlib.Path) -> None:
     """Raises ValueError, in one line, where the states cannot go from one layout to the other."""
     back = f"resume it on {words(then)}, or start over with --from_resume none"
     if now["optimizer"].lower() not in ("adam", "adamw"):
-        raise ValueError(f"cannot resume from {path} on another layout with the optimizer {now['optimizer']}: only "
+        raise UserError(f"cannot resume from {path} on another layout with the optimizer {now['optimizer']}: only "
                          f"Adam and AdamW are reshaped; {back}")
     if "nvme" in (then["offload"], now["offload"]):
-        raise ValueError(f"cannot resume from {path} on another layout with optimizer states on NVMe; {back}")
+        raise UserError(f"cannot resume from {path} on another layout with optimizer states on NVMe; {back}")
 
 
 def words(layout: dict) -> str:
@@ -157,7 +158,7 @@ def read(path: pathlib.Path, layout: dict, *, shapes: dict[str, torch.Size], fix
             slots = [[Piece(name, part.start, seen.get((name, "fp32"), 0), part.numel) for name, part in group.items()]
                      for group in states["param_slice_mappings"]]
         if not isinstance(base, dict):
-            raise ValueError(f"{folder}: it was written with zero_optimization.elastic_checkpoint, which only its own "
+            raise UserError(f"{folder}: it was written with zero_optimization.elastic_checkpoint, which only its own "
                              "layout can resume")
         gather(whole, slots, masters, base, seen=seen, shapes=shapes)
         gather_fixed(whole, model, fixed, whole_files=stage < 3)
@@ -166,7 +167,7 @@ def read(path: pathlib.Path, layout: dict, *, shapes: dict[str, torch.Size], fix
     keys = {key for _, key in seen}
     torn = [name for name in shapes for key in keys if seen.get((name, key), 0) != shapes[name].numel()]
     if torn:
-        raise ValueError(f"{folder}: it does not hold the whole of {torn[0]}")
+        raise UserError(f"{folder}: it does not hold the whole of {torn[0]}")
     return whole
 
 
@@ -197,7 +198,7 @@ def in_order(sizes: list[int], shapes: dict[str, torch.Size]) -> list[list[Piece
         while at < size:
             name = next(names, None)
             if name is None or at + shapes[name].numel() > size:
-                raise ValueError(f"{size} elements are not whole parameters; the next is {name}")
+                raise UserError(f"{size} elements are not whole parameters; the next is {name}")
             slots[-1].append(Piece(name, at, 0, shapes[name].numel()))
             at += shapes[name].numel()
     return slots
@@ -227,7 +228,7 @@ def gather(whole: FullState, slots: list[list[Piece]], masters: list[torch.Tenso
         for key, flat in {"fp32": master, **tensors}.items():
             for name, at, start, numel in pieces:
                 if name not in shapes:
-                    raise ValueError(f"the checkpoint trains {name}, this run does not")
+                    raise UserError(f"the checkpoint trains {name}, this run does not")
                 parts = whole.parameters[name]
                 if key not in parts:
                     parts[key] = torch.empty(shapes[name].numel(), dtype=flat.dtype)

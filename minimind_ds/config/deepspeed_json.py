@@ -13,6 +13,7 @@ import difflib
 import json
 import pathlib
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.run import RunConfig
 
@@ -72,23 +73,23 @@ def read_json(path: str) -> dict:
         keys = [k for k, _ in pairs]
         for key in keys:
             if keys.count(key) > 1:
-                raise ValueError(f"{path}: key {key!r} stands there twice")
+                raise UserError(f"{path}: key {key!r} stands there twice")
         return dict(pairs)
 
     try:
         text = pathlib.Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"cannot read the DeepSpeed file {path}: {error.strerror}") from None
+        raise UserError(f"cannot read the DeepSpeed file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"the DeepSpeed file {path} is not UTF-8") from None
+        raise UserError(f"the DeepSpeed file {path} is not UTF-8") from None
     try:
         config = json.loads(text, object_pairs_hook=no_doubles)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno}: not valid JSON: {error.msg}") from None
+        raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg}") from None
     except RecursionError:
-        raise ValueError(f"{path}: nested too deeply") from None
+        raise UserError(f"{path}: nested too deeply") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path}: a DeepSpeed file holds one JSON object")
+        raise UserError(f"{path}: a DeepSpeed file holds one JSON object")
     return config
 
 
@@ -113,7 +114,7 @@ def resolve(raw: dict, run: RunConfig, model: ModelConfig, *, ranks: int, total_
     config = {key: value for key, value in copy.deepcopy(raw).items() if key not in PARALLEL_KEYS}
     if "bfloat16" in config:
         if "bf16" in config:
-            raise ValueError(f"{path}: bf16 and bfloat16 are one block; keep one")
+            raise UserError(f"{path}: bf16 and bfloat16 are one block; keep one")
         config["bf16"] = config.pop("bfloat16")
     run = own_batch(config, run, ranks)
     for keys, name in OWNERS.items():
@@ -132,7 +133,7 @@ def resolve(raw: dict, run: RunConfig, model: ModelConfig, *, ranks: int, total_
     config.setdefault("zero_allow_untested_optimizer", True)
     left = find_auto(config)
     if left:
-        raise ValueError(f"{path}: \"auto\" at {left} cannot be filled in; write a value")
+        raise UserError(f"{path}: \"auto\" at {left} cannot be filled in; write a value")
     check_zero(path, config)
     return config, run
 
@@ -140,24 +141,24 @@ def resolve(raw: dict, run: RunConfig, model: ModelConfig, *, ranks: int, total_
 def check_keys(path: str, raw: dict) -> None:
     for key in raw:
         if key in REFUSED:
-            raise ValueError(f"{path}: {key!r} is not supported: {REFUSED[key]}")
+            raise UserError(f"{path}: {key!r} is not supported: {REFUSED[key]}")
         if key not in KNOWN:
             close = difflib.get_close_matches(key, KNOWN, n=1)
-            raise ValueError(f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise UserError(f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
     blocks = {"optimizer": {"type", "params", "legacy_fusion"}, "scheduler": {"type", "params"},
               "activation_checkpointing": ACTIVATION_KEYS}
     for key, allowed in blocks.items():
         block = raw.get(key, {})
         if not isinstance(block, dict):
-            raise ValueError(f"{path}: {key} is {block!r}; it must be an object")
+            raise UserError(f"{path}: {key} is {block!r}; it must be an object")
         for name in block:
             if name not in allowed:
                 close = difflib.get_close_matches(name, allowed, n=1)
-                raise ValueError(f"{path}: unknown key {key}.{name}"
+                raise UserError(f"{path}: unknown key {key}.{name}"
                                  + (f"; did you mean {close[0]!r}?" if close else ""))
     for key in ("zero_optimization", "fp16", "bf16", "bfloat16", "checkpoint", "data_types", "aio", "compile"):
         if not isinstance(raw.get(key, {}), dict):
-            raise ValueError(f"{path}: {key} is {raw[key]!r}; it must be an object")
+            raise UserError(f"{path}: {key} is {raw[key]!r}; it must be an object")
 
 
 def lookup(config: dict, keys: tuple):
@@ -178,11 +179,11 @@ def agree(run: RunConfig, name: str, value, where: str) -> RunConfig:
     """The run with `name` = value from the JSON; an error if the flag was given with another value."""
     kind = type(getattr(run, name))
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{run.deepspeed}: {where} is {value!r}; it must be a {'flag' if kind is bool else 'number'}")
+        raise UserError(f"{run.deepspeed}: {where} is {value!r}; it must be a {'flag' if kind is bool else 'number'}")
     if kind is int and value != int(value):
-        raise ValueError(f"{run.deepspeed}: {where} is {value!r}; it must be a whole number")
+        raise UserError(f"{run.deepspeed}: {where} is {value!r}; it must be a whole number")
     if name in run.given and getattr(run, name) != kind(value):
-        raise ValueError(f"{name} is {getattr(run, name)} ({run.place(name)}) and {value} in {run.deepspeed} "
+        raise UserError(f"{name} is {getattr(run, name)} ({run.place(name)}) and {value} in {run.deepspeed} "
                          f"({where}): give it once, or \"auto\" in the JSON")
     return run.replace(**{name: kind(value)}, given={**run.given, name: f"{where} in {run.deepspeed}"})
 
@@ -207,14 +208,14 @@ def own_batch(config: dict, run: RunConfig, ranks: int) -> RunConfig:
             run = agree(run, name, value, key)
     if total not in (None, "auto"):
         if not isinstance(total, int) or isinstance(total, bool) or total < 1:
-            raise ValueError(f"{run.deepspeed}: train_batch_size is {total!r}; it must be a positive whole number")
+            raise UserError(f"{run.deepspeed}: train_batch_size is {total!r}; it must be a positive whole number")
         rows = run.batch_size * ranks
         if "batch_size" in run.given and "accumulation_steps" not in run.given and total % rows == 0:
             run = agree(run, "accumulation_steps", total // rows, "train_batch_size")
         elif "batch_size" not in run.given and total % (run.accumulation_steps * ranks) == 0:
             run = agree(run, "batch_size", total // (run.accumulation_steps * ranks), "train_batch_size")
         if total != run.batch_size * run.accumulation_steps * ranks:
-            raise ValueError(f"{run.deepspeed}: train_batch_size is {total}, but batch_size {run.batch_size} × "
+            raise UserError(f"{run.deepspeed}: train_batch_size is {total}, but batch_size {run.batch_size} × "
                              f"accumulation_steps {run.accumulation_steps} × {ranks} ranks is "
                              f"{run.batch_size * run.accumulation_steps * ranks}")
     config["train_micro_batch_size_per_gpu"] = run.batch_size
@@ -230,7 +231,7 @@ def own_betas(config: dict, run: RunConfig) -> RunConfig:
         config["optimizer"]["params"]["betas"] = [run.adam_beta1, run.adam_beta2]
         return run
     if not isinstance(betas, list) or len(betas) != 2:
-        raise ValueError(f"{run.deepspeed}: optimizer.params.betas is {betas!r}; it must be two numbers")
+        raise UserError(f"{run.deepspeed}: optimizer.params.betas is {betas!r}; it must be two numbers")
     for i, name in enumerate(("adam_beta1", "adam_beta2")):
         run = agree(run, name, betas[i], f"optimizer.params.betas[{i}]")
     return run
@@ -243,20 +244,20 @@ def own_precision(config: dict, run: RunConfig) -> RunConfig:
         block = config.setdefault(name, {"enabled": "auto"})
         enabled = block.get("enabled", False)
         if enabled not in (True, False, "auto"):
-            raise ValueError(f"{run.deepspeed}: {name}.enabled is {enabled!r}; it must be true, false or \"auto\"")
+            raise UserError(f"{run.deepspeed}: {name}.enabled is {enabled!r}; it must be true, false or \"auto\"")
         said[name] = enabled
     if said["fp16"] is True and said["bf16"] is True:
-        raise ValueError(f"{run.deepspeed}: fp16 and bf16 are both enabled; keep one")
+        raise UserError(f"{run.deepspeed}: fp16 and bf16 are both enabled; keep one")
     named = next((name for name in said if said[name] is True), None)
     # Neither block says "auto" and neither is enabled: the file asks for fp32.
     if named is None and "auto" not in said.values():
         named = "fp32"
     if named is None and said.get(run.dtype) is False:
-        raise ValueError(f"--dtype {run.dtype} ({run.place('dtype')}) and {run.dtype}.enabled false in "
+        raise UserError(f"--dtype {run.dtype} ({run.place('dtype')}) and {run.dtype}.enabled false in "
                          f"{run.deepspeed}: give it once, or \"auto\" in the JSON")
     if named is not None:
         if "dtype" in run.given and run.dtype != named:
-            raise ValueError(f"dtype is {run.dtype} ({run.place('dtype')}) and {named} in {run.deepspeed}: "
+            raise UserError(f"dtype is {run.dtype} ({run.place('dtype')}) and {named} in {run.deepspeed}: "
                              "give it once, or \"auto\" in the JSON")
         run = run.replace(dtype=named, given={**run.given, "dtype": f"{named} in {run.deepspeed}"})
     hf_defaults = {"loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
@@ -278,7 +279,7 @@ def fill_optimizer(config: dict, run: RunConfig) -> None:
     """Without an optimizer in the JSON: AdamW, torch's fused one, or DeepSpeed's CPU Adam for offloaded states."""
     if "optimizer" in config:
         if not isinstance(config["optimizer"].get("type"), str):
-            raise ValueError(f"{run.deepspeed}: optimizer has no type")
+            raise UserError(f"{run.deepspeed}: optimizer has no type")
         config["optimizer"].setdefault("params", {})
         # A JSON without lr leaves it to the flag.
         config["optimizer"]["params"].setdefault("lr", run.learning_rate)
@@ -356,12 +357,12 @@ def check_zero(path: str, config: dict) -> None:
             name = ".".join(str(part) for part in first["loc"])
             if first["type"] == "extra_forbidden":
                 close = difflib.get_close_matches(name.split(".")[-1], schema.model_fields, n=1)
-                raise ValueError(f"{path}: unknown key {key}.{name}"
+                raise UserError(f"{path}: unknown key {key}.{name}"
                                  + (f"; did you mean {close[0]!r}?" if close else "")) from None
-            raise ValueError(f"{path}: {key}.{name}: {first['msg']}") from None
+            raise UserError(f"{path}: {key}.{name}: {first['msg']}") from None
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if config.get("zero_optimization", {}).get("contiguous_gradients") is False and stage == 2:
-        raise ValueError(f"{path}: zero_optimization.contiguous_gradients false gave wrong gradients at stage 2 in "
+        raise UserError(f"{path}: zero_optimization.contiguous_gradients false gave wrong gradients at stage 2 in "
                          "DeepSpeed up to 0.19.6; leave it out")
 
 

@@ -12,6 +12,8 @@ import dataclasses
 import math
 from dataclasses import dataclass
 
+from minimind_ds.config.errors import UserError
+
 
 @dataclass(frozen=True)
 class ParallelDims:
@@ -66,7 +68,7 @@ class ModelConfig:
 
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         fill("head_dim", self.hidden_size // self.num_attention_heads)
         fill("intermediate_size", math.ceil(self.hidden_size * math.pi / 64) * 64)
         fill("moe_intermediate_size", self.intermediate_size)
@@ -74,16 +76,16 @@ class ModelConfig:
             fill("rope_scaling", dict(beta_fast=32, beta_slow=1, factor=16, original_max_position_embeddings=2048,
                                       attention_factor=1.0, type="yarn"))
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
+            raise UserError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs")
+            raise UserError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs")
         if self.hidden_act != "silu":
-            raise ValueError(f"hidden_act {self.hidden_act!r} is not supported; MiniMind models use 'silu'")
+            raise UserError(f"hidden_act {self.hidden_act!r} is not supported; MiniMind models use 'silu'")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+            raise UserError(f"dropout is {self.dropout}; it must be in [0, 1)")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and "
+            raise UserError(f"num_experts_per_tok {self.num_experts_per_tok} is not between 1 and "
                              f"num_experts {self.num_experts}")
 
     def to_dict(self) -> dict:
@@ -94,7 +96,7 @@ class ModelConfig:
         """The inverse of to_dict.  Raises ValueError on an unknown key."""
         unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
         if unknown:
-            raise ValueError(f"unknown model configuration key {unknown[0]!r}")
+            raise UserError(f"unknown model configuration key {unknown[0]!r}")
         return cls(**values)
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -106,15 +107,15 @@ class RunConfig:
                         learning_rate=0, seed=0, lora_rank=0)
         for name, least in at_least.items():
             if not getattr(self, name) >= least:
-                raise ValueError(f"{self.place(name)} is {getattr(self, name)}; it must be at least {least}")
+                raise UserError(f"{self.place(name)} is {getattr(self, name)}; it must be at least {least}")
         for name in ("min_lr_ratio", "warmup_ratio", "eval_fraction", "random_system_ratio", "drop_empty_think_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{self.place(name)} is {getattr(self, name)}; it must be between 0 and 1")
+                raise UserError(f"{self.place(name)} is {getattr(self, name)}; it must be between 0 and 1")
         self.check_lora()
         if self.eval_fraction > 0.5:
-            raise ValueError(f"{self.place('eval_fraction')} is {self.eval_fraction}; more than half is not training")
+            raise UserError(f"{self.place('eval_fraction')} is {self.eval_fraction}; more than half is not training")
         if self.packing and self.pack_len < self.max_seq_len:
-            raise ValueError(f"a sample may be {self.max_seq_len} tokens long (max_seq_len) and the row holds "
+            raise UserError(f"a sample may be {self.max_seq_len} tokens long (max_seq_len) and the row holds "
                              f"{self.pack_len} (pack_len): raise pack_len or lower max_seq_len")
 
     def check_lora(self) -> None:
@@ -122,16 +123,16 @@ class RunConfig:
         if self.lora_rank == 0:
             for name, off in (("lora_alpha", None), ("lora_targets", None), ("lora_dropout", 0)):
                 if getattr(self, name) != off:
-                    raise ValueError(f"{self.place(name)} is {getattr(self, name)} without --lora_rank: name a rank, "
+                    raise UserError(f"{self.place(name)} is {getattr(self, name)} without --lora_rank: name a rank, "
                                      "for example 16")
             return
         if self.from_weight == "none":
-            raise ValueError(f"{self.place('lora_rank')} is {self.lora_rank}: adapters stand beside a trained model; "
+            raise UserError(f"{self.place('lora_rank')} is {self.lora_rank}: adapters stand beside a trained model; "
                              "name its weights with --from_weight")
         if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
-            raise ValueError(f"{self.place('lora_alpha')} is {self.lora_alpha}; it must be above 0")
+            raise UserError(f"{self.place('lora_alpha')} is {self.lora_alpha}; it must be above 0")
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"{self.place('lora_dropout')} is {self.lora_dropout}; it must be at least 0 and below 1")
+            raise UserError(f"{self.place('lora_dropout')} is {self.lora_dropout}; it must be at least 0 and below 1")
 
     def place(self, name: str) -> str:
         """Where a value comes from, for messages: '--epochs', 'epochs in run.yaml' or '--epochs (default)'."""
@@ -158,7 +159,7 @@ class RunConfig:
                 values[derived] = None
         config = ModelConfig.from_dict({**values, "vocab_size": vocab_size, **changes})
         if config.vocab_size < vocab_size:
-            raise ValueError(f"vocab_size {config.vocab_size} in the model block is smaller than the tokenizer's "
+            raise UserError(f"vocab_size {config.vocab_size} in the model block is smaller than the tokenizer's "
                              f"{vocab_size}")
         return config
 
@@ -217,7 +218,7 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
         if value is None:
             continue
         if name in values and values[name] != value:
-            raise ValueError(f"{name} is {value} on the command line and {values[name]} in {yaml_path}: give it once")
+            raise UserError(f"{name} is {value} on the command line and {values[name]} in {yaml_path}: give it once")
         values[name], given[name] = value, f"--{name}"
     return RunConfig(**{**defaults, **values}, given=given)
 
@@ -246,23 +247,23 @@ def read_yaml(path: str) -> tuple[dict, dict]:
         text = pathlib.Path(path).read_text(encoding="utf-8")
         values = yaml.safe_load(text)
     except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8") from None
+        raise UserError(f"{path} is not UTF-8") from None
     except yaml.YAMLError as error:
         line = getattr(getattr(error, "problem_mark", None), "line", None)
-        raise ValueError(f"{path}{'' if line is None else f' line {line + 1}'}: not valid YAML: "
+        raise UserError(f"{path}{'' if line is None else f' line {line + 1}'}: not valid YAML: "
                          f"{getattr(error, 'problem', None) or 'cannot be parsed'}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: a run file is a list of `flag: value` lines")
+        raise UserError(f"{path}: a run file is a list of `flag: value` lines")
     by_name = {f.name: f for f in FLAGS}
     for name, value in values.items():
         if name == "model":
             if not isinstance(value, dict):
-                raise ValueError(f"{path}: model is not a block of `field: value` lines")
+                raise UserError(f"{path}: model is not a block of `field: value` lines")
             continue
         if name not in by_name:
-            raise ValueError(f"{path}: unknown key {name!r}")
+            raise UserError(f"{path}: unknown key {name!r}")
         values[name] = check_type(path, by_name[name], value)
     # A null leaves the choice to the program, as leaving the line out does.
     values = {name: value for name, value in values.items() if value is not None}
@@ -280,7 +281,7 @@ def check_type(path: str, f: dataclasses.Field, value):
         except ValueError:
             pass
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{path}: {f.name} is {value!r}; it must be {kind.__name__}")
+        raise UserError(f"{path}: {f.name} is {value!r}; it must be {kind.__name__}")
     if f.metadata["choices"] and value not in f.metadata["choices"]:
-        raise ValueError(f"{path}: {f.name} is {value!r}; choose from {', '.join(f.metadata['choices'])}")
+        raise UserError(f"{path}: {f.name} is {value!r}; choose from {', '.join(f.metadata['choices'])}")
     return value

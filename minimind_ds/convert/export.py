@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.io import write_file
@@ -40,18 +41,18 @@ def load(weight: str | Path, preset: str | None = None,
             preset, or none where one is needed.
     """
     if preset is not None and preset not in PRESETS:
-        raise ValueError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
+        raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
     config = weights.read_config(weight) or (PRESETS[preset] if preset else None)
     if config is None:
-        raise ValueError(f"{weight} does not carry its model's configuration: name a preset")
+        raise UserError(f"{weight} does not carry its model's configuration: name a preset")
     state = weights.load_weights(weight, config)
     if lora is None:
         return state, config
     matrices, facts, _ = adapters.load_adapters(lora, config)
     try:
         return adapters.merge(state, facts, matrices), config
-    except ValueError as error:
-        raise ValueError(f"{lora} beside {weight}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{lora} beside {weight}: {error}") from None
 
 
 def find_tokenizer(weight: str | Path) -> str | None:
@@ -76,7 +77,7 @@ def export_hf(state: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenize
     # What cannot work is found before anything is written.
     config_json = weights.to_hf_config(config, dtype)
     if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
+        raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
     config_json |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
                     "pad_token_id": tokenizer.pad_id}
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
@@ -136,13 +137,13 @@ def write_pth(out: Path, named: dict[str, Tensor], overwrite: bool):
 
 def check_free(out: Path, overwrite: bool):
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
-        raise ValueError(f"{out} exists already (replace it with --overwrite)")
+        raise UserError(f"{out} exists already (replace it with --overwrite)")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{out}: cannot be written: {error}") from None
+        raise UserError(f"{out}: cannot be written: {error}") from None
     if not os.access(out.parent, os.W_OK):
-        raise ValueError(f"{out}: {out.parent} is not writable")
+        raise UserError(f"{out}: {out.parent} is not writable")
 
 
 def write_json(path: Path, value: dict):
@@ -154,18 +155,18 @@ def run(weight: str | None, to: str, out: str, *, dtype: str | None, preset: str
     """What launch/export.py does.  Raises ValueError: a user's mistake."""
     if to == "minimind_lora":
         if lora is None:
-            raise ValueError("--to minimind_lora writes adapters: name them with --lora")
+            raise UserError("--to minimind_lora writes adapters: name them with --lora")
         export_minimind_lora(lora, out, dtype=DTYPES[dtype or "fp16"], overwrite=overwrite)
         return
     if weight is None:
-        raise ValueError(f"--to {to} writes a whole model: name its weights with --weight")
+        raise UserError(f"--to {to} writes a whole model: name its weights with --weight")
     state, config = load(weight, preset, lora)
     if to == "minimind":
         export_minimind(state, config, out, dtype=DTYPES[dtype or "fp16"], overwrite=overwrite)
         return
     path = tokenizer or find_tokenizer(weight)
     if path is None:
-        raise ValueError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer")
+        raise UserError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer")
     # Weights keep the precision they were trained in, unless told otherwise.
     kept = state["model.embed_tokens.weight"].dtype
     export_hf(state, config, load_tokenizer(path), out, dtype=DTYPES[dtype] if dtype else kept, overwrite=overwrite)

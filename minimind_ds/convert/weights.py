@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.io import write_file
 
@@ -106,7 +107,7 @@ def check(state: dict[str, Tensor], config: ModelConfig, source: str) -> dict[st
     if config.tie_word_embeddings and "lm_head.weight" in state:
         head, embedding = state.pop("lm_head.weight"), state.get("model.embed_tokens.weight")
         if embedding is not None and not (head is embedding or torch.equal(head, embedding)):
-            raise ValueError(f"{source}: lm_head.weight differs from model.embed_tokens.weight, but the configuration "
+            raise UserError(f"{source}: lm_head.weight differs from model.embed_tokens.weight, but the configuration "
                              f"ties them (tie_word_embeddings)")
     return fit(state, shapes, source)
 
@@ -126,7 +127,7 @@ def fit(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: st
     if any(wrong.values()):
         parts = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
                  for what, names in wrong.items() if names]
-        raise ValueError(f"{source} does not fit the model: {'; '.join(parts)}")
+        raise UserError(f"{source} does not fit the model: {'; '.join(parts)}")
     return {name: state[name] for name in shapes}
 
 
@@ -180,16 +181,16 @@ def find(path: str | Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ValueError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     files = sorted(path.glob("*.safetensors"))
     if (path / "config.json").is_file():
         if not files:
-            raise ValueError(f"{path}: a Hugging Face folder without .safetensors files (pickled ones are not read)")
+            raise UserError(f"{path}: a Hugging Face folder without .safetensors files (pickled ones are not read)")
         return files
     if not files:
-        raise ValueError(f"{path}: holds no .safetensors file")
+        raise UserError(f"{path}: holds no .safetensors file")
     if len(files) > 1:
-        raise ValueError(f"{path}: holds several weights ({', '.join(f.name for f in files)}); name one of them")
+        raise UserError(f"{path}: holds several weights ({', '.join(f.name for f in files)}); name one of them")
     return files
 
 
@@ -205,7 +206,7 @@ def read_config(path: str | Path) -> ModelConfig | None:
         return None
     metadata = read_metadata(first)
     if "lora" in metadata:
-        raise ValueError(f"{path}: holds LoRA adapters, not a whole model: name the weights they were trained on, and "
+        raise UserError(f"{path}: holds LoRA adapters, not a whole model: name the weights they were trained on, and "
                          f"these with --lora (chat, score, export)")
     stored = metadata.get("config")
     try:
@@ -214,7 +215,7 @@ def read_config(path: str | Path) -> ModelConfig | None:
         if folder_config.is_file():
             return from_hf_config(json.loads(folder_config.read_text(encoding="utf-8")))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: its configuration is not a MiniMind's: {error}") from None
+        raise UserError(f"{path}: its configuration is not a MiniMind's: {error}") from None
     return None
 
 
@@ -223,7 +224,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
 
 
 def load_weights(path: str | Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -249,7 +250,7 @@ def check_same_model(path: str | Path, theirs: ModelConfig, ours: ModelConfig):
     fields = [name for name in ours.to_dict() if name not in FREE_FIELDS]
     for name in fields if ours.use_moe else [name for name in fields if name not in MOE_FIELDS]:
         if getattr(theirs, name) != getattr(ours, name):
-            raise ValueError(f"{path}: {name} is {getattr(theirs, name)} there and {getattr(ours, name)} here")
+            raise UserError(f"{path}: {name} is {getattr(theirs, name)} there and {getattr(ours, name)} here")
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -257,7 +258,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file: {error}") from None
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
 
 
 def read_pth(path: Path) -> dict[str, Tensor]:
@@ -268,14 +269,14 @@ def read_pth(path: Path) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise ValueError(f"{path}: refused: it is not a plain file of tensors (torch.load with weights_only=True "
+        raise UserError(f"{path}: refused: it is not a plain file of tensors (torch.load with weights_only=True "
                          f"does not read it)") from None
     except (RuntimeError, OSError, EOFError, KeyError) as error:
-        raise ValueError(f"{path}: not a readable .pth file: {str(error).partition(chr(10))[0]}") from None
+        raise UserError(f"{path}: not a readable .pth file: {str(error).partition(chr(10))[0]}") from None
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not (isinstance(state, dict) and state and all(isinstance(tensor, Tensor) for tensor in state.values())):
-        raise ValueError(f"{path}: holds no state dict")
+        raise UserError(f"{path}: holds no state dict")
     return state
 
 
@@ -286,7 +287,7 @@ def to_hf_config(config: ModelConfig, dtype: torch.dtype) -> dict:
         ValueError: experts without QK-norm, for which there is no such architecture.
     """
     if config.use_moe and not config.qk_norm:
-        raise ValueError("a mixture of experts without qk_norm has no counterpart in transformers")
+        raise UserError("a mixture of experts without qk_norm has no counterpart in transformers")
     kind, name = ("qwen3_moe", "Qwen3Moe") if config.use_moe else ("qwen3", "Qwen3")
     if not config.qk_norm:
         kind, name = "llama", "Llama"
@@ -323,19 +324,19 @@ def from_hf_config(values: dict) -> ModelConfig:
     """
     kind = values.get("model_type")
     if kind not in ("qwen3", "qwen3_moe", "llama", "minimind"):
-        raise ValueError(f"model_type {kind!r} is none of qwen3, qwen3_moe, llama")
+        raise UserError(f"model_type {kind!r} is none of qwen3, qwen3_moe, llama")
     refused = {"attention_bias": (None, False), "mlp_bias": (None, False), "use_sliding_window": (None, False),
                "mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)}
     for name, allowed in refused.items():
         if values.get(name) not in allowed:
-            raise ValueError(f"{name} is {values[name]!r}, which MiniMind does not have")
+            raise UserError(f"{name} is {values[name]!r}, which MiniMind does not have")
     known = set(ModelConfig.__dataclass_fields__) - {"rope_scaling", "use_moe", "qk_norm"}
     fields = {name: value for name, value in values.items() if name in known and value is not None}
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     fields["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
     kind_of_rope = rope.pop("rope_type", rope.pop("type", "default"))
     if kind_of_rope not in ("default", "yarn"):
-        raise ValueError(f"rope_type {kind_of_rope!r} is neither default nor yarn")
+        raise UserError(f"rope_type {kind_of_rope!r} is neither default nor yarn")
     if kind_of_rope == "yarn":
         fields["rope_scaling"] = {**rope, "type": "yarn"}
     if kind == "qwen3_moe":

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minimind_ds.config.errors import UserError
+
 ROLES = ("system", "user", "assistant", "tool")
 # Who speaks in ShareGPT's `from`; function_call is an assistant turn that holds nothing but a call.
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant",
@@ -24,7 +26,7 @@ SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistan
 MAX_LINE_BYTES = 64 << 20
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A data file that cannot be used; the message names the file, the line counted from 1, and what is wrong."""
 
 
@@ -62,11 +64,11 @@ def parse_conversation(record: dict) -> Conversation:
     """
     shape = record_shape(record)
     if shape == "text":
-        raise ValueError("the record holds 'text', which is for pretraining; a conversation is needed")
+        raise UserError("the record holds 'text', which is for pretraining; a conversation is needed")
     try:
         return _PARSERS[shape](record)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        raise UserError("it is nested too deeply") from None
 
 
 def record_shape(record: dict) -> str:
@@ -76,7 +78,7 @@ def record_shape(record: dict) -> str:
         ValueError: none of them.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"it is {_kind(record)}, not a JSON object")
+        raise UserError(f"it is {_kind(record)}, not a JSON object")
     if "conversations" in record:
         turns = record["conversations"]
         first = turns[0] if isinstance(turns, list) and turns else None
@@ -85,7 +87,7 @@ def record_shape(record: dict) -> str:
         if key in record:
             return shape
     keys = ", ".join(ascii(key[:40]) for key in list(record)[:5]) or "none"
-    raise ValueError("none of the keys 'conversations', 'messages', 'instruction', 'text' is there "
+    raise UserError("none of the keys 'conversations', 'messages', 'instruction', 'text' is there "
                      f"(keys found: {keys})")
 
 
@@ -101,22 +103,22 @@ def parse_messages(turns: list, tools: Any = None, *, for_training: bool = True)
         ValueError: what is wrong.
     """
     if not isinstance(turns, list):
-        raise ValueError(f"the turns are {_kind(turns)}, not a list")
+        raise UserError(f"the turns are {_kind(turns)}, not a list")
     if not turns:
-        raise ValueError("the conversation is empty")
+        raise UserError("the conversation is empty")
     messages = []
     tool_texts = _tools(tools)
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
-            raise ValueError(f"turn {number} is {_kind(turn)}, not an object")
+            raise UserError(f"turn {number} is {_kind(turn)}, not an object")
         message = _message(turn, number)
         if turn.get("tools"):
             if message.role != "system":
-                raise ValueError(f"turn {number}: 'tools' belongs to a system turn, not to {message.role!r}")
+                raise UserError(f"turn {number}: 'tools' belongs to a system turn, not to {message.role!r}")
             tool_texts = _tools(turn["tools"])
         messages.append(message)
     if for_training and not any(message.role == "assistant" for message in messages):
-        raise ValueError("there is no assistant turn to learn from")
+        raise UserError("there is no assistant turn to learn from")
     return Conversation(tuple(messages), tool_texts)
 
 
@@ -128,18 +130,18 @@ def parse_text(record: dict) -> str:
     """
     shape = record_shape(record)
     if shape != "text":
-        raise ValueError(f"a {shape!r} record is for fine-tuning; pretraining needs a 'text'")
+        raise UserError(f"a {shape!r} record is for fine-tuning; pretraining needs a 'text'")
     return _string(record["text"], "text")
 
 
 def _message(turn: dict, number: int) -> Message:
     role = turn.get("role")
     if role not in ROLES:
-        raise ValueError(f"role {_quoted(role)} is not one of {', '.join(ROLES)}")
+        raise UserError(f"role {_quoted(role)} is not one of {', '.join(ROLES)}")
     content, reasoning, calls = turn.get("content"), turn.get("reasoning_content"), turn.get("tool_calls")
     if (calls or reasoning) and role != "assistant":
         key = "tool_calls" if calls else "reasoning_content"
-        raise ValueError(f"turn {number}: {key!r} belongs to an assistant turn, not to {role!r}")
+        raise UserError(f"turn {number}: {key!r} belongs to an assistant turn, not to {role!r}")
     # OpenAI's format has null here when the answer is nothing but calls.
     if content is None and calls:
         content = ""
@@ -155,9 +157,9 @@ def _tool_calls(calls: Any, where: str) -> tuple[ToolCall, ...]:
         if isinstance(call, dict):
             call = call.get("function") or call
         if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise ValueError(f"{where}a tool call has no name")
+            raise UserError(f"{where}a tool call has no name")
         if "arguments" not in call:
-            raise ValueError(f"{where}tool call {call['name'][:40]!a} has no arguments")
+            raise UserError(f"{where}tool call {call['name'][:40]!a} has no arguments")
         arguments = call["arguments"]
         text = arguments if isinstance(arguments, str) else _json_text(arguments, where + "arguments")
         parsed.append(ToolCall(_string(call["name"], where + "tool call name"), _string(text, where + "arguments")))
@@ -169,7 +171,7 @@ def _tools(tools: Any) -> tuple[str, ...]:
         return ()
     parsed = _json_list(tools, "tools")
     if not all(isinstance(tool, dict) for tool in parsed):
-        raise ValueError("tools is not a list of objects")
+        raise UserError("tools is not a list of objects")
     return tuple(_string(_json_text(tool, "tools"), "tools") for tool in parsed)
 
 
@@ -178,11 +180,11 @@ def _from_sharegpt(record: dict) -> Conversation:
     parsed = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     for number, turn in enumerate(turns if isinstance(turns, list) else [], 1):
         if not isinstance(turn, dict):
-            raise ValueError(f"turn {number} is {_kind(turn)}, not an object")
+            raise UserError(f"turn {number} is {_kind(turn)}, not an object")
         speaker = turn.get("from")
         role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            raise ValueError(f"from {_quoted(speaker)} is not one of {', '.join(SHAREGPT_ROLES)}")
+            raise UserError(f"from {_quoted(speaker)} is not one of {', '.join(SHAREGPT_ROLES)}")
         value = turn.get("value")
         if role == "function_call":
             call = _json(_string(value, f"turn {number} (function_call): value"), f"turn {number}: value")
@@ -197,7 +199,7 @@ def _from_alpaca(record: dict) -> Conversation:
     turns = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     history = record.get("history") or []
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise ValueError("history is not a list of [question, answer] pairs")
+        raise UserError("history is not a list of [question, answer] pairs")
     for question, answer in history:
         turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     question = _string(record["instruction"], "instruction")
@@ -231,7 +233,7 @@ class Records:
         for number, line in _lines(self.path):
             try:
                 item = self._parse(line)
-            except ValueError as err:
+            except UserError as err:
                 self._bad(number, err)
                 continue
             self.read += 1
@@ -246,7 +248,7 @@ class Records:
         item = parse_text(record) if self.kind == "text" else parse_conversation(record)
         self.shape = self.shape or shape
         if shape != self.shape:
-            raise ValueError(f"a {shape!r} record in a file that began with {self.shape!r}")
+            raise UserError(f"a {shape!r} record in a file that began with {self.shape!r}")
         return item
 
     def _bad(self, number: int, err: ValueError) -> None:
@@ -268,9 +270,9 @@ def read_records(path: str | Path, kind: str, on_bad_record: str = "stop") -> Re
         DataError: no such file, a folder, unreadable, empty; while iterating: a bad record, or no good one.
     """
     if kind not in ("conversations", "text"):
-        raise ValueError(f"kind is {kind!r}; it must be 'conversations' or 'text'")
+        raise UserError(f"kind is {kind!r}; it must be 'conversations' or 'text'")
     if on_bad_record not in ("stop", "skip"):
-        raise ValueError(f"on_bad_record is {on_bad_record!r}; it must be 'stop' or 'skip'")
+        raise UserError(f"on_bad_record is {on_bad_record!r}; it must be 'stop' or 'skip'")
     path = Path(path)
     if path.is_dir():
         raise DataError(f"{path} is a folder, not a JSONL file")
@@ -295,7 +297,7 @@ def file_kind(path: str | Path) -> str:
     for number, line in _lines(Path(path)):
         try:
             return "text" if record_shape(decode_line(line)) == "text" else "conversations"
-        except ValueError as err:
+        except UserError as err:
             raise DataError(f"{path} line {number}: {err}") from None
     raise DataError(f"{path} holds no record")
 
@@ -307,11 +309,11 @@ def decode_line(line: bytes) -> Any:
         ValueError: too long, not UTF-8, not JSON, numbers JSON does not have, or nested too deeply.
     """
     if len(line) > MAX_LINE_BYTES:
-        raise ValueError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
+        raise UserError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         return _json(line.decode("utf-8"), "the line")
     except UnicodeDecodeError as err:
-        raise ValueError(f"it is not UTF-8 (byte {err.start + 1} of the line)") from None
+        raise UserError(f"it is not UTF-8 (byte {err.start + 1} of the line)") from None
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -332,22 +334,22 @@ def _json(text: str, what: str) -> Any:
     try:
         return json.loads(text, parse_constant=_no_such_number, parse_float=_finite)
     except RecursionError:
-        raise ValueError(f"{what} is nested too deeply") from None
+        raise UserError(f"{what} is nested too deeply") from None
     except json.JSONDecodeError as err:
-        raise ValueError(f"{what} is not valid JSON: {err.msg} (column {err.pos + 1})") from None
+        raise UserError(f"{what} is not valid JSON: {err.msg} (column {err.pos + 1})") from None
     # Python refuses to read integers of more than 4300 digits.
     except ValueError as err:
-        raise ValueError(f"{what} is not valid JSON: {err}") from None
+        raise UserError(f"{what} is not valid JSON: {err}") from None
 
 
 def _no_such_number(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise UserError(f"{name} is no JSON number")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"number {text[:20]} is too large")
+        raise UserError(f"number {text[:20]} is too large")
     return value
 
 
@@ -355,7 +357,7 @@ def _json_list(value: Any, what: str) -> list:
     if isinstance(value, str):
         value = _json(value, what) or []
     if not isinstance(value, list):
-        raise ValueError(f"{what} is {_kind(value)}, not a list")
+        raise UserError(f"{what} is {_kind(value)}, not a list")
     return value
 
 
@@ -364,17 +366,17 @@ def _json_text(value: Any, what: str) -> str:
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as err:
-        raise ValueError(f"{what} is not JSON: {err}") from None
+        raise UserError(f"{what} is not JSON: {err}") from None
 
 
 def _string(value: Any, what: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{what} is {_kind(value)}, not a string")
+        raise UserError(f"{what} is {_kind(value)}, not a string")
     if not value.isascii():
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as err:
-            raise ValueError(f"{what} is not valid Unicode (lone surrogate at character {err.start + 1})") from None
+            raise UserError(f"{what} is not valid Unicode (lone surrogate at character {err.start + 1})") from None
     return value
 
 

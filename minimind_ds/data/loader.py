@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.data.packing import PackedBatch, Rows, check_lengths, lay_out, pack_rows, permutation, random_keys
 from minimind_ds.data.store import TokenStore
 
@@ -85,7 +86,7 @@ class EpochPlan:
             ValueError: ranks x accumulation x batch_size is not the plan's rows_per_step.
         """
         if ranks * accumulation * batch_size != self.rows_per_step:
-            raise ValueError(f"{ranks} ranks x {accumulation} micro-batches x {batch_size} rows are not the "
+            raise UserError(f"{ranks} ranks x {accumulation} micro-batches x {batch_size} rows are not the "
                              f"{self.rows_per_step} rows per step of the plan")
         assert 0 <= rank < ranks and 0 <= micro < accumulation
         start = self._row_range(step).start
@@ -123,7 +124,7 @@ def epoch_plan(lengths: Sequence[int] | np.ndarray, labelled: Sequence[int] | np
         ValueError: a sample that is empty or longer than pack_len, or rows_per_step below 1.
     """
     if rows_per_step < 1:
-        raise ValueError(f"rows_per_step is {rows_per_step}; it must be at least 1")
+        raise UserError(f"rows_per_step is {rows_per_step}; it must be at least 1")
     lengths_N, labelled_N = np.asarray(lengths, dtype=np.int64), np.asarray(labelled, dtype=np.int64)
     assert lengths_N.shape == labelled_N.shape
     if packing:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.data.row_search import fill_rows, repack
 
 if TYPE_CHECKING:
@@ -103,11 +104,11 @@ def pack_rows(lengths: Sequence[int] | np.ndarray, pack_len: int, seed: int) -> 
 
 def check_lengths(lengths_N: np.ndarray, pack_len: int):
     if pack_len < 1:
-        raise ValueError(f"pack_len is {pack_len}; it must be at least 1")
+        raise UserError(f"pack_len is {pack_len}; it must be at least 1")
     for wrong_N, what in ((lengths_N > pack_len, f"more than pack_len {pack_len}"), (lengths_N < 1, "no token")):
         if wrong_N.any():
             index = int(wrong_N.argmax())
-            raise ValueError(f"sample {index} has length {lengths_N[index]}: {what}")
+            raise UserError(f"sample {index} has length {lengths_N[index]}: {what}")
 
 
 def _assign(lengths_N: np.ndarray, pack_len: int, seed: int) -> np.ndarray:
@@ -178,7 +179,7 @@ class PackedBatch:
         """
         total = self.input_ids.numel()
         if total % of:
-            raise ValueError(f"{total} tokens cannot be cut into {of} equal shares")
+            raise UserError(f"{total} tokens cannot be cut into {of} equal shares")
         run = slice(index * (total // of), (index + 1) * (total // of))
         cut = {name: getattr(self, name).flatten()[run][None] for name in ("input_ids", "labels", "position_ids")}
         real = None if self.real_mask is None else self.real_mask.flatten()[run][None]
@@ -224,10 +225,10 @@ def lay_out(input_ids_N: np.ndarray, labels_N: np.ndarray, lengths: list[np.ndar
     """`collate` for tokens that lie one after another; `lengths` holds the samples' lengths, an array for each row."""
     n_rows = len(lengths)
     if not n_rows:
-        raise ValueError("a batch needs at least one row")
+        raise UserError("a batch needs at least one row")
     filled_B = np.array([row.sum() for row in lengths], dtype=np.int64)
     if filled_B.max() > pack_len:
-        raise ValueError(f"row {int(filled_B.argmax())} has {filled_B.max()} tokens, more than pack_len {pack_len}")
+        raise UserError(f"row {int(filled_B.argmax())} has {filled_B.max()} tokens, more than pack_len {pack_len}")
     # A row's padding tail is one more segment; a full row has none.
     segments = [n for row, filled in zip(lengths, filled_B) for n in (*row, pack_len - filled) if n]
     bounds = np.zeros(len(segments) + 1, dtype=np.int64)

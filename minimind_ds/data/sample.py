@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 import torch
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.data.conversation import Conversation, Message, parse_conversation, parse_messages
 from minimind_ds.data.tokenizer import Tokenizer
 
@@ -140,9 +141,9 @@ def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, ma
         ValueError: as build_sample.
     """
     if policy not in ("cut", "drop"):
-        raise ValueError(f"policy is {policy!r}; it must be 'cut' or 'drop'")
+        raise UserError(f"policy is {policy!r}; it must be 'cut' or 'drop'")
     if max_len < 2:
-        raise ValueError(f"max_len is {max_len}; a sample needs at least 2 tokens")
+        raise UserError(f"max_len is {max_len}; a sample needs at least 2 tokens")
     missing = {token for token in MARKERS if token not in tok.specials}
     rendered: list[list[Piece] | str] = []
     place: dict[str, int] = {}

@@ -36,6 +36,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.data.conversation import DataError, read_records
 from minimind_ds.data.packing import IGNORE, random_keys
 from minimind_ds.data.sample import FATES, RENDERING, Augment, Sample, build_samples
@@ -103,9 +104,9 @@ class TokenStore:
             ValueError: fraction not in (0, 1), or fewer than two samples.
         """
         if not 0 < fraction < 1:
-            raise ValueError(f"the held-out fraction is {fraction}; it must be between 0 and 1")
+            raise UserError(f"the held-out fraction is {fraction}; it must be between 0 and 1")
         if len(self) < 2:
-            raise ValueError(f"{self.path} has {len(self)} sample; a held-out split needs at least 2")
+            raise UserError(f"{self.path} has {len(self)} sample; a held-out split needs at least 2")
         # Shuffled over all lines, used or not, so that a line's side does not hang on what became of another.
         n_lines = self.stats["lines"]
         rank_N = np.argsort(np.argsort(random_keys(n_lines, seed, 6), kind="stable"), kind="stable")[self.lines - 1]
@@ -157,7 +158,7 @@ def open_or_build(path: str | Path, tok: Tokenizer, *, kind: str, max_seq_len: i
     records = read_records(path, kind, on_bad_record)
     unknown = sorted(set(options or {}) - set(OPTIONS))
     if unknown:
-        raise ValueError(f"unknown data option {unknown[0]!r}; there are {', '.join(OPTIONS)}")
+        raise UserError(f"unknown data option {unknown[0]!r}; there are {', '.join(OPTIONS)}")
     options = {**OPTIONS, **(options or {})}
     augment = None
     if options["random_system_ratio"] or options["drop_empty_think_ratio"]:

@@ -22,6 +22,7 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.io import write_file
 from minimind_ds.paths import ASSETS
 
@@ -93,7 +94,7 @@ class Tokenizer(ABC):
             ValueError: this tokenizer has no such control token.
         """
         if token not in self.specials:
-            raise ValueError(f"tokenizer {self.name} has no control token {token!r}")
+            raise UserError(f"tokenizer {self.name} has no control token {token!r}")
         return self.specials[token]
 
     def __len__(self) -> int:
@@ -117,9 +118,9 @@ class HuggingFaceTokenizer(Tokenizer):
             self.specials = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
             twin = _without_added_tokens(spec, self.specials)
         except (KeyError, TypeError, AttributeError) as err:
-            raise ValueError(f"{folder}/tokenizer.json is not a tokenizer: {err!r}") from None
+            raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {err!r}") from None
         except ValueError as err:
-            raise ValueError(f"{folder}/tokenizer.json: {err}") from None
+            raise UserError(f"{folder}/tokenizer.json: {err}") from None
         self._full = _rust_tokenizer(self._files["tokenizer.json"].decode("utf-8"), folder)
         self._plain = _rust_tokenizer(json.dumps(twin), folder)
         for token in CHAT_TOKENS:
@@ -138,10 +139,10 @@ class HuggingFaceTokenizer(Tokenizer):
         if token is None:
             token = next((t for t in otherwise if t in self.specials), otherwise[0])
         if not isinstance(token, str):
-            raise ValueError(f"{self.name}/tokenizer_config.json: {key} is {token!r}, not a token")
+            raise UserError(f"{self.name}/tokenizer_config.json: {key} is {token!r}, not a token")
         found = self._full.token_to_id(token)
         if found is None:
-            raise ValueError(f"{self.name}/tokenizer_config.json: {key} {token!r} is not in the vocabulary")
+            raise UserError(f"{self.name}/tokenizer_config.json: {key} {token!r} is not in the vocabulary")
         return found
 
     def encode(self, text: str) -> list[int]:
@@ -182,14 +183,14 @@ class SentencePieceTokenizer(Tokenizer):
         self._model = model
         # The library takes no bytes for "load nothing now".
         if not model:
-            raise ValueError(f"{name} is empty")
+            raise UserError(f"{name} is empty")
         try:
             self._sp = sp = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size = sp.vocab_size()
             ids = range(self.vocab_size)
             self._pieces = [sp.id_to_piece(i) for i in ids]
         except (RuntimeError, UnicodeDecodeError):
-            raise ValueError(f"{name} is not a SentencePiece model") from None
+            raise UserError(f"{name} is not a SentencePiece model") from None
         self.specials = {self._pieces[i]: i for i in ids if sp.is_control(i) or sp.is_unknown(i)}
         for token in CHAT_TOKENS:
             self.special_id(token)
@@ -200,7 +201,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._skipped = {i for token, i in self.specials.items() if token not in VISIBLE_TOKENS}
         self._meta_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in META_BYTES]
         if not all(map(sp.is_byte, self._meta_ids)) or self.decode(self.encode(ROUND_TRIP_PROBE)) != ROUND_TRIP_PROBE:
-            raise ValueError(f"{name} changes the text it encodes; train it with byte fallback, identity "
+            raise UserError(f"{name} changes the text it encodes; train it with byte fallback, identity "
                              "normalisation and no dummy prefix (launch/train_tokenizer.py does)")
 
     def _piece_bytes(self, i: int) -> bytes:
@@ -289,9 +290,9 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
             shipped = path == ASSETS / "tokenizer.model"
             return SentencePieceTokenizer(path.read_bytes(), name="embedded" if shipped else str(path))
     except OSError as err:
-        raise ValueError(f"tokenizer {path} cannot be read: {err.strerror}") from None
+        raise UserError(f"tokenizer {path} cannot be read: {err.strerror}") from None
     what = "has neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
-    raise ValueError(f"tokenizer {path} {what}")
+    raise UserError(f"tokenizer {path} {what}")
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400, out: str | Path) -> Tokenizer:
@@ -307,10 +308,10 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400, out: str | 
     lines = (line for text in texts for line in text.replace(META_SPACE, "").split("\n") if line)
     first = next(lines, None)
     if first is None:
-        raise ValueError("there is no text to train a tokenizer on")
+        raise UserError("there is no text to train a tokenizer on")
     fixed = len(SPECIAL_TOKENS) + 256 + 1
     if vocab_size <= fixed:
-        raise ValueError(f"vocab_size is {vocab_size}; control tokens, bytes and newline alone take {fixed}")
+        raise UserError(f"vocab_size is {vocab_size}; control tokens, bytes and newline alone take {fixed}")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -329,7 +330,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400, out: str | 
             why = f"vocab_size is {vocab_size}; the characters of this text alone take {least[1]} pieces"
         else:
             why = f"the tokenizer cannot be trained: {' '.join(str(err).split())}"
-        raise ValueError(why) from None
+        raise UserError(why) from None
     tokenizer = SentencePieceTokenizer(model.getvalue(), name=str(out))
     _write_files(Path(out).parent, {Path(out).name: model.getvalue()})
     return tokenizer
@@ -344,11 +345,11 @@ def _without_added_tokens(spec: dict, added: dict[str, int]) -> dict:
     """tokenizer.json with no added token, neither to be matched nor to be spelled by merges; not padded or cut."""
     model = spec["model"]
     if model.get("type") != "BPE":
-        raise ValueError(f"the model is {model.get('type')!r}; only 'BPE' is supported")
+        raise UserError(f"the model is {model.get('type')!r}; only 'BPE' is supported")
     merged = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "", 1) for pair in model["merges"]}
     spelled = sorted(merged & added.keys())
     if spelled:
-        raise ValueError(f"plain text can spell the added token {spelled[0]!r}; it would not be safe to train on")
+        raise UserError(f"plain text can spell the added token {spelled[0]!r}; it would not be safe to train on")
     vocab = {token: i for token, i in model["vocab"].items() if token not in added}
     return {**spec, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None,
             "model": {**model, "vocab": vocab, "unk_token": None}}
@@ -362,16 +363,16 @@ def _rust_tokenizer(spec: str, folder: Path) -> tokenizers.Tokenizer:
     # The library raises bare Exception, and a Rust panic arrives as a BaseException.
     except BaseException as err:
         why = str(err).splitlines()[0] if str(err) else type(err).__name__
-        raise ValueError(f"{folder}/tokenizer.json is not a tokenizer: {why}") from None
+        raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {why}") from None
 
 
 def _json_object(content: bytes, path: Path) -> dict:
     try:
         value = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as err:
-        raise ValueError(f"{path} is not JSON: {err}") from None
+        raise UserError(f"{path} is not JSON: {err}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
+        raise UserError(f"{path} holds no JSON object")
     return value
 
 
@@ -383,7 +384,7 @@ def _checked(ids: Iterable[int], vocab_size: int) -> list[int]:
     ids = [int(i) for i in ids]
     for i in ids:
         if not 0 <= i < vocab_size:
-            raise ValueError(f"token id {i} is not in [0, {vocab_size})")
+            raise UserError(f"token id {i} is not in [0, {vocab_size})")
     return ids
 
 

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from minimind_ds import kernels
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 
 # Keys of DeepSpeed's expert_parallel block that mean here what they mean there.
@@ -32,21 +33,21 @@ def read_dims(path: str, raw: dict, ranks: int) -> ParallelDims:
     sizes = {key: raw.get(key, 1) for key in ("sequence_parallel_size", "data_parallel_size")}
     experts = raw.get("expert_parallel", {})
     if not isinstance(experts, dict):
-        raise ValueError(f"{path}: expert_parallel is {experts!r}; it must be an object")
+        raise UserError(f"{path}: expert_parallel is {experts!r}; it must be an object")
     sizes["expert_parallel.autoep_size"] = experts.get("autoep_size", 1) if experts.get("enabled", False) else 1
     for key, size in sizes.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{path}: {key} is {size!r}; it must be a positive whole number")
+            raise UserError(f"{path}: {key} is {size!r}; it must be a positive whole number")
     others = sorted(set(experts) - EXPERT_KEYS)
     if others:
-        raise ValueError(f"{path}: expert_parallel.{others[0]} belongs to AutoEP's own MoE layer, which is not used "
+        raise UserError(f"{path}: expert_parallel.{others[0]} belongs to AutoEP's own MoE layer, which is not used "
                          f"here; leave it out (known: {', '.join(sorted(EXPERT_KEYS))})")
     if experts.get("preset_model") not in (None, "qwen3_moe"):
-        raise ValueError(f"{path}: expert_parallel.preset_model is {experts['preset_model']!r}; the models here carry "
+        raise UserError(f"{path}: expert_parallel.preset_model is {experts['preset_model']!r}; the models here carry "
                          "Qwen3-MoE's names: \"qwen3_moe\", or leave it out")
     sequence = sizes["sequence_parallel_size"]
     if "data_parallel_size" in raw and sizes["data_parallel_size"] * sequence != ranks:
-        raise ValueError(f"{path}: data_parallel_size {sizes['data_parallel_size']} x sequence_parallel_size "
+        raise UserError(f"{path}: data_parallel_size {sizes['data_parallel_size']} x sequence_parallel_size "
                          f"{sequence} is not the {ranks} ranks of this run")
     return ParallelDims(sequence, sizes["expert_parallel.autoep_size"])
 
@@ -61,23 +62,23 @@ def check(dims: ParallelDims, config: ModelConfig, *, ranks: int, row_tokens: in
     n, H, HKV = dims.sequence, config.num_attention_heads, config.num_key_value_heads
     works = [m for m in range(1, H + 1) if H % m == 0 and (HKV % m == 0 or m % HKV == 0)]
     if n not in works:
-        raise ValueError(f"{path}: sequence_parallel_size {n} does not divide {H} heads over {HKV} key heads; "
+        raise UserError(f"{path}: sequence_parallel_size {n} does not divide {H} heads over {HKV} key heads; "
                          f"{', '.join(map(str, works))} do")
     if row_tokens % n:
-        raise ValueError(f"{path}: sequence_parallel_size {n} does not divide batch_size x pack_len = {row_tokens} "
+        raise UserError(f"{path}: sequence_parallel_size {n} does not divide batch_size x pack_len = {row_tokens} "
                          "tokens; choose another --pack_len")
     for name, degree in (("sequence_parallel_size", n), ("expert_parallel.autoep_size", dims.experts)):
         if ranks % degree:
-            raise ValueError(f"{path}: {name} {degree} does not divide the {ranks} ranks of this run")
+            raise UserError(f"{path}: {name} {degree} does not divide the {ranks} ranks of this run")
     if dims.experts == 1:
         return
     if not config.use_moe:
-        raise ValueError(f"{path}: expert_parallel is enabled, and the model has no experts")
+        raise UserError(f"{path}: expert_parallel is enabled, and the model has no experts")
     if config.num_experts % dims.experts:
-        raise ValueError(f"{path}: expert_parallel.autoep_size {dims.experts} does not divide "
+        raise UserError(f"{path}: expert_parallel.autoep_size {dims.experts} does not divide "
                          f"{config.num_experts} experts")
     if stage == 0:
-        raise ValueError(f"{path}: expert_parallel needs ZeRO stage 1, 2 or 3 (DeepSpeed reduces experts' gradients "
+        raise UserError(f"{path}: expert_parallel needs ZeRO stage 1, 2 or 3 (DeepSpeed reduces experts' gradients "
                          "apart from the others' there)")
 
 

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.convert import export, weights
 from minimind_ds.data.sample import prompt_ids
@@ -44,7 +45,7 @@ class Sampling:
                                  ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
                                  ("max_new_tokens", self.max_new_tokens >= 1, "at least 1")):
             if not good:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be {what}")
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be {what}")
 
     def generation_config(self, tok: Tokenizer, vocab_size: int) -> GenerationConfig:
         """The same for transformers; ids beyond the tokenizer's are never drawn."""
@@ -72,10 +73,10 @@ def load_model(weight: str, tokenizer: str | None = None, *, dtype: torch.dtype 
     state, config = export.load(weight, lora=lora)
     where = tokenizer or export.find_tokenizer(weight)
     if where is None:
-        raise ValueError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer")
+        raise UserError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer")
     tok = load_tokenizer(where)
     if tok.vocab_size > config.vocab_size:
-        raise ValueError(f"{weight}: these are weights of another tokenizer: {tok.name} has {tok.vocab_size} ids, "
+        raise UserError(f"{weight}: these are weights of another tokenizer: {tok.name} has {tok.vocab_size} ids, "
                          f"the model {config.vocab_size}")
     return as_transformers(state, config, dtype or state["model.embed_tokens.weight"].dtype, device), tok
 
@@ -92,7 +93,7 @@ def as_transformers(state: dict[str, torch.Tensor], config: ModelConfig, dtype: 
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
     hf_config = AutoConfig.for_model(**values)
     hf_config.architectures = values["architectures"]
     model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
@@ -203,7 +204,7 @@ class Chat:
             ids = prompt_ids(self.messages(question, kept), self.tok, open_thinking=self.open_thinking)
             if len(ids) <= room:
                 return ids
-        raise ValueError(f"the question takes {len(ids)} tokens; with --max_new_tokens "
+        raise UserError(f"the question takes {len(ids)} tokens; with --max_new_tokens "
                          f"{self.sampling.max_new_tokens} there is room for {max(room, 0)}")
 
     def ask(self, question: str, write: Callable[[str], None]) -> Stream:
@@ -258,5 +259,5 @@ def converse(chat: Chat, lines: Callable[[str], str] = input):
         elif question:
             try:
                 answer(chat, question)
-            except ValueError as error:
+            except UserError as error:
                 print(f"error: {error}", file=sys.stderr)

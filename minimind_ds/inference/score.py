@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.data.conversation import Conversation, DataError, read_records
 from minimind_ds.data.sample import prompt_ids
 from minimind_ds.data.tokenizer import Tokenizer
@@ -82,7 +83,7 @@ def greedy(model: PreTrainedModel, tok: Tokenizer, prompts: Sequence[list[int]],
     longest = model.config.max_position_embeddings
     for number, (ids, room) in enumerate(zip(prompts, max_new_tokens), 1):
         if len(ids) + room > longest:
-            raise ValueError(f"prompt {number} takes {len(ids)} tokens and its answer {room}; the model holds "
+            raise UserError(f"prompt {number} takes {len(ids)} tokens and its answer {room}; the model holds "
                              f"{longest}")
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minimind_ds.config.errors import UserError
+
 from . import compiled, deepspeed_ops, reference, sdpa, triton
 from .needs import NOTHING, KernelRequirements
 
@@ -61,13 +63,13 @@ def parse(spec: str) -> dict[str, str]:
         if not named:
             asked.update({op: key for op in OPS if op not in lacks(key)})
         elif key not in keys:
-            raise ValueError(f"kernels {spec!r}: no operation {key!r}; there are {', '.join(keys)}")
+            raise UserError(f"kernels {spec!r}: no operation {key!r}; there are {', '.join(keys)}")
         else:
             asked[key] = name
     for key, name in asked.items():
         names = ACTIVATIONS if key == "activations" else ("auto", *BACKENDS)
         if name not in names:
-            raise ValueError(f"kernels {spec!r}: no {key} {name!r}; there are {', '.join(names)}")
+            raise UserError(f"kernels {spec!r}: no {key} {name!r}; there are {', '.join(names)}")
     return asked
 
 
@@ -84,7 +86,7 @@ def with_compiled(spec: str) -> str:
     """
     asked = parse(spec)
     if "elementwise" in spec and asked["elementwise"] not in ("auto", "compiled"):
-        raise ValueError(f"kernels {spec!r}: elementwise = {asked['elementwise']} and --compile exclude each other")
+        raise UserError(f"kernels {spec!r}: elementwise = {asked['elementwise']} and --compile exclude each other")
     asked["elementwise"] = "compiled"
     asked["rope"] = "compiled" if asked["rope"] == "auto" else asked["rope"]
     return ",".join(f"{op}={name}" for op, name in asked.items())
@@ -123,7 +125,7 @@ def choose(op: str, name: str, device: torch.device, dtype: torch.dtype, needs: 
         return next(other for other, module in BACKENDS.items() if module.why_not(op, device, dtype, needs) is None)
     refusal = BACKENDS[name].why_not(op, device, dtype, needs)
     if refusal:
-        raise ValueError(f"kernels: {op} = {name} cannot run here: {refusal}")
+        raise UserError(f"kernels: {op} = {name} cannot run here: {refusal}")
     return name
 
 
@@ -149,7 +151,7 @@ def why_slow(device: torch.device, dtype: torch.dtype) -> str | None:
 def backend_module(op: str, backend: str, x: Tensor, needs: KernelRequirements = NOTHING) -> ModuleType:
     """The module that runs `op` for tensors like x.  Raises ValueError as the operations below do."""
     if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"kernels: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
+        raise UserError(f"kernels: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
     module = BACKENDS[choose(op, backend, x.device, x.dtype, needs)]
     return module.load() if hasattr(module, "load") else module
 

@@ -19,6 +19,8 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from minimind_ds.config.errors import UserError
+
 from .needs import KernelRequirements
 from .sdpa import Permute
 
@@ -57,7 +59,7 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
 
     (T, C), (E, inner), K = x.shape, gate_up.shape[:2], experts.shape[1]
     if T * K * max(inner, C) >= 2 ** 31:
-        raise ValueError(f"DeepSpeed's grouped GEMM counts in 32 bits: {T} tokens x {K} experts x {max(inner, C)} "
+        raise UserError(f"DeepSpeed's grouped GEMM counts in 32 bits: {T} tokens x {K} experts x {max(inner, C)} "
                          "columns are too many; use smaller micro-batches or --kernels moe=triton")
     # Choice m = t * K + k; `order` lists choices by expert, `place` is where each went.  Nothing waits for the GPU.
     chosen_M, order_M = experts.flatten().sort(stable=True)

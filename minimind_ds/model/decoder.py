@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minimind_ds import kernels
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.convert import weights
 from minimind_ds.kernels import KernelRequirements, KernelSelection, attention, resolve, with_compiled
@@ -120,24 +121,24 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, packing: ForwardContext) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps, backend=packing.kernels.elementwise)
+    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
+        return kernels.rms_norm(x, self.weight, self.eps, backend=context.kernels.elementwise)
 
 
 class ResidualNorm(RMSNorm):
-    def forward(self, x: Tensor, residual: Tensor, packing: ForwardContext) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
         """-> x + residual, and its norm."""
-        return kernels.add_rms_norm(x, residual, self.weight, self.eps, backend=packing.kernels.elementwise)
+        return kernels.add_rms_norm(x, residual, self.weight, self.eps, backend=context.kernels.elementwise)
 
 
 class HeadNorm(RMSNorm):
-    def forward(self, x_THD: Tensor, packing: ForwardContext) -> Tensor:
+    def forward(self, x_THD: Tensor, context: ForwardContext) -> Tensor:
         """-> each head normalised and rotated to its position."""
-        return rotate(x_THD, self.weight, self.eps, packing)
+        return rotate(x_THD, self.weight, self.eps, context)
 
 
-def rotate(x_THD: Tensor, weight_D: Tensor | None, eps: float, packing: ForwardContext) -> Tensor:
-    return kernels.norm_rope(x_THD, weight_D, packing.cos_TD, packing.sin_TD, eps, backend=packing.kernels.rope)
+def rotate(x_THD: Tensor, weight_D: Tensor | None, eps: float, context: ForwardContext) -> Tensor:
+    return kernels.norm_rope(x_THD, weight_D, context.cos_TD, context.sin_TD, eps, backend=context.kernels.rope)
 
 
 class Linear(nn.Linear):
@@ -163,15 +164,15 @@ class Attention(nn.Module):
             self.q_norm = HeadNorm(D, config.rms_norm_eps)
             self.k_norm = HeadNorm(D, config.rms_norm_eps)
 
-    def forward(self, x_TC: Tensor, packing: ForwardContext) -> Tensor:
+    def forward(self, x_TC: Tensor, context: ForwardContext) -> Tensor:
         q_THD, k_THD, v_THD = (proj(x_TC).unflatten(-1, (-1, self.head_dim))
                                for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
-            q_THD, k_THD = self.q_norm(q_THD, packing), self.k_norm(k_THD, packing)
+            q_THD, k_THD = self.q_norm(q_THD, context), self.k_norm(k_THD, context)
         else:
-            q_THD, k_THD = (rotate(x_THD, None, 0.0, packing) for x_THD in (q_THD, k_THD))
-        out_THD = packing.attend(q_THD, k_THD, v_THD, packing.cu_seqlens, packing.max_seqlen,
-                                 backend=packing.kernels.attention, dropout_p=self.dropout if self.training else 0.0)
+            q_THD, k_THD = (rotate(x_THD, None, 0.0, context) for x_THD in (q_THD, k_THD))
+        out_THD = context.attend(q_THD, k_THD, v_THD, context.cu_seqlens, context.max_seqlen,
+                                 backend=context.kernels.attention, dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.o_proj(out_THD.flatten(1)), self.dropout, self.training)
 
 
@@ -182,9 +183,9 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(config.hidden_size, config.intermediate_size)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
-    def forward(self, x_TC: Tensor, packing: ForwardContext) -> Tensor:
+    def forward(self, x_TC: Tensor, context: ForwardContext) -> Tensor:
         return self.down_proj(kernels.swiglu(self.gate_proj(x_TC), self.up_proj(x_TC),
-                                             backend=packing.kernels.elementwise))
+                                             backend=context.kernels.elementwise))
 
 
 class Experts(nn.Module):
@@ -208,15 +209,15 @@ class MoEFeedForward(nn.Module):
         self.gate = Linear(config.hidden_size, config.num_experts)
         self.experts = Experts(config)
 
-    def forward(self, x_TC: Tensor, packing: ForwardContext) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, x_TC: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """-> output (T, C), balance loss, choices per expert (E,); the last two None when not asked for."""
         weights_TK, experts_TK, counts_GE, scores_GE = kernels.route(
-            self.gate(x_TC), self.config.num_experts_per_tok, self.config.norm_topk_prob, packing.group_T,
-            packing.n_groups, backend=packing.kernels.router)
-        y_TC = self.experts(x_TC, weights_TK, experts_TK, packing.kernels.moe)
-        if packing.group_T is None:
+            self.gate(x_TC), self.config.num_experts_per_tok, self.config.norm_topk_prob, context.group_T,
+            context.n_groups, backend=context.kernels.router)
+        y_TC = self.experts(x_TC, weights_TK, experts_TK, context.kernels.moe)
+        if context.group_T is None:
             return y_TC, None, None
-        total_GE = packing.total_counts(counts_GE) if packing.total_counts else counts_GE
+        total_GE = context.total_counts(counts_GE) if context.total_counts else counts_GE
         balance = balance_loss(counts_GE, scores_GE, self.config.num_experts_per_tok, total_GE=total_GE)
         return y_TC, balance * self.config.router_aux_loss_coef, counts_GE.sum(dim=0)
 
@@ -246,12 +247,12 @@ class Block(nn.Module):
         self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
         self.use_moe = config.use_moe
 
-    def forward(self, x_TC: Tensor, packing: ForwardContext) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        attended_TC = self.self_attn(self.input_layernorm(x_TC, packing), packing)
-        x_TC, normed_TC = self.post_attention_layernorm(attended_TC, x_TC, packing)
+    def forward(self, x_TC: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        attended_TC = self.self_attn(self.input_layernorm(x_TC, context), context)
+        x_TC, normed_TC = self.post_attention_layernorm(attended_TC, x_TC, context)
         if not self.use_moe:
-            return x_TC + self.mlp(normed_TC, packing), None, None
-        y_TC, balance, counts_E = self.mlp(normed_TC, packing)
+            return x_TC + self.mlp(normed_TC, context), None, None
+        y_TC, balance, counts_E = self.mlp(normed_TC, context)
         return x_TC + y_TC, balance, counts_E
 
 
@@ -263,21 +264,21 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = config.dropout
 
-    def forward(self, ids_T: Tensor, packing: ForwardContext, remember: bool) -> tuple[Tensor, list[Tensor],
-                                                                                       list[Tensor]]:
+    def forward(self, ids_T: Tensor, context: ForwardContext,
+                remember: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """-> hidden (T, C), the balance losses and the expert counts of the layers that have them."""
-        x_TC = self.embed_tokens(ids_T).to(packing.kernels.activations)
+        x_TC = self.embed_tokens(ids_T).to(context.kernels.activations)
         x_TC = F.dropout(x_TC, self.dropout, self.training)
         balances, counts = [], []
         for layer in self.layers:
             if remember:
-                x_TC, balance, counts_E = layer(x_TC, packing)
+                x_TC, balance, counts_E = layer(x_TC, context)
             else:
-                x_TC, balance, counts_E = checkpoint(layer, x_TC, packing, use_reentrant=False)
+                x_TC, balance, counts_E = checkpoint(layer, x_TC, context, use_reentrant=False)
             if balance is not None:
                 balances.append(balance)
                 counts.append(counts_E)
-        return self.norm(x_TC, packing), balances, counts
+        return self.norm(x_TC, context), balances, counts
 
 
 class Head(Linear):
@@ -306,7 +307,7 @@ class MiniMindForCausalLM(nn.Module):
     def __init__(self, config: ModelConfig, kernels: str = "auto", *, balance: str = "batch"):
         super().__init__()
         if balance not in BALANCE:
-            raise ValueError(f"balance is {balance!r}; it must be one of {', '.join(BALANCE)}")
+            raise UserError(f"balance is {balance!r}; it must be one of {', '.join(BALANCE)}")
         parse_kernels(kernels)
         self.config, self.balance, self.kernels = config, balance, kernels
         self.gradient_checkpointing = False
@@ -338,9 +339,9 @@ class MiniMindForCausalLM(nn.Module):
             ValueError: another backend was asked for them, or there is no compiler.
         """
         self.kernels = with_compiled(self.kernels)
-        self.kernel_choice(self.like[0].device, self.like[0].dtype)
+        self.kernel_selection(self.like[0].device, self.like[0].dtype)
 
-    def kernel_choice(self, device: torch.device | str, dtype: torch.dtype) -> KernelSelection:
+    def kernel_selection(self, device: torch.device | str, dtype: torch.dtype) -> KernelSelection:
         """The backends this model uses there, with the reason: for printing once.  Raises ValueError if it cannot."""
         return resolve(self.kernels, device, dtype, kernel_requirements(self.config))
 
@@ -351,22 +352,21 @@ class MiniMindForCausalLM(nn.Module):
             ValueError: a segment longer than max_position_embeddings.
         """
         if batch.max_seqlen > self.config.max_position_embeddings:
-            raise ValueError(f"a segment of {batch.max_seqlen} tokens is longer than max_position_embeddings "
+            raise UserError(f"a segment of {batch.max_seqlen} tokens is longer than max_position_embeddings "
                              f"{self.config.max_position_embeddings}")
         labels_T = batch.labels.flatten()
         cos_TD, sin_TD = self.rotary(batch.position_ids.flatten())
-        choice = self.kernel_choice(labels_T.device, self.like[0].dtype)
-        packing = ForwardContext(batch.cu_seqlens, batch.max_seqlen, cos_TD, sin_TD, *self.balance_groups(batch),
-                                 choice,
-                          self.attend, self.total_counts)
+        selection = self.kernel_selection(labels_T.device, self.like[0].dtype)
+        context = ForwardContext(batch.cu_seqlens, batch.max_seqlen, cos_TD, sin_TD, *self.balance_groups(batch),
+                                 selection, self.attend, self.total_counts)
         remember = not (self.gradient_checkpointing and self.training)
-        hidden_TC, balances, counts = self.model(batch.input_ids.flatten(), packing, remember)
+        hidden_TC, balances, counts = self.model(batch.input_ids.flatten(), context, remember)
         # A batch that brings the labelled positions spares a GPU the question how many there are.
         labelled_N = getattr(batch, "labelled_index", None)
         if labelled_N is None:
             labelled_N = (labels_T != loss.IGNORE).nonzero().flatten()
         loss_sum = self.lm_head(hidden_TC.index_select(0, labelled_N), labels_T.index_select(0, labelled_N),
-                                choice.elementwise)
+                                selection.elementwise)
         return ModelOutput(
             loss_sum=loss_sum,
             n_labelled=len(labelled_N),

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.convert import weights
 
@@ -102,16 +103,16 @@ def find_targets(config: ModelConfig, asked: str | None) -> tuple[str, ...]:
     if asked is None:
         square = tuple(name for name, (out, into) in last.items() if out == into)
         if not square:
-            raise ValueError(f"no projection of this model is square, as MiniMind's LoRA wants: name some of "
+            raise UserError(f"no projection of this model is square, as MiniMind's LoRA wants: name some of "
                              f"{', '.join(last)} with --lora_targets")
         return square
     names = [name.strip() for name in asked.split(",") if name.strip()]
     for name in names or [asked]:
         if config.use_moe and name in ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "experts"):
-            raise ValueError(f"--lora_targets {name}: experts are stacked in one parameter a layer and get no "
+            raise UserError(f"--lora_targets {name}: experts are stacked in one parameter a layer and get no "
                              f"adapters; choose from {', '.join(last)}")
         if name not in last:
-            raise ValueError(f"--lora_targets {name!r}: no such projection in the layers; choose from "
+            raise UserError(f"--lora_targets {name!r}: no such projection in the layers; choose from "
                              f"{', '.join(last)}")
     return tuple(name for name in last if name in names)
 
@@ -158,7 +159,7 @@ def merge(state: dict[str, Tensor], lora: Lora, adapters: dict[str, Tensor]) -> 
         ValueError: adapters that were trained on other weights than these.
     """
     if lora.base is not None and lora.base != fingerprint(state):
-        raise ValueError("the adapters were trained on other weights than these: name the base that the run had as "
+        raise UserError("the adapters were trained on other weights than these: name the base that the run had as "
                          "--from_weight, in its own precision")
     merged = dict(state)
     for name in adapters:
@@ -201,16 +202,16 @@ def load_adapters(path: str | Path, config: ModelConfig | None = None) -> tuple[
     file = weights.find(path)[0]
     if file.suffix != ".safetensors":
         if config is None:
-            raise ValueError(f"{path}: a .pth does not say of which model its adapters are")
+            raise UserError(f"{path}: a .pth does not say of which model its adapters are")
         adapters, lora = from_minimind(weights.read_pth(file), str(path))
     else:
         metadata = weights.read_metadata(file)
         if "lora" not in metadata:
-            raise ValueError(f"{path}: holds a whole model's weights, no LoRA adapters")
+            raise UserError(f"{path}: holds a whole model's weights, no LoRA adapters")
         try:
             lora, theirs = read_facts(metadata["lora"]), ModelConfig.from_dict(json.loads(metadata["config"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: what it says of its adapters is damaged: {error}") from None
+            raise UserError(f"{path}: what it says of its adapters is damaged: {error}") from None
         weights.check_same_model(path, theirs, config or theirs)
         adapters, config = weights.read_safetensors(file), config or theirs
     return weights.fit(adapters, shapes(config, lora), str(path)), lora, config
@@ -223,7 +224,7 @@ def read_facts(text: str) -> Lora:
     numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in (lora.alpha, lora.dropout))
     if not (isinstance(lora.rank, int) and lora.rank >= 1 and numbers
             and lora.targets and all(isinstance(target, str) for target in lora.targets)):
-        raise ValueError(f"rank {lora.rank!r}, alpha {lora.alpha!r}, targets {lora.targets!r}")
+        raise UserError(f"rank {lora.rank!r}, alpha {lora.alpha!r}, targets {lora.targets!r}")
     return lora
 
 
@@ -236,7 +237,7 @@ def from_minimind(state: dict[str, Tensor], source: str) -> tuple[dict[str, Tens
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     other = [name for name in state if not name.endswith((".lora.A.weight", ".lora.B.weight"))]
     if other:
-        raise ValueError(f"{source}: holds {other[0]}, which is no LoRA adapter"
+        raise UserError(f"{source}: holds {other[0]}, which is no LoRA adapter"
                          + ("" if len(other) < len(state) else ": it looks like a whole model's weights"))
     ours = {}
     for name, tensor in state.items():
@@ -244,11 +245,11 @@ def from_minimind(state: dict[str, Tensor], source: str) -> tuple[dict[str, Tens
         if ".experts." not in name:
             ours[name] = tensor
         elif name.endswith(".B.weight") and tensor.any():
-            raise ValueError(f"{source}: adapts experts ({name}), which minimind_ds keeps frozen; merge it into its "
+            raise UserError(f"{source}: adapts experts ({name}), which minimind_ds keeps frozen; merge it into its "
                              f"base with MiniMind's scripts/convert_model.py")
     ranks = sorted({tensor.shape[0] for name, tensor in ours.items() if name.endswith(".A.weight") and tensor.dim()})
     if len(ranks) != 1:
-        raise ValueError(f"{source}: its adapters have several ranks ({', '.join(map(str, ranks))})" if ranks else
+        raise UserError(f"{source}: its adapters have several ranks ({', '.join(map(str, ranks))})" if ranks else
                          f"{source}: holds no adapter's A")
     targets = dict.fromkeys(name.split(".")[-4] for name in ours if name.count(".") >= 4)
     return ours, Lora(rank=ranks[0], alpha=ranks[0], targets=tuple(targets))
@@ -271,7 +272,7 @@ def to_minimind(adapters: dict[str, Tensor], lora: Lora, config: ModelConfig) ->
     for name in adapters:
         module = name.rpartition(".lora.")[0]
         if module not in square:
-            raise ValueError(f"the original MiniMind adapts square projections only, and these adapters stand beside "
+            raise UserError(f"the original MiniMind adapts square projections only, and these adapters stand beside "
                              f"{', '.join(lora.targets)}: merge them into their base instead (--to minimind)")
     named = {}
     for module, size in square.items():

@@ -16,6 +16,7 @@ import torch
 
 from minimind_ds import kernels
 from minimind_ds.config import deepspeed_json
+from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.run import OneLineParser, RunConfig, parse_run_config
 from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.distributed import sequence_parallel
@@ -51,10 +52,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--child", help=argparse.SUPPRESS)
     options, rest = p.parse_known_args(argv)
     if options.ranks < 1:
-        raise ValueError(f"--ranks is {options.ranks}; it must be at least 1")
+        raise UserError(f"--ranks is {options.ranks}; it must be at least 1")
     if options.memory < 0 or not 0 <= options.labelled <= 1:
         name = "memory" if options.memory < 0 else "labelled"
-        raise ValueError(f"--{name} is {getattr(options, name)}; it must be "
+        raise UserError(f"--{name} is {getattr(options, name)}; it must be "
                          + ("at least 0" if name == "memory" else "between 0 and 1"))
     return options, rest
 
@@ -74,8 +75,8 @@ def main(argv: list[str]) -> int:
         for line in [*table(settings, plans, memory), advice["line"]]:
             print(line)
         measured = compare_with_run(files, rest, options.ranks) if options.measure else {}
-    except ValueError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+    except UserError as error:
+        print(one_line(error), file=sys.stderr)
         return 2
     if options.json:
         print(json.dumps({"memory": memory, "ranks": options.ranks, "plans": plans, "recommended": advice,
@@ -210,7 +211,7 @@ def compare_with_run(files: dict[str, str], rest: list[str], ranks: int) -> dict
         results = [pathlib.Path(folder) / f"rank{rank}.json" for rank in range(ranks)]
         if done.returncode or not all(path.exists() for path in results):
             said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-            raise ValueError(said[0].removeprefix("error: ") if said else
+            raise UserError(said[0].removeprefix("error: ") if said else
                              f"the measuring run ended with {done.returncode}: {done.stderr[-300:]}")
         by_rank = [json.loads(path.read_text()) for path in results]
     for name in files:

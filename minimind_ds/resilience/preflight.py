@@ -25,6 +25,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.distributed.world import World
 from minimind_ds.paths import ROOT, cache_folder
 
@@ -81,7 +82,7 @@ def open_store(world: World, seconds: float) -> dist.TCPStore:
         return dist.TCPStore(*address, world.size, world.rank == 0, datetime.timedelta(seconds=seconds),
                              wait_for_workers=False)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{socket.gethostname()} cannot reach {address[0]}:{address[1]}, where rank 0 is: "
+        raise UserError(f"{socket.gethostname()} cannot reach {address[0]}:{address[1]}, where rank 0 is: "
                          f"{str(error).splitlines()[0]}") from None
 
 

@@ -16,6 +16,7 @@ import pathlib
 import time
 
 from minimind_ds.checkpoint.folder import folder_of
+from minimind_ds.config.errors import UserError
 from minimind_ds.io import write_file
 from minimind_ds.resilience.signals import Stopped
 
@@ -72,7 +73,7 @@ def begin(folder: pathlib.Path, step: int) -> list[str]:
         latest = failures[-most:]
         if len(latest) == most and len({failure[key] for failure in latest}) == 1:
             why = latest[-1]["error"] or "the process was killed (out of memory?) or its node lost"
-            raise ValueError(f"{folder}: training failed {most} times {what} {latest[-1][key]}, the last time with: "
+            raise UserError(f"{folder}: training failed {most} times {what} {latest[-1][key]}, the last time with: "
                              f"{why}; not tried again; started by hand it goes on from the last checkpoint")
     write(folder, {**past, "running": True, "from": step})
     report("training")

@@ -24,6 +24,7 @@ from minimind_ds import checkpoint
 from minimind_ds.checkpoint import reshape
 from minimind_ds.checkpoint.async_save import SaveFailed
 from minimind_ds.config import deepspeed_json
+from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.convert import weights
 from minimind_ds.data import loader
 from minimind_ds.distributed import engine
@@ -61,7 +62,7 @@ def main(program: str, argv: list[str]) -> int:
         engine.start(world, prepared.run.hang_minutes)
         live = LiveRun()
         start = find_start(prepared, live)
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in DISK:
             raise
         return user_error(error, world)
@@ -98,14 +99,14 @@ def main(program: str, argv: list[str]) -> int:
     return 0
 
 
-def user_error(error: ValueError | OSError, world: World) -> int:
+def user_error(error: UserError | OSError, world: World) -> int:
     """One line from one rank; exit code 2, or 1 for a disk, which may be better the next time."""
     if world.local_rank != 0:
         # Every rank finds the same mistake; the launcher ends the others as soon as the one that says so has left.
         time.sleep(10)
     if world.rank == 0 or world.local_rank == 0:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-    return 2 if isinstance(error, ValueError) else 1
+        print(one_line(error), file=sys.stderr, flush=True)
+    return 2 if isinstance(error, UserError) else 1
 
 
 def train(prepared: PreparedRun, live: LiveRun, start: Start) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from minimind_ds import kernels
 from minimind_ds.config import deepspeed_json
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.run import RunConfig, parse_run_config
 from minimind_ds.convert import weights
@@ -107,7 +108,7 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     choose_accelerator(world.device)
     run = parse_run_config(argv, program, PROGRAMS[program])
     if run.deepspeed is None:
-        raise ValueError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero2.json")
+        raise UserError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero2.json")
     raw = deepspeed_json.read_json(run.deepspeed)
     deepspeed_json.check_keys(run.deepspeed, raw)
     run, notes = choose(run, world)
@@ -123,7 +124,7 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     sequence_parallel.check(dims, model_config, ranks=world.size, row_tokens=run.batch_size * run.row_len,
                    stage=deepspeed_json.stage_of(ds), path=run.deepspeed)
     if lora is not None and dims.experts > 1:
-        raise ValueError(f"{run.deepspeed}: expert_parallel shares out experts to train, and LoRA leaves them as they "
+        raise UserError(f"{run.deepspeed}: expert_parallel shares out experts to train, and LoRA leaves them as they "
                          "are; leave it out, or --lora_rank 0")
     spec = kernels.with_compiled(run.kernels) if run.compile else run.kernels
     selection = kernels.resolve(spec, world.device, DTYPES[run.dtype], kernel_requirements(model_config))
@@ -185,24 +186,24 @@ def check_machine(run: RunConfig, ds: dict, world: World) -> None:
     """Raises ValueError for what the DeepSpeed file asks for and this machine has not."""
     path, zero = run.deepspeed, ds.get("zero_optimization", {})
     if run.dtype == "fp16" and not fp16_runs():
-        raise ValueError(f"fp16 ({run.place('dtype')}): DeepSpeed has no fp16 on this machine's processor; use bf16 "
+        raise UserError(f"fp16 ({run.place('dtype')}): DeepSpeed has no fp16 on this machine's processor; use bf16 "
                          "or fp32")
     for key in ("zero_quantized_weights", "zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
         if zero.get(key) and world.device.type == "cpu":
-            raise ValueError(f"{path}: zero_optimization.{key} needs a GPU: DeepSpeed has the kernels of ZeRO++ for "
+            raise UserError(f"{path}: zero_optimization.{key} needs a GPU: DeepSpeed has the kernels of ZeRO++ for "
                              "GPUs only")
     shards = zero.get("zero_hpz_partition_size", 1)
     if world.size % shards:
-        raise ValueError(f"{path}: zero_optimization.zero_hpz_partition_size {shards} does not divide the "
+        raise UserError(f"{path}: zero_optimization.zero_hpz_partition_size {shards} does not divide the "
                          f"{world.size} ranks of this run; it is meant to be the ranks of one machine")
     if deepspeed_json.offloads_optimizer(ds) and not all(map(shutil.which, ("g++", "ninja"))):
-        raise ValueError(f"{path}: an offloaded optimizer is DeepSpeed's CPU Adam, which it builds at first use; that "
+        raise UserError(f"{path}: an offloaded optimizer is DeepSpeed's CPU Adam, which it builds at first use; that "
                          "needs g++ and ninja on the PATH")
     for block in ("offload_optimizer", "offload_param"):
         if (zero.get(block) or {}).get("device") == "nvme":
             check_nvme(f"{path}: zero_optimization.{block}", zero[block])
     if deepspeed_json.optimizer_device(ds) == "nvme" and run.save_interval:
-        raise ValueError(f"{path}: no checkpoints with optimizer states on NVMe: DeepSpeed forgets Adam's moments "
+        raise UserError(f"{path}: no checkpoints with optimizer states on NVMe: DeepSpeed forgets Adam's moments "
                          "when it loads them; --save_interval 0 trains without, offload_optimizer to \"cpu\" keeps "
                          "them")
 
@@ -211,12 +212,12 @@ def check_nvme(where: str, block: dict) -> None:
     """Raises ValueError unless states can be kept on disk: a folder to write to, and libaio."""
     folder = block.get("nvme_path")
     if not folder or not os.access(folder, os.W_OK):
-        raise ValueError(f"{where}.nvme_path is {folder!r}, which is no folder this machine can write to; name one on "
+        raise UserError(f"{where}.nvme_path is {folder!r}, which is no folder this machine can write to; name one on "
                          "its NVMe disk")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
-        raise ValueError(f"{where}.device is nvme, which needs libaio to build against (Debian: libaio-dev); install "
+        raise UserError(f"{where}.device is nvme, which needs libaio to build against (Debian: libaio-dev); install "
                          "it, or offload to \"cpu\"")
 
 
@@ -232,7 +233,7 @@ def check_writable(folder: pathlib.Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"cannot write to --save_dir {folder}: {error.strerror}") from None
+        raise UserError(f"cannot write to --save_dir {folder}: {error.strerror}") from None
 
 
 def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer) -> tuple[list[TokenStore], TokenStore | None]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from minimind_ds import checkpoint
 from minimind_ds.checkpoint import reshape
 from minimind_ds.config import deepspeed_json
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import MAY_CHANGE, MUST_STAY
 from minimind_ds.resilience import restarts
 from minimind_ds.training.live import LiveRun
@@ -56,7 +57,7 @@ def find_start(prepared: PreparedRun, live: LiveRun) -> Start:
         try:
             live.folder_lock = hold(prepared.folder)
             found = [look_for_start(prepared)]
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             found = [error]
     dist.broadcast_object_list(found)
     if isinstance(found[0], Exception):
@@ -74,7 +75,7 @@ def hold(folder: pathlib.Path):
     while True:
         try:
             return checkpoint.lock(folder)
-        except ValueError as error:
+        except UserError as error:
             if time.monotonic() > deadline:
                 raise
             print(f"this job's start before may still hold the folder; waiting, {deadline - time.monotonic():.0f} s "
@@ -142,7 +143,7 @@ def refuse_changes(then: dict, now: dict, path) -> None:
     # The model first: of everything that differs it explains the most.
     for name in sorted(now, key=lambda n: not n.startswith("model.")):
         if then.get(name) != now[name]:
-            raise ValueError(f"cannot resume from {path}: its {name.removeprefix('model.')} is {then.get(name)!r}, "
+            raise UserError(f"cannot resume from {path}: its {name.removeprefix('model.')} is {then.get(name)!r}, "
                              f"this run's is {now[name]!r}; --from_resume none starts over, another --save_dir "
                              "keeps both")
 

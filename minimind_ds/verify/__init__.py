@@ -20,6 +20,7 @@ from importlib.metadata import version
 
 import torch.distributed as dist
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import OneLineParser, parse_run_config
 from minimind_ds.data.conversation import file_kind
 from minimind_ds.distributed import engine
@@ -44,7 +45,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, rest = p.parse_known_args(argv)
     for name in ("samples", "tokens"):
         if getattr(options, name) < 0:
-            raise ValueError(f"--{name} is {getattr(options, name)}; it must be at least 0")
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 0")
     return options, rest
 
 
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
         say = print_on(world)
         engine.start(world)
         cut = bench(prepared, options.tokens)
-    except ValueError as error:
+    except UserError as error:
         return user_error(error, world)
     except KeyboardInterrupt:
         return 130

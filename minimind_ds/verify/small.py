@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from minimind_ds import kernels
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.convert import weights
 from minimind_ds.data.packing import permutation
@@ -131,6 +132,6 @@ def bench(prepared: PreparedRun, tokens: int) -> ReducedRun:
 def in_fp32(spec: str, prepared: PreparedRun) -> str:
     try:
         kernels.resolve(spec, prepared.world.device, DTYPES["fp32"], kernel_requirements(prepared.model_config))
-    except ValueError:
+    except UserError:
         return "auto"
     return spec

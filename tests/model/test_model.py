@@ -79,7 +79,7 @@ def test_compiled_elementwise_parts_give_the_same_results():
     batch = collate([[draw(20), draw(11)]], 40)
     plain = step(model, batch)
     model.compile_layers()
-    assert model.kernel_choice("cpu", torch.float32).elementwise == "compiled"
+    assert model.kernel_selection("cpu", torch.float32).elementwise == "compiled"
     for ours, theirs in zip(step(model, batch), plain):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
 

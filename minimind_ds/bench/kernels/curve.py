@@ -81,7 +81,7 @@ def train(config: ModelConfig, kernels: str, dtype: torch.dtype, device: torch.d
         losses.append(out.loss_sum.item() / out.n_labelled)
         if step % 10 == 9:
             say(f"    step {step + 1}: {losses[-1]:.5f}")
-    return losses, model.kernel_choice(device, dtype).reason
+    return losses, model.kernel_selection(device, dtype).reason
 
 
 def compare(dtype: torch.dtype, use_moe: bool, device: torch.device, small: bool, say) -> dict:

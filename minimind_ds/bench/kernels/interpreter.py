@@ -2,7 +2,7 @@
 
 Import it in a process started with TRITON_INTERPRET=1, before the first launch:
 
-    TRITON_INTERPRET=1 python -m minimind_ds.bench.kernels.interpreter    # checks that it works with the Triton at hand
+    TRITON_INTERPRET=1 python -m minimind_ds.bench.kernels.interpreter   # does it work with this Triton?
 
 What it changes (the stock interpreter computes on the bits of bf16, and reads and writes wherever it is told):
 

@@ -12,6 +12,7 @@ import pathlib
 import sys
 
 from minimind_ds.bench.throughput import report, sweep
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import World, read_world
@@ -31,7 +32,7 @@ def main(doc: str, argv: list[str]) -> int:
     args, flags = parse(doc, argv)
     # Every started process is a rank of the one measurement; otherwise one process starts the others.
     together = args.compare or args.profile or args.cell or args.append or in_srun_step()
-    if not together and int(os.environ["RANK"]) > 0:
+    if not together and world.rank > 0:
         return 0
     try:
         if args.cell or args.append or (in_srun_step() and not (args.compare or args.profile)):
@@ -46,12 +47,12 @@ def main(doc: str, argv: list[str]) -> int:
             from minimind_ds.bench.throughput import guard
 
             return guard.run(GUARD, update=args.update)
-        fill_in(args)
+        fill_in(args, world.size)
         cells = sweep.cells_of(files=args.deepspeed, presets=args.preset, rows=args.rows, kernels=args.kernels,
                                ranks=[int(n) for n in args.ranks], warm_up=args.warm_up, steps=args.steps,
                                flags=flags)
         return show(sweep.sweep(cells, args.out, timeout=args.timeout, retry=args.retry), args.out)
-    except ValueError as error:
+    except UserError as error:
         return user_error(error, world)
     except KeyboardInterrupt:
         return 130
@@ -108,12 +109,11 @@ def in_srun_step() -> bool:
     return "SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1
 
 
-def fill_in(args: argparse.Namespace) -> None:
+def fill_in(args: argparse.Namespace, launched: int) -> None:
     """The sweep's defaults for this machine.  Raises ValueError for a value that cannot be."""
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    launched = int(os.environ["WORLD_SIZE"])
     args.deepspeed = args.deepspeed or ZERO
     args.preset = args.preset or (["minimind-3", "minimind-3-moe"] if gpus else ["debug", "minimind-3"])
     args.rows = args.rows or (["4096x8x1"] if gpus else ["768x1x1"])
@@ -122,20 +122,20 @@ def fill_in(args: argparse.Namespace) -> None:
     args.ranks = args.ranks or sorted({"1", str(most)})
     for preset in args.preset:
         if preset not in PRESETS:
-            raise ValueError(f"--preset {preset}: there are {', '.join(PRESETS)}")
+            raise UserError(f"--preset {preset}: there are {', '.join(PRESETS)}")
     for n in args.ranks:
         if not n.isdecimal() or int(n) < 1:
-            raise ValueError(f"--ranks {n}: a whole number of at least 1")
+            raise UserError(f"--ranks {n}: a whole number of at least 1")
     for name in ("warm_up", "steps"):
         if getattr(args, name) < (name == "steps"):
-            raise ValueError(f"--{name} {getattr(args, name)} is too few")
+            raise UserError(f"--{name} {getattr(args, name)} is too few")
 
 
 def single(args: argparse.Namespace, name: str, default: str) -> str:
     """The one value of a flag that a sweep may give many of."""
     values = getattr(args, name) or [default]
     if len(values) > 1:
-        raise ValueError(f"--{name} has {len(values)} values; one measurement takes one")
+        raise UserError(f"--{name} has {len(values)} values; one measurement takes one")
     return values[0]
 
 
@@ -162,7 +162,7 @@ def run_here(args: argparse.Namespace, flags: list[str], world: World) -> int:
     path, record = args.cell, None
     if not args.cell:
         path = args.append or args.out / "results.json"
-        fill_in(args)
+        fill_in(args, world.size)
         args.ranks = [str(world.size)]
         the = sweep.Cell(*(single(args, name, "") for name in ("deepspeed", "preset")),
                          *sweep.parse_rows(single(args, "rows", "")), single(args, "kernels", ""), world.size,

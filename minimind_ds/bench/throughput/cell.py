@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from minimind_ds import kernels
 from minimind_ds.bench.throughput.watch import PARTS, Collectives, PartTimer, parted
+from minimind_ds.config.errors import UserError
 from minimind_ds.data import loader
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import World
@@ -45,7 +46,7 @@ def full_steps(prepared: PreparedRun) -> int:
     """
     run, plan = prepared.run, prepared.first_plan
     if plan.n_rows < plan.rows_per_step:
-        raise ValueError(f"{run.data_path}: {plan.n_rows} rows of {run.row_len} tokens are fewer than the "
+        raise UserError(f"{run.data_path}: {plan.n_rows} rows of {run.row_len} tokens are fewer than the "
                          f"{plan.rows_per_step} of one step; use more data, or shorter or fewer rows")
     return plan.n_rows // plan.rows_per_step
 
@@ -53,7 +54,7 @@ def full_steps(prepared: PreparedRun) -> int:
 def prepare_cell(flags: list[str], world: World) -> PreparedRun:
     """Raises ValueError for what cannot be run, before ranks talk."""
     if world.device.type == "cuda" and world.local_rank >= torch.cuda.device_count():
-        raise ValueError(f"{world.size} ranks are more than this machine's {torch.cuda.device_count()} GPUs")
+        raise UserError(f"{world.size} ranks are more than this machine's {torch.cuda.device_count()} GPUs")
     prepared = prepare("sft", flags, world)
     full_steps(prepared)
     return prepared

@@ -13,6 +13,7 @@ import sys
 import tempfile
 
 from minimind_ds.bench.throughput import sweep
+from minimind_ds.config.errors import UserError
 from minimind_ds.paths import ROOT
 
 # Share of a committed ratio that may be lost before the guard fails: the run-to-run spread of a busy machine.
@@ -61,7 +62,7 @@ def run(path: pathlib.Path, *, update: bool) -> int:
         ValueError: there is no baseline.
     """
     if not update and not path.exists():
-        raise ValueError(f"{path} is missing; --guard --update measures one")
+        raise UserError(f"{path} is missing; --guard --update measures one")
     baseline = None if update else json.loads(path.read_text(encoding="utf-8"))
     now = measure()
     if update:

@@ -18,6 +18,7 @@ import torch
 
 from minimind_ds.bench.throughput.cell import machine, prepare_cell
 from minimind_ds.bench.throughput.loops import Loop, packed_loop, padded_loop, torch_loop
+from minimind_ds.config.errors import UserError
 from minimind_ds.convert import weights
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import read_world
@@ -74,13 +75,13 @@ def compare_engines(program_flags: list[str], *, files: list[str], ddp: bool, wa
     """
     world = read_world()
     if ddp and world.size < 2:
-        raise ValueError("--compare ddp needs ranks: deepspeed --num_gpus 2 launch/benchmark.py --compare ddp")
+        raise UserError("--compare ddp needs ranks: deepspeed --num_gpus 2 launch/benchmark.py --compare ddp")
     if not ddp and world.size > 1:
-        raise ValueError("--compare plain is on one rank: python launch/benchmark.py --compare plain")
+        raise UserError("--compare plain is on one rank: python launch/benchmark.py --compare plain")
     runs = [prepare_cell([*program_flags, "--deepspeed", file], world) for file in files]
     for prepared in runs:
         if prepared.dims.sequence > 1 or prepared.dims.experts > 1 or prepared.lora:
-            raise ValueError(f"{prepared.run.deepspeed}: the plain loop has no sequence or expert parallelism "
+            raise UserError(f"{prepared.run.deepspeed}: the plain loop has no sequence or expert parallelism "
                              "and no LoRA")
     engine.start(world)
     base_name, pairs = "ddp" if ddp else "plain", {}
@@ -140,7 +141,7 @@ def compare_padded(program_flags: list[str], *, dtypes: list[str], padded_rows: 
     """
     world = read_world()
     if world.size > 1:
-        raise ValueError("--compare padded runs on one rank: the padded loop is MiniMind's single-device trainer")
+        raise UserError("--compare padded runs on one rank: the padded loop is MiniMind's single-device trainer")
     runs = {dtype: prepare("sft", [*program_flags, "--dtype", dtype], world) for dtype in dtypes}
     engine.start(world)
     first = next(iter(runs.values()))

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.distributed.world import free_port
 from minimind_ds.io import write_file
 from minimind_ds.paths import ROOT
@@ -81,7 +82,7 @@ def parse_rows(text: str) -> tuple[int, int, int]:
     """
     numbers = text.split("x")
     if not 1 <= len(numbers) <= 3 or not all(n.isdecimal() and int(n) > 0 for n in numbers):
-        raise ValueError(f"--rows {text!r}: write LENGTHxROWSxACCUMULATION, for example 4096x8x1")
+        raise UserError(f"--rows {text!r}: write LENGTHxROWSxACCUMULATION, for example 4096x8x1")
     return tuple([*map(int, numbers), 1, 1][:3])
 
 
@@ -90,7 +91,7 @@ def cells_of(*, files: list[str], presets: list[str], rows: list[str], kernels: 
     """The product of everything, small cells first.  Raises ValueError for what can be seen to be wrong now."""
     for file in files:
         if not os.access(file, os.R_OK):
-            raise ValueError(f"--deepspeed {file}: no such file, or not readable")
+            raise UserError(f"--deepspeed {file}: no such file, or not readable")
     shapes = [parse_rows(text) for text in rows]
     return [Cell(file, preset, *shape, spec, n, warm_up, steps, tuple(flags))
             for preset, shape, spec, n, file in itertools.product(presets, shapes, kernels, ranks, files)]
@@ -117,7 +118,7 @@ def read(path: pathlib.Path) -> dict:
         if document["schema"] != SCHEMA or not all("key" in c and "status" in c for c in document["cells"]):
             raise KeyError
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a results file of this program (schema {SCHEMA}); name another --out") \
+        raise UserError(f"{path} is not a results file of this program (schema {SCHEMA}); name another --out") \
             from None
     return document
 

@@ -135,8 +135,8 @@ def build(prepared: PreparedRun, start: dict, steps: int) -> Stepwise:
             logging_strategy="no", report_to="none", disable_tqdm=True)
         # Otherwise one process would take every GPU it sees.
         arguments._n_gpu = min(1, arguments.n_gpu)
-        return Stepwise(model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows_of(prepared,
-                                                                                                      steps)),
+        rows = datasets.Dataset.from_list(rows_of(prepared, steps))
+        return Stepwise(model=model, args=arguments, train_dataset=rows,
                         processing_class=tokenizer, optimizers=(adamw(prepared, model.parameters()), None))
 
 

@@ -19,6 +19,7 @@ from packaging.specifiers import SpecifierSet
 from minimind_ds.bench.throughput.cell import full_steps, machine, prepare_cell
 from minimind_ds.bench.throughput.loops import packed_loop
 from minimind_ds.bench.throughput.ratios import facts, pair
+from minimind_ds.config.errors import UserError
 from minimind_ds.convert import weights
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import read_world
@@ -43,7 +44,7 @@ def require() -> dict[str, str]:
         if found[name] is None or found[name] not in SpecifierSet(tested, prereleases=True):
             what = "is not installed" if found[name] is None else f"{found[name]} is not one of the tested {tested}"
             wanted = " ".join(f"'{package}{spec}'" for package, spec in NEEDS.items())
-            raise ValueError(f"--compare trl: {name} {what}; pip install {wanted}")
+            raise UserError(f"--compare trl: {name} {what}; pip install {wanted}")
     return found
 
 
@@ -61,7 +62,7 @@ def compare(program_flags: list[str], *, files: list[str], warm_up: int, steps: 
     runs = [prepare_cell([*program_flags, "--deepspeed", file], world) for file in files]
     for prepared in runs:
         if prepared.dims.sequence > 1 or prepared.dims.experts > 1 or prepared.lora:
-            raise ValueError(f"{prepared.run.deepspeed}: --compare trl has no sequence or expert parallelism "
+            raise UserError(f"{prepared.run.deepspeed}: --compare trl has no sequence or expert parallelism "
                              "and no LoRA")
     engine.start(world)
     if world.device.type == "cpu":

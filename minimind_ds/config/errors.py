@@ -1,0 +1,31 @@
+"""A user's mistake is one line and exit code 2; anything else is a bug of ours, and its traceback asks for a report.
+
+    report_bugs()
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+REPORT = ("This is a bug in minimind_ds, not a mistake of yours: please report it with the lines above, the command "
+          "and the versions of torch and deepspeed.")
+
+
+class UserError(ValueError):
+    """Something the user can put right: the message says what is wrong, where, and what to do."""
+
+
+def one_line(error: BaseException) -> str:
+    return "error: " + " ".join(str(error).split())
+
+
+def report_bugs() -> None:
+    """From now on an exception that nobody catches ends with the request for a report."""
+    sys.excepthook = show_bug
+
+
+def show_bug(kind, error, trace) -> None:
+    traceback.print_exception(kind, error, trace)
+    if not issubclass(kind, KeyboardInterrupt):
+        print(REPORT, file=sys.stderr, flush=True)
