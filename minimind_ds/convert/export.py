@@ -18,11 +18,10 @@ from torch import Tensor
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
+from minimind_ds.convert import huggingface, minimind, weight_files
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.io import write_file
 from minimind_ds.model import lora as adapters
-
-from . import weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,20 +31,20 @@ def load(weight: str | Path, preset: str | None = None,
     """Weights under our names and their configuration.
 
     Args:
-        weight: as weights.load_weights takes it.
+        weight: as weight_files.load_weights takes it.
         preset: the model's shape, for files that do not carry their own (.pth); its vocabulary may differ.
         lora: adapters to merge into the weights, as lora.load_adapters takes them.
 
     Raises:
-        ValueError: what weights.load_weights or lora.load_adapters refuses; adapters of another base; an unknown
+        ValueError: what weight_files.load_weights or lora.load_adapters refuses; adapters of another base; an unknown
             preset, or none where one is needed.
     """
     if preset is not None and preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
-    config = weights.read_config(weight) or (PRESETS[preset] if preset else None)
+    config = weight_files.read_config(weight) or (PRESETS[preset] if preset else None)
     if config is None:
         raise UserError(f"{weight} does not carry its model's configuration: name a preset")
-    state = weights.load_weights(weight, config)
+    state = weight_files.load_weights(weight, config)
     if lora is None:
         return state, config
     matrices, facts, _ = adapters.load_adapters(lora, config)
@@ -75,7 +74,7 @@ def export_hf(state: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenize
     """
     out = Path(out)
     # What cannot work is found before anything is written.
-    config_json = weights.to_hf_config(config, dtype)
+    config_json = huggingface.to_hf_config(config, dtype)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
     config_json |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
@@ -83,7 +82,7 @@ def export_hf(state: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenize
     generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
                   "pad_token_id": tokenizer.pad_id, "do_sample": True, "temperature": 0.85, "top_p": 0.85,
                   "top_k": 50}
-    named = weights.to_minimind(state, config)
+    named = minimind.to_minimind(state, config)
     if config.tie_word_embeddings:
         del named["lm_head.weight"]
     named = {name: tensor.to(dtype).contiguous() for name, tensor in named.items()}
@@ -112,7 +111,7 @@ def export_minimind(state: dict[str, Tensor], config: ModelConfig, out: str | Pa
         ValueError: a file that is there already.
     """
     named = {name: tensor.to(dtype).contiguous().clone()
-             for name, tensor in weights.to_minimind(state, config).items()}
+             for name, tensor in minimind.to_minimind(state, config).items()}
     if config.tie_word_embeddings:
         named["lm_head.weight"] = named["model.embed_tokens.weight"]
     write_pth(Path(out), named, overwrite)

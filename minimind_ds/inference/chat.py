@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
-from minimind_ds.convert import export, weights
+from minimind_ds.convert import export, huggingface
 from minimind_ds.data.sample import prompt_ids
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -88,7 +88,7 @@ def as_transformers(state: dict[str, torch.Tensor], config: ModelConfig, dtype: 
     Raises:
         ValueError: no such device, or a model without a counterpart in transformers.
     """
-    values = weights.to_hf_config(config, dtype)
+    values = huggingface.to_hf_config(config, dtype)
     try:
         target = torch.device(device)
         torch.empty(0, device=target)

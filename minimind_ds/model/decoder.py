@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from minimind_ds import kernels
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
-from minimind_ds.convert import weights
+from minimind_ds.convert import minimind
 from minimind_ds.kernels import KernelRequirements, KernelSelection, attention, resolve, with_compiled
 from minimind_ds.kernels import parse as parse_kernels
 
@@ -327,9 +327,9 @@ class MiniMindForCausalLM(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self):
-        """Draws initial weights: see weights.fresh."""
+        """Draws initial weights: see minimind.fresh."""
         parameters = dict(self.named_parameters())
-        for name, tensor in weights.fresh(self.config):
+        for name, tensor in minimind.fresh(self.config):
             parameters[name].copy_(tensor)
 
     def compile_layers(self):
@@ -396,7 +396,7 @@ class MiniMindForCausalLM(nn.Module):
 
     def load_weights(self, state: dict[str, Tensor]):
         """Loads weights under our own names, all and no others.  Raises ValueError naming what does not fit."""
-        state = weights.check(state, self.config, "state dict")
+        state = minimind.check(state, self.config, "state dict")
         if self.config.tie_word_embeddings:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         self.load_state_dict(state, strict=True)
@@ -407,4 +407,4 @@ class MiniMindForCausalLM(nn.Module):
         Raises:
             ValueError: one line naming what is missing, unexpected or of another shape.
         """
-        self.load_weights(weights.from_minimind(state_dict, self.config))
+        self.load_weights(minimind.from_minimind(state_dict, self.config))

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
-from minimind_ds.convert import weights
+from minimind_ds.convert import minimind, weight_files
+from minimind_ds.io import write_file
 
 from .decoder import Linear, MiniMindForCausalLM
 
@@ -86,7 +87,7 @@ class AdaptedLinear(Linear):
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Module name -> (out, in) of every Linear in the layers; the experts' stacked weights are none."""
-    return {name.removesuffix(".weight"): shape for name, shape in weights.expected_shapes(config).items()
+    return {name.removesuffix(".weight"): shape for name, shape in minimind.expected_shapes(config).items()
             if name.startswith("model.layers.") and len(shape) == 2}
 
 
@@ -179,11 +180,11 @@ def save_adapters(path: str | Path, adapters: dict[str, Tensor], lora: Lora, con
         ValueError: adapters that do not fit.
     """
     adapters = {name: tensor.detach().contiguous().cpu()
-                for name, tensor in weights.fit(adapters, shapes(config, lora), str(path)).items()}
+                for name, tensor in minimind.fit(adapters, shapes(config, lora), str(path)).items()}
     facts = {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets, "dropout": lora.dropout,
              "base": lora.base}
     metadata = {"lora": json.dumps(facts), "config": json.dumps(config.to_dict()), "format": "pt"}
-    weights.write_whole(Path(path), save(adapters, metadata=metadata))
+    write_file(Path(path), save(adapters, metadata=metadata))
 
 
 def load_adapters(path: str | Path, config: ModelConfig | None = None) -> tuple[dict[str, Tensor], Lora, ModelConfig]:
@@ -199,22 +200,22 @@ def load_adapters(path: str | Path, config: ModelConfig | None = None) -> tuple[
         ValueError: one line: nothing there, no adapters, adapters of another model, ranks that differ, a .pth (which
             carries no configuration) without a config.
     """
-    file = weights.find(path)[0]
+    file = weight_files.find(path)[0]
     if file.suffix != ".safetensors":
         if config is None:
             raise UserError(f"{path}: a .pth does not say of which model its adapters are")
-        adapters, lora = from_minimind(weights.read_pth(file), str(path))
+        adapters, lora = from_minimind(weight_files.read_pth(file), str(path))
     else:
-        metadata = weights.read_metadata(file)
+        metadata = weight_files.read_metadata(file)
         if "lora" not in metadata:
             raise UserError(f"{path}: holds a whole model's weights, no LoRA adapters")
         try:
             lora, theirs = read_facts(metadata["lora"]), ModelConfig.from_dict(json.loads(metadata["config"]))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: what it says of its adapters is damaged: {error}") from None
-        weights.check_same_model(path, theirs, config or theirs)
-        adapters, config = weights.read_safetensors(file), config or theirs
-    return weights.fit(adapters, shapes(config, lora), str(path)), lora, config
+        weight_files.check_same_model(path, theirs, config or theirs)
+        adapters, config = weight_files.read_safetensors(file), config or theirs
+    return minimind.fit(adapters, shapes(config, lora), str(path)), lora, config
 
 
 def read_facts(text: str) -> Lora:
@@ -266,8 +267,8 @@ def to_minimind(adapters: dict[str, Tensor], lora: Lora, config: ModelConfig) ->
         ValueError: adapters on modules that are not square.
     """
     rank = max(lora.rank, MINIMIND_RANK)
-    empty = {name: torch.empty(shape, device="meta") for name, shape in weights.expected_shapes(config).items()}
-    square = {name.removesuffix(".weight"): tensor.shape[0] for name, tensor in weights.split_experts(empty).items()
+    empty = {name: torch.empty(shape, device="meta") for name, shape in minimind.expected_shapes(config).items()}
+    square = {name.removesuffix(".weight"): tensor.shape[0] for name, tensor in minimind.split_experts(empty).items()
               if tensor.dim() == 2 and tensor.shape[0] == tensor.shape[1] and name != "model.embed_tokens.weight"}
     for name in adapters:
         module = name.rpartition(".lora.")[0]

@@ -17,7 +17,7 @@ import numpy as np
 
 from minimind_ds.config.deepspeed_json import optimizer_device, stage_of
 from minimind_ds.config.model import ModelConfig, ParallelDims
-from minimind_ds.convert import weights
+from minimind_ds.convert import minimind
 from minimind_ds.model import lora
 from minimind_ds.model.loss import CHUNK
 
@@ -88,7 +88,7 @@ def trained_parts(s: Setting) -> list[Part]:
     if s.adapters:
         return [Part(tuple(math.prod(shape) for shape in lora.shapes(s.config, s.adapters).values()), s.ranks)]
     shared, experts = [], []
-    for name, shape in weights.expected_shapes(s.config).items():
+    for name, shape in minimind.expected_shapes(s.config).items():
         cut = s.dims.experts > 1 and ".experts." in name
         (experts if cut else shared).append(math.prod(shape) // (s.dims.experts if cut else 1))
     parts = [Part(tuple(shared), s.ranks)]
@@ -97,7 +97,7 @@ def trained_parts(s: Setting) -> list[Part]:
 
 def frozen(s: Setting) -> tuple[int, ...]:
     """Sizes of the parameters that are not trained: the base beside LoRA's adapters."""
-    return tuple(math.prod(shape) for shape in weights.expected_shapes(s.config).values()) if s.adapters else ()
+    return tuple(math.prod(shape) for shape in minimind.expected_shapes(s.config).values()) if s.adapters else ()
 
 
 def states(s: Setting) -> dict[str, dict[str, float]]:
@@ -209,7 +209,7 @@ def activations(s: Setting) -> dict[str, float]:
     if w > s.width:
         found["copies of weights"] = w * sum(
             math.prod(shape) // (s.dims.experts if ".experts." in name else 1)
-            for name, shape in weights.expected_shapes(c).items() if ".layers." in name and len(shape) > 1)
+            for name, shape in minimind.expected_shapes(c).items() if ".layers." in name and len(shape) > 1)
     # Logits and their exponentials; then their gradient, its product with the hidden states, which becomes the head's
     # gradient, and a head that is wider than its parameter.
     rows, head = min(labelled, CHUNK), 0 if s.adapters else c.vocab_size * c.hidden_size * max(w, 4)
@@ -290,7 +290,7 @@ def gathered(s: Setting) -> float:
     # One rank's share is the whole.
     if s.stage < 3 or s.ranks == 1:
         return 0.0
-    shapes = weights.expected_shapes(s.config)
+    shapes = minimind.expected_shapes(s.config)
     layer = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0."))
     cut = sum(part.total for part in trained_parts(s)) + sum(frozen(s)) - kept_whole(s)
     allowed = min(float(s.zero.get(f"stage3_max_{name}", 1e9)) for name in ("live_parameters", "reuse_distance"))

@@ -25,7 +25,7 @@ from minimind_ds.checkpoint import reshape
 from minimind_ds.checkpoint.async_save import SaveFailed
 from minimind_ds.config import deepspeed_json
 from minimind_ds.config.errors import UserError, one_line
-from minimind_ds.convert import weights
+from minimind_ds.convert import minimind, weight_files
 from minimind_ds.data import loader
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.engine import NonFinite
@@ -152,7 +152,7 @@ def write_weights(prepared: PreparedRun, ds_engine, step: int, metrics: Metrics)
         if prepared.lora:
             lora.save_adapters(prepared.weights_path, final, prepared.lora, prepared.model_config)
         else:
-            weights.save_safetensors(prepared.weights_path, final, prepared.model_config)
+            weight_files.save_safetensors(prepared.weights_path, final, prepared.model_config)
         checkpoint.keep_metrics(prepared.folder)
         write_file(prepared.done_path, json.dumps({"step": step, "identity": identity(prepared)}))
         metrics.say(f"wrote {prepared.weights_path}")
@@ -173,7 +173,7 @@ def write_run_folder(prepared: PreparedRun, start: Start) -> None:
 def summary(prepared: PreparedRun, start: Start) -> list[str]:
     """What the run is, for its first lines of output."""
     run, config, plan, adapters = prepared.run, prepared.model_config, prepared.first_plan, prepared.lora
-    parameters = sum(math.prod(shape) for shape in weights.expected_shapes(config).values())
+    parameters = sum(math.prod(shape) for shape in minimind.expected_shapes(config).values())
     store, tokens, steps = prepared.stores[0], int(plan.n_tokens.sum()), len(plan)
     stats = store.stats
     lines = [*prepared.notes, *start.notes,

@@ -20,7 +20,7 @@ from minimind_ds.config import deepspeed_json
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.run import RunConfig, parse_run_config
-from minimind_ds.convert import weights
+from minimind_ds.convert import weight_files
 from minimind_ds.data import loader
 from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
@@ -96,7 +96,7 @@ class PreparedRun:
     @property
     def weights_path(self) -> pathlib.Path:
         name = f"{self.run.save_weight}_lora" if self.lora else self.run.save_weight
-        return self.folder / weights.file_name(name, self.model_config)
+        return self.folder / weight_files.file_name(name, self.model_config)
 
 
 def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
@@ -133,7 +133,7 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     eval_plan = eval_store and plan_epoch(eval_store, run, ranks, 0)
     start_weights = None
     if run.from_weight != "none":
-        start_weights = weights.load_weights(run.from_weight, model_config)
+        start_weights = weight_files.load_weights(run.from_weight, model_config)
     if lora is not None:
         lora = replace(lora, base=fingerprint(start_weights))
     prepared = PreparedRun(run, world, dims, tokenizer, model_config, stores, eval_store, plan, eval_plan, ds,

@@ -16,7 +16,7 @@ import torch
 from minimind_ds import kernels
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
-from minimind_ds.convert import weights
+from minimind_ds.convert import minimind
 from minimind_ds.data.packing import permutation
 from minimind_ds.data.sample import Sample
 from minimind_ds.data.store import TokenStore
@@ -34,7 +34,7 @@ STEPS = 4
 
 
 def count(config: ModelConfig) -> int:
-    return sum(math.prod(shape) for shape in weights.expected_shapes(config).values())
+    return sum(math.prod(shape) for shape in minimind.expected_shapes(config).values())
 
 
 def cut_down(config: ModelConfig, most: float) -> tuple[ModelConfig, str | None]:

@@ -261,13 +261,13 @@ def test_the_leak_probe_sees_samples_that_see_each_other(preset, tmp_path):
              "--dtype", "fp32", "--cache_dir", str(tmp_path), "--save_dir", str(tmp_path / "run")]
     code = f"""
 import json, torch
-from minimind_ds.convert import weights
+from minimind_ds.convert import minimind
 from minimind_ds.distributed import engine
 from minimind_ds.bench.throughput import cell, trl_loop
 world = read_world()
 prepared = cell.prepare_cell({flags!r}, world)
 engine.start(world)
-trainer = trl_loop.build(prepared, dict(weights.fresh(prepared.model_config)), 1)
+trainer = trl_loop.build(prepared, dict(minimind.fresh(prepared.model_config)), 1)
 found = [trl_loop.leak(prepared, trainer)]
 collate = trainer.data_collator
 trainer.data_collator = lambda rows: (b := collate(rows)) | {{"attention_mask": torch.ones_like(b["input_ids"])}}

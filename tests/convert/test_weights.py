@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, load_tokenizer
-from minimind_ds.convert import export, weights
+from minimind_ds.convert import export, huggingface, minimind, weight_files
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = dict(vocab_size=6400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -30,7 +30,7 @@ def state_of(config):
     torch.manual_seed(0)
     # Norms off 1 and weights large enough for attention and routing to matter.
     return {name: tensor + 0.3 * torch.randn_like(tensor) if tensor.dim() == 1 else 4 * tensor
-            for name, tensor in weights.fresh(config)}
+            for name, tensor in minimind.fresh(config)}
 
 
 def model_of(config, state):
@@ -71,10 +71,10 @@ def test_pth_has_exactly_minimind_s_keys_and_shapes_and_comes_back(name, tmp_pat
     export.export_minimind(state, config, path, dtype=torch.float32)
     written = torch.load(path, weights_only=True)
     assert {key: tuple(t.shape) for key, t in written.items()} == minimind_shapes(config)
-    assert same(weights.load_weights(path, config), state)
+    assert same(weight_files.load_weights(path, config), state)
     model = MiniMindForCausalLM(config)
     model.load_minimind(written)
-    assert same(weights.check(model.state_dict(), config, "model"), state)
+    assert same(minimind.check(model.state_dict(), config, "model"), state)
     export.export_minimind(state, config, path, dtype=torch.float16, overwrite=True)
     assert all(t.dtype == torch.float16 for t in torch.load(path, weights_only=True).values())
 
@@ -96,7 +96,7 @@ def test_hugging_face_folder_gives_our_logits_in_transformers_and_comes_back(nam
         batch = collate([[Sample(ids, torch.full_like(ids, -100))]], len(ids))
         ours = model_of(config, state)(batch, return_logits=True).logits[0]
     assert (ours - expected).abs().max() <= 1e-5
-    assert same(weights.load_weights(folder, config), state)
+    assert same(weight_files.load_weights(folder, config), state)
     their_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     assert their_tokenizer("Hello 你好", add_special_tokens=False).input_ids == tokenizer.encode("Hello 你好")
     assert their_tokenizer.chat_template
@@ -104,27 +104,27 @@ def test_hugging_face_folder_gives_our_logits_in_transformers_and_comes_back(nam
 
 def test_hugging_face_folder_describes_the_model_it_came_from(tmp_path):
     for name in ("minimind-3", "top2", "minimind2", "untied"):
-        values = json.loads(json.dumps(weights.to_hf_config(CONFIGS[name], torch.bfloat16)))
-        assert weights.from_hf_config(values) == CONFIGS[name]
+        values = json.loads(json.dumps(huggingface.to_hf_config(CONFIGS[name], torch.bfloat16)))
+        assert huggingface.from_hf_config(values) == CONFIGS[name]
     for wrong in ({"model_type": "gpt2"}, {"attention_bias": True}, {"rope_parameters": {"rope_type": "llama3"}}):
         with pytest.raises(ValueError, match=str(next(iter(wrong.values()))).split("'")[-2] if "rope" in str(wrong)
                            else str(next(iter(wrong.values())))):
-            weights.from_hf_config(weights.to_hf_config(CONFIGS["minimind-3"], torch.float32) | wrong)
+            huggingface.from_hf_config(huggingface.to_hf_config(CONFIGS["minimind-3"], torch.float32) | wrong)
 
 
 def test_our_file_carries_its_configuration_and_leaves_nothing_else_behind(tmp_path):
     config = CONFIGS["top1"]
-    path = tmp_path / weights.file_name("sft", config)
+    path = tmp_path / weight_files.file_name("sft", config)
     assert path.name == "sft_32_moe.safetensors"
-    weights.save_safetensors(path, state_of(config), config)
+    weight_files.save_safetensors(path, state_of(config), config)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert weights.read_config(tmp_path) == config
-    assert same(weights.load_weights(tmp_path, config), state_of(config))
+    assert weight_files.read_config(tmp_path) == config
+    assert same(weight_files.load_weights(tmp_path, config), state_of(config))
 
 
 def test_names_that_do_not_fit_are_listed():
     config = CONFIGS["minimind-3"]
-    model, state = MiniMindForCausalLM(config), weights.to_minimind(state_of(config), config)
+    model, state = MiniMindForCausalLM(config), minimind.to_minimind(state_of(config), config)
     norm = state.pop("model.norm.weight")
     with pytest.raises(ValueError, match=r"1 missing \(model.norm.weight\)"):
         model.load_minimind(state)
@@ -133,7 +133,7 @@ def test_names_that_do_not_fit_are_listed():
     with pytest.raises(ValueError, match="lm_head.weight differs"):
         model.load_minimind({**state, "model.norm.weight": norm, "lm_head.weight": state["lm_head.weight"] + 1})
     moe = CONFIGS["top1"]
-    experts = weights.to_minimind(state_of(moe), moe)
+    experts = minimind.to_minimind(state_of(moe), moe)
     del experts["model.layers.1.mlp.experts.2.up_proj.weight"]
     with pytest.raises(ValueError, match="layers.1.mlp.experts.gate_up_proj"):
         MiniMindForCausalLM(moe).load_minimind(experts)
@@ -142,9 +142,9 @@ def test_names_that_do_not_fit_are_listed():
 def test_buffers_of_old_checkpoints_and_resume_files_are_read(tmp_path):
     config = CONFIGS["minimind-3"]
     buffers = {"model.freqs_cos": torch.ones(3), "freqs_sin": torch.ones(3)}
-    old = {**weights.to_minimind(state_of(config), config), **buffers}
+    old = {**minimind.to_minimind(state_of(config), config), **buffers}
     torch.save({"model": old, "epoch": 1}, tmp_path / "sft_resume.pth")
-    assert same(weights.load_weights(tmp_path / "sft_resume.pth", config), state_of(config))
+    assert same(weight_files.load_weights(tmp_path / "sft_resume.pth", config), state_of(config))
 
 
 class Trap:
@@ -169,19 +169,19 @@ def test_files_that_are_no_weights_are_refused_in_one_line_and_run_no_code(tmp_p
     (tmp_path / "nothing").mkdir()
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "config.json").write_text("{}")
-    weights.save_safetensors(tmp_path / "other.safetensors", state_of(other), other)
+    weight_files.save_safetensors(tmp_path / "other.safetensors", state_of(other), other)
     two = tmp_path / "two"
     two.mkdir()
     for name in ("a.safetensors", "b.safetensors"):
-        weights.save_safetensors(two / name, state_of(config), config)
+        weight_files.save_safetensors(two / name, state_of(config), config)
     for name in ("absent", "trap.pth", "zipped_trap.pth", "torn.pth", "torn.safetensors", "empty.pth", "list.pth",
                  "nothing", "pickled", "other.safetensors", "two"):
         with pytest.raises(ValueError, match=name) as error:
-            weights.load_weights(tmp_path / name, config)
+            weight_files.load_weights(tmp_path / name, config)
         assert "\n" not in str(error.value)
     assert not trap.exists()
     with pytest.raises(ValueError, match="use_moe is True there and False here"):
-        weights.load_weights(tmp_path / "other.safetensors", config)
+        weight_files.load_weights(tmp_path / "other.safetensors", config)
 
 
 def export_program(*words):
@@ -193,22 +193,23 @@ def test_export_program_writes_a_run_folder_in_both_formats(tmp_path):
     config, run = CONFIGS["top1"], tmp_path / "run"
     run.mkdir()
     state = {name: tensor.bfloat16() for name, tensor in state_of(config).items()}
-    weights.save_safetensors(run / weights.file_name("sft", config), state, config)
+    weight_files.save_safetensors(run / weight_files.file_name("sft", config), state, config)
     load_tokenizer().save(run / "tokenizer")
     done = export_program("--weight", run, "--to", "hf", "--out", tmp_path / "hf")
     assert done.returncode == 0, done.stderr
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
             "tokenizer_config.json"} <= {p.name for p in (tmp_path / "hf").iterdir()}
-    assert same(weights.load_weights(tmp_path / "hf", config), state)
+    assert same(weight_files.load_weights(tmp_path / "hf", config), state)
     export.run(tmp_path / "hf", "minimind", tmp_path / "full_sft_32_moe.pth", dtype=None, preset=None, tokenizer=None,
                overwrite=False)
-    assert weights.load_weights(tmp_path / "full_sft_32_moe.pth", config)["model.norm.weight"].dtype == torch.float16
+    assert weight_files.load_weights(tmp_path / "full_sft_32_moe.pth",
+                                     config)["model.norm.weight"].dtype == torch.float16
 
 
 def test_bad_input_is_answered_in_one_line_and_writes_nothing(tmp_path):
     config = CONFIGS["minimind-3"]
-    weights.save_safetensors(tmp_path / "sft_32.safetensors", state_of(config), config)
-    torch.save(weights.to_minimind(state_of(config), config), tmp_path / "a.pth")
+    weight_files.save_safetensors(tmp_path / "sft_32.safetensors", state_of(config), config)
+    torch.save(minimind.to_minimind(state_of(config), config), tmp_path / "a.pth")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     before = sorted(tmp_path.rglob("*"))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, build_sample, collate, load_tokenizer
-from minimind_ds.convert import weights as files
+from minimind_ds.convert import weight_files as files
 from minimind_ds.data.sample import prompt_ids
 from minimind_ds.inference import chat, score
 from tests.conftest import ROOT, environment

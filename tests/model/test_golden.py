@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate
-from minimind_ds.convert import weights
+from minimind_ds.convert import minimind
 
 BOUND = 1e-5
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["reference", "sdpa", "compiled"]
@@ -52,7 +52,7 @@ def test_logits_losses_and_gradients_are_minimind_s(golden, kernels):
     assert (out.logits - tensors["logits"]).abs().max() <= BOUND
     assert (loss - tensors["loss"]).abs() <= BOUND
     assert (out.aux_loss - tensors["aux_loss"]).abs() <= 1e-8
-    grads = weights.to_minimind({name: p.grad for name, p in model.named_parameters()}, config)
+    grads = minimind.to_minimind({name: p.grad for name, p in model.named_parameters()}, config)
     worst = {name: ((grads[name] - theirs).abs().max() / theirs.abs().max()).item()
              for name, theirs in part(tensors, "grad.").items()}
     assert max(worst.values()) <= BOUND, max(worst, key=worst.get)
@@ -70,5 +70,5 @@ def test_minimind_s_rows_packed_into_one_give_the_same_logits(golden, kernels):
 
 def test_our_minimind_names_are_the_golden_s(golden):
     tensors, config = golden
-    ours = weights.to_minimind(dict(weights.fresh(config)), config)
+    ours = minimind.to_minimind(dict(minimind.fresh(config)), config)
     assert {name: t.shape for name, t in ours.items()} == {n: t.shape for n, t in part(tensors, "weight.").items()}

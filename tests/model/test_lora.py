@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, load_tokenizer
-from minimind_ds.convert import export, weights
+from minimind_ds.convert import export, minimind, weight_files
 from minimind_ds.distributed.world import World
 from minimind_ds.inference import chat
 from minimind_ds.model import lora, loss
@@ -32,7 +32,7 @@ EVERY = {"dense": "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "mo
 
 def base_of(config, dtype=torch.float32):
     torch.manual_seed(0)
-    return {name: (tensor if tensor.dim() == 1 else 4 * tensor).to(dtype) for name, tensor in weights.fresh(config)}
+    return {name: (tensor if tensor.dim() == 1 else 4 * tensor).to(dtype) for name, tensor in minimind.fresh(config)}
 
 
 def drawn(config, what, dtype=torch.float32):
@@ -150,7 +150,7 @@ def test_dropout_acts_on_the_adapters_alone_and_in_training_alone():
 def written(tmp_path, config, what, dtype=torch.float32):
     """A base and adapters in files; the paths, and the logits of the two together, unmerged."""
     base, state = base_of(config, dtype), drawn(config, what)
-    weights.save_safetensors(tmp_path / "base.safetensors", base, config)
+    weight_files.save_safetensors(tmp_path / "base.safetensors", base, config)
     what = dataclasses.replace(what, base=lora.fingerprint(base))
     lora.save_adapters(tmp_path / "lora.safetensors", state, what, config)
     model = model_of(config, {n: tensor.float() for n, tensor in base.items()})
@@ -219,10 +219,10 @@ def test_other_weights_are_refused_and_the_same_ones_in_another_file_are_not(tmp
     config = CONFIGS["dense"]
     base, adapters, _ = written(tmp_path, config, adapters_of(config), torch.bfloat16)
     wide = {n: tensor.float() for n, tensor in base_of(config, torch.bfloat16).items()}
-    weights.save_safetensors(tmp_path / "wide.safetensors", wide, config)
+    weight_files.save_safetensors(tmp_path / "wide.safetensors", wide, config)
     export.load(tmp_path / "wide.safetensors", lora=adapters)
     wide["model.norm.weight"] = wide["model.norm.weight"] + 1e-6
-    weights.save_safetensors(tmp_path / "moved.safetensors", wide, config)
+    weight_files.save_safetensors(tmp_path / "moved.safetensors", wide, config)
     with pytest.raises(ValueError, match="lora.safetensors beside .*moved.safetensors.*trained on other weights"):
         export.load(tmp_path / "moved.safetensors", lora=adapters)
 

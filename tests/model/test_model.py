@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, kernels
-from minimind_ds.convert import weights
+from minimind_ds.convert import huggingface, minimind
 from minimind_ds.model import loss
 from minimind_ds.model.decoder import Rotary, balance_loss
 
@@ -42,9 +42,9 @@ def test_transformers_qwen3_has_the_same_logits_loss_and_gradients(kernels):
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = CONFIGS["dense"]
-    theirs = Qwen3ForCausalLM(Qwen3Config(**weights.to_hf_config(config, torch.float32)))
+    theirs = Qwen3ForCausalLM(Qwen3Config(**huggingface.to_hf_config(config, torch.float32)))
     ours = model_of(config, kernels)
-    missing = theirs.load_state_dict(weights.check(ours.state_dict(), config, "ours"), strict=False)
+    missing = theirs.load_state_dict(minimind.check(ours.state_dict(), config, "ours"), strict=False)
     assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys
     lengths, their_logits, their_loss = [5, 40, 1, 18], [], 0
     for length in lengths:
@@ -113,7 +113,7 @@ def test_initial_weights_depend_on_the_seed_only():
 def test_a_tied_head_is_the_embedding_itself():
     model = model_of(CONFIGS["dense"])
     assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert [name for name, _ in model.named_parameters()] == list(weights.expected_shapes(CONFIGS["dense"]))
+    assert [name for name, _ in model.named_parameters()] == list(minimind.expected_shapes(CONFIGS["dense"]))
     apart = model_of(dataclasses.replace(CONFIGS["dense"], tie_word_embeddings=False))
     assert apart.lm_head.weight is not apart.model.embed_tokens.weight
 

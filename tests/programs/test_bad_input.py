@@ -102,7 +102,7 @@ def test_unknown_preset_tokenizer_weights_and_kernels(sft, tmp_path, capfd):
 
 def test_weights_of_another_size_are_refused_with_the_first_difference(sft, tmp_path):
     from minimind_ds.config.model import ModelConfig
-    from minimind_ds.convert.weights import save_safetensors
+    from minimind_ds.convert.weight_files import save_safetensors
     from minimind_ds.model.decoder import MiniMindForCausalLM
 
     other = MiniMindForCausalLM(ModelConfig(hidden_size=64, num_hidden_layers=1))

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from minimind_ds.bench.throughput.cell import full_steps
 from minimind_ds.bench.throughput.padded import PaddedMiniMind
-from minimind_ds.convert import weights
+from minimind_ds.convert import minimind
 from minimind_ds.data.loader import load_micro_batch
 from minimind_ds.data.packing import permutation
 from minimind_ds.distributed import engine
@@ -43,7 +43,7 @@ def padded_loop(prepared: PreparedRun, dtype: str, rows: int, length: int, start
         start: the weights both loops start from, in our names.
     """
     model = PaddedMiniMind(prepared.model_config).to(prepared.world.device).train()
-    model.load_state_dict(weights.to_minimind(start, prepared.model_config))
+    model.load_state_dict(minimind.to_minimind(start, prepared.model_config))
     optimizer = adamw(prepared, model.parameters())
     store, state = prepared.stores[0], {"at": 0}
     order = permutation(len(store.lengths), prepared.run.seed)

@@ -19,7 +19,7 @@ import torch
 from minimind_ds.bench.throughput.cell import machine, prepare_cell
 from minimind_ds.bench.throughput.loops import Loop, packed_loop, padded_loop, torch_loop
 from minimind_ds.config.errors import UserError
-from minimind_ds.convert import weights
+from minimind_ds.convert import minimind
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import read_world
 from minimind_ds.training.prepare import PreparedRun, prepare
@@ -146,7 +146,7 @@ def compare_padded(program_flags: list[str], *, dtypes: list[str], padded_rows: 
     engine.start(world)
     first = next(iter(runs.values()))
     torch.manual_seed(first.run.seed)
-    start = dict(weights.fresh(first.model_config))
+    start = dict(minimind.fresh(first.model_config))
     loops = []
     for dtype, prepared in runs.items():
         loops += [padded_loop(prepared, dtype, padded_rows, prepared.run.max_seq_len, start)]

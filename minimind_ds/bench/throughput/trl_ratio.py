@@ -20,7 +20,7 @@ from minimind_ds.bench.throughput.cell import full_steps, machine, prepare_cell
 from minimind_ds.bench.throughput.loops import packed_loop
 from minimind_ds.bench.throughput.ratios import facts, pair
 from minimind_ds.config.errors import UserError
-from minimind_ds.convert import weights
+from minimind_ds.convert import minimind
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import read_world
 from minimind_ds.training.prepare import PreparedRun
@@ -85,7 +85,7 @@ def compare_one(prepared: PreparedRun, name: str, *, warm_up: int, steps: int, s
     from minimind_ds.bench.throughput import trl_loop
 
     torch.manual_seed(prepared.run.seed)
-    start = prepared.start_weights or dict(weights.fresh(prepared.model_config))
+    start = prepared.start_weights or dict(minimind.fresh(prepared.model_config))
     trainer = trl_loop.build(prepared, start, warm_up + steps)
     leak = trl_loop.leak(prepared, trainer)
     trainer.begin()

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 from minimind_ds import checkpoint  # noqa: E402
-from minimind_ds.convert import weights  # noqa: E402
+from minimind_ds.convert import minimind, weight_files  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
 from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.training import loop, start  # noqa: E402
@@ -39,8 +39,8 @@ def write_base(world, out: pathlib.Path, model: str) -> list[str]:
         config = make_run(world, out, model, 0, 1, []).model_config
         torch.manual_seed(1)
         # Large enough for attention and routing to matter.
-        state = {name: tensor if tensor.dim() == 1 else 3 * tensor for name, tensor in weights.fresh(config)}
-        weights.save_safetensors(path, state, config)
+        state = {name: tensor if tensor.dim() == 1 else 3 * tensor for name, tensor in minimind.fresh(config)}
+        weight_files.save_safetensors(path, state, config)
     dist.barrier()
     return ["--from_weight", str(path), *FLAGS[model]]
 

@@ -1,0 +1,154 @@
+"""Files of weights, found, read and written: safetensors, MiniMind's .pth, Hugging Face folders.
+
+Nothing is loaded that could run code: safetensors, or torch.load(weights_only=True).
+
+    python -m pytest tests/convert/test_weights.py
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from minimind_ds.config.errors import UserError
+from minimind_ds.config.model import ModelConfig
+from minimind_ds.convert import huggingface, minimind
+from minimind_ds.io import write_file
+
+# Fields that may differ between the configuration of a file and the one it is loaded into: they change no weight and
+# no logit on texts that both can read.
+FREE_FIELDS = {"dropout", "router_aux_loss_coef", "max_position_embeddings", "bos_token_id", "eos_token_id",
+               "inference_rope_scaling", "rope_scaling"}
+MOE_FIELDS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
+
+
+def file_name(save_weight: str, config: ModelConfig) -> str:
+    """The name of a run's final weights, as MiniMind names its own."""
+    return f"{save_weight}_{config.hidden_size}{'_moe' if config.use_moe else ''}.safetensors"
+
+
+def save_safetensors(path: str | Path, state: dict[str, Tensor], config: ModelConfig):
+    """Writes weights (our names) with their configuration: wholly or not at all, even through a power cut.
+
+    Raises:
+        ValueError: weights that do not fit the configuration.
+    """
+    state = {name: tensor.detach().contiguous().cpu() for name, tensor in minimind.check(state, config,
+                                                                                         str(path)).items()}
+    write_file(Path(path), save(state, metadata={"config": json.dumps(config.to_dict()), "format": "pt"}))
+
+
+def find(path: str | Path) -> list[Path]:
+    """The weight files that a path means: a file itself, a run folder's one .safetensors, a Hugging Face folder's.
+
+    Raises:
+        ValueError: nothing there, or several weights to choose from.
+    """
+    path = Path(path)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder")
+    files = sorted(path.glob("*.safetensors"))
+    if (path / "config.json").is_file():
+        if not files:
+            raise UserError(f"{path}: a Hugging Face folder without .safetensors files (pickled ones are not read)")
+        return files
+    if not files:
+        raise UserError(f"{path}: holds no .safetensors file")
+    if len(files) > 1:
+        raise UserError(f"{path}: holds several weights ({', '.join(f.name for f in files)}); name one of them")
+    return files
+
+
+def read_config(path: str | Path) -> ModelConfig | None:
+    """The configuration that weights carry with them, or None (a .pth, or a .safetensors of another origin).
+
+    Raises:
+        ValueError: nothing there, or a configuration that is not a MiniMind's.
+    """
+    first = find(path)[0]
+    folder_config = first.parent / "config.json"
+    if first.suffix != ".safetensors":
+        return None
+    metadata = read_metadata(first)
+    if "lora" in metadata:
+        raise UserError(f"{path}: holds LoRA adapters, not a whole model: name the weights they were trained on, and "
+                         f"these with --lora (chat, score, export)")
+    stored = metadata.get("config")
+    try:
+        if stored is not None:
+            return ModelConfig.from_dict(json.loads(stored))
+        if folder_config.is_file():
+            return huggingface.from_hf_config(json.loads(folder_config.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: its configuration is not a MiniMind's: {error}") from None
+    return None
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def load_weights(path: str | Path, config: ModelConfig) -> dict[str, Tensor]:
+    """Weights under our names, on the CPU, in the dtype of the file.
+
+    Args:
+        path: a run folder or its .safetensors file, the original MiniMind's .pth, or a Hugging Face folder.
+
+    Raises:
+        ValueError: one line: no such file, unreadable, not plain tensors, or weights of another model.
+    """
+    theirs = read_config(path)
+    if theirs is not None:
+        check_same_model(path, theirs, config)
+    state = {}
+    for file in find(path):
+        state |= read_safetensors(file) if file.suffix == ".safetensors" else read_pth(file)
+    return minimind.from_minimind(state, config, str(path))
+
+
+def check_same_model(path: str | Path, theirs: ModelConfig, ours: ModelConfig):
+    """Raises ValueError naming the first field of the file's configuration that makes it another model's."""
+    fields = [name for name in ours.to_dict() if name not in FREE_FIELDS]
+    for name in fields if ours.use_moe else [name for name in fields if name not in MOE_FIELDS]:
+        if getattr(theirs, name) != getattr(ours, name):
+            raise UserError(f"{path}: {name} is {getattr(theirs, name)} there and {getattr(ours, name)} here")
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def read_pth(path: Path) -> dict[str, Tensor]:
+    """A state dict, or the "model" of one of MiniMind's resume files."""
+    try:
+        with warnings.catch_warnings():
+            # torch remarks on a pickle's protocol; whether the file is read is what counts.
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: refused: it is not a plain file of tensors (torch.load with weights_only=True "
+                         f"does not read it)") from None
+    except (RuntimeError, OSError, EOFError, KeyError) as error:
+        raise UserError(f"{path}: not a readable .pth file: {str(error).partition(chr(10))[0]}") from None
+    if isinstance(state, dict) and isinstance(state.get("model"), dict):
+        state = state["model"]
+    if not (isinstance(state, dict) and state and all(isinstance(tensor, Tensor) for tensor in state.values())):
+        raise UserError(f"{path}: holds no state dict")
+    return state
