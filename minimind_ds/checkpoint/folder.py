@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from minimind_ds.checkpoint import full_state
 from minimind_ds.checkpoint.async_save import AsyncSave, SaveFailed, facts_of, sha256, snapshot
 from minimind_ds.config.errors import UserError
-from minimind_ds.distributed.engine import continue_betas
+from minimind_ds.distributed import deepspeed_compat
 from minimind_ds.io import fsync, write_file
 
 FORMAT = 2
@@ -121,36 +121,11 @@ def state_files(engine, aside: pathlib.Path) -> list[tuple[pathlib.Path, Callabl
         state = full_state.collect(engine)
         write = functools.partial(full_state.write_file, state)
         return [] if state is None else [(aside / TAG / full_state.FILE, write)]
-    own, copy_scripts = engine.checkpoint_engine, engine._copy_recovery_script
-    engine.checkpoint_engine = recorder = Recorder(own)
-    # Rank 0 copies programs of DeepSpeed's into the checkpoint.  If it did so here and the disk were full, the others
-    # would wait for it at DeepSpeed's next barrier for ever.
-    engine._copy_recovery_script = lambda folder: recorder.files.append(
-        (pathlib.Path(folder) / "zero_to_fp32.py", lambda path: copy_scripts(path.parent)))
-    try:
+    with deepspeed_compat.recorded_files(engine, copy=snapshot) as files:
         # DeepSpeed refuses to convert a checkpoint to its universal format without this.
         engine.save_checkpoint(str(aside), tag=TAG, save_latest=False,
                                client_state={"universal_checkpoint_info": {"universal_checkpoint_version": 0.2}})
-    finally:
-        engine.checkpoint_engine = own
-        del engine._copy_recovery_script
-    return recorder.files
-
-
-class Recorder:
-    """Stands before DeepSpeed's writer of files: takes copies in memory, to be written later; touches no disk."""
-
-    def __init__(self, own):
-        self.own, self.files = own, []
-
-    def __getattr__(self, name: str):
-        return getattr(self.own, name)
-
-    def makedirs(self, path: str, exist_ok: bool = False):
-        pass
-
-    def save(self, state_dict, path: str):
-        self.files.append((pathlib.Path(path), functools.partial(write_state, snapshot(state_dict))))
+    return [(path, write if state is None else functools.partial(write_state, state)) for path, state, write in files]
 
 
 def write_state(state, path: pathlib.Path) -> None:
@@ -286,7 +261,7 @@ def load(engine, path: pathlib.Path) -> None:
     """Load a verified checkpoint of the same layout into the engine; collective."""
     loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
     assert loaded is not None, f"DeepSpeed found nothing under {path}"
-    continue_betas(engine)
+    deepspeed_compat.continue_betas(engine)
     load_rng(path)
 
 

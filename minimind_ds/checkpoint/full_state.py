@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from minimind_ds.config.errors import UserError
+from minimind_ds.distributed import deepspeed_compat
 
 FILE = "whole.safetensors"
 KEYS = ("fp32", "exp_avg", "exp_avg_sq")
@@ -59,10 +60,7 @@ def collect(ds_engine) -> FullState | None:
     stage, optimizer, basic = ds_engine.zero_optimization_stage(), ds_engine.optimizer, ds_engine.basic_optimizer
     assert stage > 0
     if stage < 3:
-        # DeepSpeed links moments to parameters once, after the update of its first group: those of experts, which
-        # have a group of their own, are not there yet.
-        optimizer._hp_optimizer_states_linked = False
-        optimizer._lazy_init_hp_params_optimizer_state()
+        deepspeed_compat.link_moments(optimizer)
     steps = (int(state["step"]) for state in basic.state.values() if "step" in state)
     whole = FullState({}, step=max(steps, default=0),
                   groups=[{key: group[key] for key in SCHEDULED if key in group} for group in basic.param_groups],

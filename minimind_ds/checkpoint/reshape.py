@@ -23,7 +23,8 @@ from minimind_ds import checkpoint
 from minimind_ds.checkpoint import full_state as whole_state
 from minimind_ds.checkpoint.full_state import COUNTERS, SCHEDULED, FullState, read_scaler
 from minimind_ds.config.errors import UserError
-from minimind_ds.distributed import engine
+from minimind_ds.distributed import deepspeed_compat
+from minimind_ds.distributed.world import current_device
 
 # Of the layout (train.layout_facts), what may differ between the halves of a run.
 MAY_DIFFER = ("ranks", "ZeRO stage", "offload", "batch_size", "accumulation_steps", "sequence_parallel_size",
@@ -89,7 +90,7 @@ def load(ds_engine, path: pathlib.Path, *, layout: dict, same: bool, seed: int, 
             error = caught
     checkpoint.together(error, f"reading {path}")
     write(ds_engine, whole)
-    engine.continue_betas(ds_engine)
+    deepspeed_compat.continue_betas(ds_engine)
     if same:
         checkpoint.load_rng(path)
         return
@@ -276,7 +277,7 @@ def write(ds_engine, whole: FullState | None) -> None:
     write_scaler(template, header["scaler"])
     if stage == 0:
         optimizer.load_state_dict(template)
-        for low, high in (engine.stage_zero_masters(ds_engine) or {}).items():
+        for low, high in (deepspeed_compat.stage_zero_masters(ds_engine) or {}).items():
             low.data.copy_(high.data)
     else:
         optimizer.load_state_dict([None] * dist.get_rank() + [template], load_optimizer_states=True,
@@ -306,7 +307,7 @@ def broadcast_header(whole: FullState | None) -> dict:
 
 def broadcast(flat: torch.Tensor | None, numel: int, dtype: torch.dtype) -> torch.Tensor:
     """Rank 0's flat tensor on every rank, on its device."""
-    device = engine.current_device()
+    device = current_device()
     flat = torch.empty(numel, dtype=dtype, device=device) if flat is None else flat.to(device)
     dist.broadcast(flat, src=0)
     return flat
@@ -336,9 +337,7 @@ def live_slots(ds_engine, stage: int, shapes: dict[str, torch.Size]) -> list[lis
     if stage > 0:
         slots = []
         for group in optimizer.bit16_groups:
-            linked = [(names[p], p._hp_mapping) for p in group if p._hp_mapping is not None]
-            slots.append([Piece(name, link.hp_fragment_address.start, link.lp_fragment_address.start,
-                                link.hp_fragment_address.numel) for name, link in linked])
+            slots.append([Piece(names[p], *place) for p, *place in deepspeed_compat.fragments(group)])
         return slots
     return in_order([t.numel() for t in live_masters(ds_engine, stage)], shapes)
 

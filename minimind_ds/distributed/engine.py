@@ -10,7 +10,6 @@ the loss undoes the second.
 from __future__ import annotations
 
 import datetime
-import functools
 import logging
 import os
 import warnings
@@ -18,20 +17,14 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from minimind_ds.distributed import build_lock
-from minimind_ds.distributed.world import World, export
+from minimind_ds.distributed import build_lock, deepspeed_compat
+from minimind_ds.distributed.world import World, current_device, export
 
 TIMEOUT_MINUTES = 30
 
 
 class NonFinite(RuntimeError):
     """A loss or gradient is NaN or infinite; the update was not applied."""
-
-
-def choose_accelerator(device: torch.device) -> None:
-    """Before deepspeed is imported: it would look for a GPU by itself, and not find every CPU."""
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def start(world: World, hang_minutes: float = 0.0) -> None:
@@ -47,7 +40,7 @@ def start(world: World, hang_minutes: float = 0.0) -> None:
     else:
         torch.cuda.set_device(world.device)
     export(world)
-    choose_accelerator(world.device)
+    deepspeed_compat.choose_accelerator(world.device)
     # Some seconds, which --help and a mistake in a flag need not wait for.
     import deepspeed
     from deepspeed.utils import logger
@@ -57,12 +50,7 @@ def start(world: World, hang_minutes: float = 0.0) -> None:
     # DeepSpeed still calls collectives by names that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if world.device.type == "cpu":
-        # The shared-memory all-reduce is compiled at first use (about 45 s) and gains nothing at these sizes.
-        # Whether it could be compiled is not asked either: that runs a compiler.
-        deepspeed.ops.__compatible_ops__ = {}
-        # Stage 3 asks for it at every gradient bucket, and each time a process (numactl) is started to find out.
-        accelerator = deepspeed.get_accelerator()
-        accelerator.device_count = functools.cache(accelerator.device_count)
+        deepspeed_compat.start_no_programs(deepspeed)
     deepspeed.init_distributed(dist_backend="gloo" if world.device.type == "cpu" else "nccl", verbose=False,
                                timeout=patience(hang_minutes))
 
@@ -91,53 +79,14 @@ def initialize(model: torch.nn.Module, config: dict):
 
     if config.get("zero_optimization", {}).get("stage", 0) == 0 and not (config["fp16"]["enabled"]
                                                                          or config["bf16"]["enabled"]):
-        # clip_gradients does it instead.
+        # deepspeed_compat.clip_gradients does it instead.
         config = {**config, "gradient_clipping": 0.0}
     trained = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=trained)
-    undo_warm_start(engine)
+    deepspeed_compat.undo_warm_start(engine)
     engine.basic_optimizer.skip_update = False
     engine.basic_optimizer.register_step_pre_hook(stop_on_non_finite)
     return engine
-
-
-def undo_warm_start(engine) -> None:
-    """DeepSpeed's half-precision optimizer at stage 0 takes one step on zero gradients when it is made.
-
-    That leaves Adam's step count at 1 and the masters decayed once, so that its first real update differs from every
-    other stage's.  Both are put back here.
-    """
-    if not hasattr(engine.optimizer, "fp16_groups") or engine.zero_optimization_stage() > 0:
-        return
-    engine.optimizer.refresh_fp32_params()
-    for state in engine.basic_optimizer.state.values():
-        for value in state.values():
-            if torch.is_tensor(value):
-                value.zero_()
-        if isinstance(state.get("step"), int):
-            state["step"] = 0
-
-
-def continue_betas(ds_engine) -> None:
-    """After a checkpoint is loaded: bring DeepSpeed's C++ Adam to where it was, to the last bit.
-
-    It keeps beta^step as a running product in fp32, which no checkpoint holds, and after a jump of the step count
-    takes pow() instead: a rounding apart.  Updates of a scratch element make the product again, 1.2 us each.
-    """
-    optimizer, kind = ds_engine.basic_optimizer, type(ds_engine.basic_optimizer).__name__
-    # On a GPU FusedAdam is another program, which takes pow() at each step.
-    if kind != "DeepSpeedCPUAdam" and not (kind == "FusedAdam" and current_device().type == "cpu"):
-        return
-    steps = max((int(state.get("step", 0)) for state in optimizer.state.values()), default=0)
-    group = optimizer.param_groups[0]
-    p, grad, exp_avg, exp_avg_sq = torch.zeros(4, 1)
-    for step in range(1, steps + 1):
-        facts = (0.0, *group["betas"], group["eps"])
-        if kind == "DeepSpeedCPUAdam":
-            optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, *facts, 0.0, True, p, grad, exp_avg, exp_avg_sq)
-        else:
-            optimizer.multi_tensor_adam(1, optimizer._dummy_overflow_buf, [[grad], [p], [exp_avg], [exp_avg_sq]],
-                                        *facts, step, optimizer.adam_w_mode, True, 0.0)
 
 
 def stop_on_non_finite(optimizer, args, kwargs) -> None:
@@ -158,38 +107,6 @@ def stop_on_non_finite(optimizer, args, kwargs) -> None:
         dist.all_reduce(bad)
     if bad.item() > 0:
         raise NonFinite("a gradient is not finite")
-
-
-def current_device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def clip_gradients(engine, most: float) -> float | None:
-    """Clip the gradients to a global 2-norm of `most` (0: leave them) before engine.step(), at stage 0 in fp32.
-
-    DeepSpeed clips at the other stages and in half precision; there this returns None.  At stage 0 in fp32 it takes
-    the norm in fp32, which on a CPU is off by 1e-4 for an embedding's gradient: enough to tell the stages' curves
-    apart.  Here it is taken in fp64, as at the other stages.
-
-    Returns:
-        The norm before clipping.
-    """
-    if engine.zero_optimization_stage() > 0 or hasattr(engine.optimizer, "_global_grad_norm"):
-        return None
-    grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in grads]))
-    if most > 0:
-        factor = torch.clamp(most / (norm + 1e-6), max=1.0)
-        for grad in grads:
-            grad.mul_(factor.to(grad.dtype))
-    return norm.item()
-
-
-def norm_scale(engine, stage: int) -> float:
-    """What DeepSpeed's norm of the coming step has to be divided by: at stage 0 it still carries the loss scale."""
-    if stage == 0 and hasattr(engine.optimizer, "loss_scale_config"):
-        return float(engine.optimizer.loss_scale_config.cur_scale)
-    return 1.0
 
 
 def grad_norm(engine, scale: float) -> float | None:
@@ -230,7 +147,7 @@ def full_weights(engine, stage: int) -> dict[str, torch.Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights = {}
-    masters = stage_zero_masters(engine)
+    masters = deepspeed_compat.stage_zero_masters(engine)
     for name, param in engine.module.named_parameters():
         if not param.requires_grad:
             continue
@@ -247,20 +164,3 @@ def full_weights(engine, stage: int) -> dict[str, torch.Tensor]:
         if dist.get_rank() == 0:
             weights[name] = full.detach().float().cpu().clone()
     return weights
-
-
-def stage_zero_masters(engine) -> dict | None:
-    """Parameter -> fp32 master of DeepSpeed's half-precision optimizer at stage 0; None for every other optimizer."""
-    optimizer = engine.optimizer
-    if not hasattr(optimizer, "fp16_groups") or engine.zero_optimization_stage() > 0:
-        return None
-    masters = {}
-    for i, lows in enumerate(optimizer.fp16_groups):
-        if hasattr(optimizer, "fp32_groups"):
-            highs = optimizer.fp32_groups[i]
-        else:
-            # Its variant for fused optimizers keeps each group's masters in one flat tensor.
-            parts = optimizer.fp32_groups_flat[i][:sum(p.numel() for p in lows)].split([p.numel() for p in lows])
-            highs = [part.view_as(low) for part, low in zip(parts, lows)]
-        masters.update(zip(lows, highs))
-    return masters

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer, _AllToAllV
-from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from minimind_ds import kernels
+from minimind_ds.distributed.deepspeed_compat import expert_parts
 
 PARAMETERS = ("gate_up_proj", "down_proj")
+AUTOEP = expert_parts()
 
 
-class ShardedExperts(AutoEPMoELayer):
+class ShardedExperts(AUTOEP.layer):
     """This rank's experts of a layer, in place of model.Experts.
 
     A subclass, because by that DeepSpeed's engine tells expert parameters from others; none of its code runs but
@@ -30,7 +30,7 @@ class ShardedExperts(AutoEPMoELayer):
     def __init__(self, experts: nn.Module, size: int):
         nn.Module.__init__(self)
         self.ep_size, self.ep_group_name = size, f"ep_size_{size}"
-        self.ep_group = groups._get_expert_parallel_group(self.ep_group_name)
+        self.ep_group = AUTOEP.group(self.ep_group_name)
         self.ep_rank = dist.get_rank(self.ep_group)
         self.num_experts = experts.gate_up_proj.shape[0]
         self.num_local_experts = self.num_experts // size
@@ -55,11 +55,11 @@ class ShardedExperts(AutoEPMoELayer):
         dist.all_to_all_single(arriving_nE, counts_E, group=self.ep_group)
         arriving_nE = arriving_nE.view(n, -1)
         sent, received = torch.stack((counts_E.view(n, -1).sum(1), arriving_nE.sum(1))).tolist()
-        x_RC = _AllToAllV.apply(self.ep_group, x_TC.index_select(0, order_M // K), sent, received)
+        x_RC = AUTOEP.all_to_all.apply(self.ep_group, x_TC.index_select(0, order_M // K), sent, received)
         local_E = torch.arange(self.num_local_experts, device=x_TC.device)
         expert_R = local_E.repeat(n).repeat_interleave(arriving_nE.flatten(), output_size=len(x_RC))
         y_RC = self.compute(x_RC, expert_R, backend)
-        y_MC = _AllToAllV.apply(self.ep_group, y_RC, received, sent)
+        y_MC = AUTOEP.all_to_all.apply(self.ep_group, y_RC, received, sent)
         place_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(T * K, device=x_TC.device))
         y_TKC = y_MC.index_select(0, place_M).view(T, K, -1)
         return (y_TKC * weights_TK.to(x_TC.dtype)[..., None]).sum(dim=1)
@@ -77,14 +77,14 @@ class ShardedExperts(AutoEPMoELayer):
 
 def shard(model: nn.Module, size: int) -> None:
     """Cut every layer's experts over `size` neighbouring ranks; collective."""
-    groups._create_expert_and_data_parallel(size)
+    AUTOEP.create_groups(size)
     for layer in model.model.layers:
         layer.mlp.experts = ShardedExperts(layer.mlp.experts, size)
 
 
 def group_of(param: nn.Parameter):
     """The ranks that share out the experts of a parameter."""
-    return groups._get_expert_parallel_group(param.ds_zero_partition_group_name)
+    return AUTOEP.group(param.ds_zero_partition_group_name)
 
 
 def whole(param: nn.Parameter, tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from minimind_ds import kernels
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
+from minimind_ds.distributed import deepspeed_compat
 
 # Keys of DeepSpeed's expert_parallel block that mean here what they mean there.
 EXPERT_KEYS = {"enabled", "autoep_size", "preset_model"}
@@ -130,10 +131,8 @@ class Ulysses:
 
     def exchange(self, x: Tensor, *, to_heads: bool) -> Tensor:
         """(t, H, D) -> (t * n, H / n, D), or back; DeepSpeed's all-to-all, whose gradient is the way back."""
-        from deepspeed.sequence.layer import _SeqAllToAll
-
         scatter, gather = (2, 1) if to_heads else (1, 2)
-        return _SeqAllToAll.apply(self.group, x[None], scatter, gather, 0)[0]
+        return deepspeed_compat.all_to_all_heads(self.group, x[None], scatter, gather)[0]
 
 
 class TotalCounts:

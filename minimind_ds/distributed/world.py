@@ -47,6 +47,11 @@ def read_world() -> World:
                  env.get("MASTER_ADDR", "127.0.0.1"), int(port) if port else None)
 
 
+def current_device() -> torch.device:
+    """The device this process works on, once the process group is open."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
 def export(world: World) -> None:
     """Tells the libraries that read a launcher's variables (DeepSpeed, torch.distributed) what read_world found."""
     port = world.port or (free_port() if world.size == 1 else None)

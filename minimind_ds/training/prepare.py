@@ -25,7 +25,7 @@ from minimind_ds.data import loader
 from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.distributed import sequence_parallel
-from minimind_ds.distributed.engine import choose_accelerator
+from minimind_ds.distributed.deepspeed_compat import choose_accelerator
 from minimind_ds.distributed.world import World
 from minimind_ds.io import fsync
 from minimind_ds.model.decoder import kernel_requirements

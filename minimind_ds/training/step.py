@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from minimind_ds.data import loader
 from minimind_ds.data.packing import PackedBatch
-from minimind_ds.distributed import engine
+from minimind_ds.distributed import deepspeed_compat, engine
 from minimind_ds.distributed.engine import NonFinite
 from minimind_ds.distributed.world import World
 from minimind_ds.model.decoder import ModelOutput
@@ -128,7 +128,7 @@ def train_step(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at:
     began, optimizer = time.perf_counter(), ds_engine.basic_optimizer
     facts, sums, timer = plan.facts(at.epoch_step), StepSums(world), ForwardTimer(world.device)
     live.beat(f"step {at.step}: forward and backward")
-    scale = engine.norm_scale(ds_engine, prepared.stage)
+    scale = deepspeed_compat.norm_scale(ds_engine, prepared.stage)
     ds_engine.train()
     for micro in range(run.accumulation_steps):
         batch = next(batches).to(world.device, non_blocking=True)
@@ -144,7 +144,7 @@ def train_step(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at:
             live.forward_s = timer.take()
             optimizer.skip_update, note = judge(prepared, live, plan, at, loss if math.isfinite(aux) else aux,
                                                 sums.micro_losses)
-            norm = engine.clip_gradients(ds_engine, run.grad_clip)
+            norm = deepspeed_compat.clip_gradients(ds_engine, run.grad_clip)
             live.beat(f"step {at.step}: update")
         update(prepared, ds_engine, plan, at)
     if norm is None:

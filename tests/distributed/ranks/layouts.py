@@ -22,7 +22,10 @@ sys.path.insert(0, str(ROOT))
 
 from minimind_ds.data.packing import collate  # noqa: E402
 from minimind_ds.data.sample import Sample  # noqa: E402
-from minimind_ds.distributed import engine  # noqa: E402
+from minimind_ds.distributed import (  # noqa: E402
+    deepspeed_compat,  # noqa: E402
+    engine,  # noqa: E402
+)
 from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.model.decoder import MiniMindForCausalLM  # noqa: E402
 from minimind_ds.model.loss import scaled_loss  # noqa: E402
@@ -79,18 +82,18 @@ def full_gradients(ds_engine, stage: int) -> dict:
 @contextlib.contextmanager
 def watched_gradients(read):
     """What read(engine) gives of the gradients of the first step under `with`, before the trainer clips them."""
-    clip, seen = engine.clip_gradients, {}
+    clip, seen = deepspeed_compat.clip_gradients, {}
 
     def watched(ds_engine, most: float):
         if not seen:
             seen.update(read(ds_engine))
         return clip(ds_engine, most)
 
-    engine.clip_gradients = watched
+    deepspeed_compat.clip_gradients = watched
     try:
         yield seen
     finally:
-        engine.clip_gradients = clip
+        deepspeed_compat.clip_gradients = clip
 
 
 def constant_rows(model: MiniMindForCausalLM) -> list[int]:

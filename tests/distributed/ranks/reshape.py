@@ -26,7 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 from minimind_ds import checkpoint  # noqa: E402
 from minimind_ds.checkpoint import reshape  # noqa: E402
-from minimind_ds.distributed import engine  # noqa: E402
+from minimind_ds.distributed import (  # noqa: E402
+    deepspeed_compat,  # noqa: E402
+    engine,  # noqa: E402
+)
 from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.model.decoder import MiniMindForCausalLM  # noqa: E402
 from minimind_ds.training.build import build_engine  # noqa: E402
@@ -116,7 +119,7 @@ def full_state(ds_engine) -> dict[str, torch.Tensor]:
         # Its accessors find the moments only after this, which the first update would do, for its first group.
         ds_engine.optimizer._hp_optimizer_states_linked = False
         ds_engine.optimizer._lazy_init_hp_params_optimizer_state()
-    masters, fused = engine.stage_zero_masters(ds_engine) or {}, fused_moments(ds_engine)
+    masters, fused = deepspeed_compat.stage_zero_masters(ds_engine) or {}, fused_moments(ds_engine)
     state["buffers"] = torch.cat([torch.zeros(1), *(b.flatten() for b in ds_engine.module.buffers())])
     for name, p in ds_engine.module.named_parameters():
         if not p.requires_grad:
