@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import secrets
 import sys
 
 from tqdm import tqdm
@@ -125,7 +126,5 @@ def wandb_id(folder: pathlib.Path) -> str:
     """The run's id at Weights & Biases, kept in the run folder so that a resumed run continues its curves."""
     path = folder / "wandb_id"
     if not path.exists():
-        import secrets
-
         path.write_text(secrets.token_hex(4), encoding="utf-8")
     return path.read_text(encoding="utf-8").strip()

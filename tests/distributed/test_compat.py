@@ -34,8 +34,8 @@ def test_a_workaround_that_no_supported_release_needs_is_gone(name):
 
 def upstream_mended(name: str, mended: bool) -> None:
     if mended:
-        warnings.warn(f"DeepSpeed {version('deepspeed')} no longer needs deepspeed_compat.{name}; note it as mended_in",
-                      stacklevel=2)
+        warnings.warn(f"deepspeed_compat.{name} is not needed with DeepSpeed {version('deepspeed')}: note it as "
+                      "mended_in", stacklevel=2)
 
 
 def source_of(module: str, name: str) -> str:

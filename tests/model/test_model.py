@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, kernels
 from minimind_ds.convert import huggingface, minimind
 from minimind_ds.model import loss
-from minimind_ds.model.decoder import Rotary, balance_loss
+from minimind_ds.model.decoder import balance_loss
+from minimind_ds.model.rotary import Rotary
 
 SIZES = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=48, max_position_embeddings=128)

@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from minimind_ds.bench.masters import masters_update
 from minimind_ds.config.model import PRESETS, ModelConfig
 from minimind_ds.data.packing import PackedBatch, collate, pack
 from minimind_ds.data.sample import Sample, build_sample
@@ -71,13 +72,7 @@ def train(config: ModelConfig, kernels: str, dtype: torch.dtype, device: torch.d
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / 10)
         out = model(batch.to(device))
         (out.loss_sum / out.n_labelled + out.aux_loss).backward()
-        for master, parameter in zip(masters, model.parameters()):
-            master.grad, parameter.grad = parameter.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for master, parameter in zip(masters, model.parameters()):
-                parameter.copy_(master)
+        masters_update(list(model.parameters()), masters, optimizer, max_norm=1.0)
         losses.append(out.loss_sum.item() / out.n_labelled)
         if step % 10 == 9:
             say(f"    step {step + 1}: {losses[-1]:.5f}")

@@ -1,4 +1,4 @@
-"""Throughput of the real training step: sweeps, ratios, profiles and a guard; launch/benchmark.py's main.
+"""Throughput of the real training step: sweeps, ratios and profiles; launch/benchmark.py's main.
 
     python launch/benchmark.py --help
 """
@@ -10,21 +10,21 @@ import json
 import os
 import pathlib
 import sys
+import traceback
 
 from minimind_ds.bench.throughput import report, sweep
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import World, read_world
-from minimind_ds.paths import DS_CONFIGS, ROOT
+from minimind_ds.paths import DS_CONFIGS
 from minimind_ds.training.loop import user_error
 
 ZERO = [str(DS_CONFIGS / f"zero{stage}.json") for stage in range(4)]
-GUARD = ROOT / "docs" / "results" / "ratios.json"
 
 
 def main(doc: str, argv: list[str]) -> int:
-    """Exit code: 0, 1 for a guard that fails, 2 for a user's mistake."""
+    """Exit code: 0, or 2 for a user's mistake."""
     if "SLURM_STEP_ID" not in os.environ:
         # A batch script is told it is task 0 of all; only what srun starts is one.
         os.environ.pop("SLURM_PROCID", None)
@@ -43,10 +43,6 @@ def main(doc: str, argv: list[str]) -> int:
             return compare(args, flags, world)
         if args.profile:
             return profile(args, flags, world)
-        if args.guard:
-            from minimind_ds.bench.throughput import guard
-
-            return guard.run(GUARD, update=args.update)
         fill_in(args, world.size)
         cells = sweep.cells_of(files=args.deepspeed, presets=args.preset, rows=args.rows, kernels=args.kernels,
                                ranks=[int(n) for n in args.ranks], warm_up=args.warm_up, steps=args.steps,
@@ -66,7 +62,6 @@ def parse(doc: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     what.add_argument("--compare", choices=["padded", "plain", "ddp", "moe", "trl"],
                       help="ratios, in turns in one process")
     what.add_argument("--profile", type=pathlib.Path, metavar="FOLDER", help="a torch profiler trace and its summary")
-    what.add_argument("--guard", action="store_true", help="do the committed ratios still hold?")
     what.add_argument("--report", action="store_true", help="table, CSV and plots of --out again, measuring nothing")
     what.add_argument("--append", type=pathlib.Path, metavar="RESULTS.JSON",
                       help="every started process is a rank of one cell (srun, torchrun, deepspeed --hostfile)")
@@ -85,7 +80,6 @@ def parse(doc: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
                                                          "--compare: also write the JSON document to this file")
     parser.add_argument("--timeout", type=float, default=900, help="seconds a cell may take (default: %(default)s)")
     parser.add_argument("--retry", action="store_true", help="run cells again that are recorded without a result")
-    parser.add_argument("--update", action="store_true", help="with --guard: write the ratios measured now")
     parser.add_argument("--dtypes", default="fp32,bf16", help="of --compare padded (default: %(default)s)")
     parser.add_argument("--padded_rows", type=int, default=8, help="rows of the padded batch (default: %(default)s)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -188,8 +182,6 @@ def run_here(args: argparse.Namespace, flags: list[str], world: World) -> int:
         if refused:
             raise
         # One line for the record; the traceback for whoever reads the log.
-        import traceback
-
         traceback.print_exc()
         print(f"error: {type(error).__name__}: {' '.join(str(error).split())[:280]}", file=sys.stderr, flush=True)
         os._exit(1)

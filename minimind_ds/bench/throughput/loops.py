@@ -14,15 +14,15 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from minimind_ds.bench.masters import masters_update
 from minimind_ds.bench.throughput.cell import full_steps
 from minimind_ds.bench.throughput.padded import PaddedMiniMind
 from minimind_ds.convert import minimind
 from minimind_ds.data.loader import load_micro_batch
 from minimind_ds.data.packing import permutation
 from minimind_ds.distributed import engine
-from minimind_ds.model.decoder import MiniMindForCausalLM
 from minimind_ds.model.loss import scaled_loss
-from minimind_ds.training.build import build_engine
+from minimind_ds.training.build import build_engine, build_model
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.prepare import DTYPES, PreparedRun
 from minimind_ds.training.step import Position, fetch, train_step
@@ -93,11 +93,7 @@ def torch_loop(prepared: PreparedRun, name: str, *, ddp: bool) -> Loop:
     updates fp32 masters; gradients are clipped; nothing is checked for being finite.
     """
     run, world = prepared.run, prepared.world
-    torch.manual_seed(run.seed)
-    model = MiniMindForCausalLM(prepared.model_config, kernels=run.kernels, balance=run.moe_balance)
-    if prepared.start_weights is not None:
-        model.load_weights(prepared.start_weights)
-    model.gradient_checkpointing = run.gradient_checkpointing
+    model = build_model(prepared)
     if run.compile:
         model.compile_layers()
     params = list(model.to(world.device).train().parameters())
@@ -122,23 +118,7 @@ def torch_loop(prepared: PreparedRun, name: str, *, ddp: bool) -> Loop:
             total += out.loss_sum.detach().double()
         if ddp:
             dist.all_reduce(total)
-        update(params, masters, optimizer, run.grad_clip)
+        masters_update(params, masters, optimizer, run.grad_clip)
         return facts.n_tokens, total.item() / facts.n_labelled
 
     return Loop(name, step)
-
-
-def update(params: list, masters: list, optimizer: torch.optim.Optimizer, grad_clip: float) -> None:
-    """Clip and step; 16-bit parameters by way of their masters."""
-    if masters is not params:
-        for master, p in zip(masters, params):
-            master.grad = p.grad.float()
-    if grad_clip > 0:
-        torch.nn.utils.clip_grad_norm_(masters, grad_clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if masters is not params:
-        with torch.no_grad():
-            torch._foreach_copy_(params, masters)
-        for p in params:
-            p.grad = None

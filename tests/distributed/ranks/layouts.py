@@ -22,10 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from minimind_ds.data.packing import collate  # noqa: E402
 from minimind_ds.data.sample import Sample  # noqa: E402
-from minimind_ds.distributed import (  # noqa: E402
-    deepspeed_compat,  # noqa: E402
-    engine,  # noqa: E402
-)
+from minimind_ds.distributed import deepspeed_compat, engine  # noqa: E402
 from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.model.decoder import MiniMindForCausalLM  # noqa: E402
 from minimind_ds.model.loss import scaled_loss  # noqa: E402

@@ -26,10 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from minimind_ds import checkpoint  # noqa: E402
 from minimind_ds.checkpoint import reshape  # noqa: E402
-from minimind_ds.distributed import (  # noqa: E402
-    deepspeed_compat,  # noqa: E402
-    engine,  # noqa: E402
-)
+from minimind_ds.distributed import deepspeed_compat, engine  # noqa: E402
 from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.model.decoder import MiniMindForCausalLM  # noqa: E402
 from minimind_ds.training.build import build_engine  # noqa: E402
