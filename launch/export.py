@@ -15,6 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from minimind_ds.config.errors import UserError, one_line, report_bugs  # noqa: E402
 from minimind_ds.config.model import PRESETS  # noqa: E402
+from minimind_ds.config.precision import DTYPES  # noqa: E402
 from minimind_ds.convert import export  # noqa: E402
 
 
@@ -27,7 +28,7 @@ def main() -> int:
     parser.add_argument("--to", choices=["hf", "minimind", "minimind_lora"], required=True,
                         help="the format to write; minimind_lora: the adapters alone, for MiniMind's load_lora")
     parser.add_argument("--out", required=True, help="the folder (hf) or file (minimind, minimind_lora) to write")
-    parser.add_argument("--dtype", choices=list(export.DTYPES),
+    parser.add_argument("--dtype", choices=list(DTYPES),
                         help="precision of the weights (default: the run's own for hf, else fp16)")
     parser.add_argument("--preset", choices=list(PRESETS), help="the model's shape, needed for a .pth only")
     parser.add_argument("--tokenizer", help="a tokenizer folder or .model (default: the run's own)")

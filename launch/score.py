@@ -19,8 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch  # noqa: E402
 
 from minimind_ds.config.errors import UserError, one_line, report_bugs  # noqa: E402
+from minimind_ds.config.precision import DTYPES  # noqa: E402
 from minimind_ds.config.run import OneLineParser  # noqa: E402
-from minimind_ds.convert.export import DTYPES  # noqa: E402
 from minimind_ds.inference import chat, score  # noqa: E402
 
 

@@ -23,7 +23,8 @@ import yaml
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
 
-DTYPES = ("bf16", "fp16", "fp32")
+# The keys of precision.DTYPES; this module does without torch, so that --help need not wait for it.
+PRECISIONS = ("bf16", "fp16", "fp32")
 
 
 def flag(default, help, *, choices=None, resume=None):
@@ -75,7 +76,7 @@ class RunConfig:
     keep: int = flag(2, "checkpoints to keep")
     log_interval: int = flag(10, "optimizer steps between printed lines where there is no terminal for the bar")
     seed: int = flag(42, "seed of the weights, the order of the data and dropout", resume="must keep")
-    dtype: str | None = flag(None, "precision; default: bf16 where the machine has it, else fp32", choices=DTYPES)
+    dtype: str | None = flag(None, "precision; default: bf16 where the machine has it, else fp32", choices=PRECISIONS)
     kernels: str = flag("auto", "auto, a backend's name, or one per operation: attention=sdpa,moe=reference")
     dropout: float | None = flag(None, "dropout probability; default: the preset's (0)")
     moe_balance: str = flag("row", "tokens over which the experts' load is balanced",

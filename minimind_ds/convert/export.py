@@ -18,12 +18,11 @@ from torch import Tensor
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
+from minimind_ds.config.precision import DTYPES
 from minimind_ds.convert import huggingface, minimind, weight_files
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.io import write_file
 from minimind_ds.model import lora as adapters
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load(weight: str | Path, preset: str | None = None,

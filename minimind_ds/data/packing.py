@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from minimind_ds.config.errors import UserError
+from minimind_ds.data import IGNORE
 from minimind_ds.data.row_search import fill_rows, repack
 
 if TYPE_CHECKING:
     from minimind_ds.data.sample import Sample
 
-IGNORE = -100
 # Larger sets are packed in blocks of samples of equal length, so that the search runs about this often at most.
 MAX_ITEMS = 32768
 # Sets of few rows get a second look: in them one row more or less shows.

@@ -27,13 +27,12 @@ from typing import NamedTuple
 import torch
 
 from minimind_ds.config.errors import UserError
+from minimind_ds.data import IGNORE
 from minimind_ds.data.conversation import Conversation, Message, parse_conversation, parse_messages
 from minimind_ds.data.tokenizer import Tokenizer
 
 # Part of the key of anything that keeps samples: raise it when ids or labels of the same record change.
 RENDERING = 1
-# The label of a token that nothing is to be learnt from; torch's cross-entropy skips it.
-IGNORE = -100
 # What became of a record: kept whole, cut at max_len, too long and dropped, or left without a single label.
 FATES = ("whole", "cut", "dropped", "unlabelled")
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")

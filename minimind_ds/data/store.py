@@ -37,8 +37,9 @@ import torch
 from tqdm import tqdm
 
 from minimind_ds.config.errors import UserError
+from minimind_ds.data import IGNORE
 from minimind_ds.data.conversation import DataError, read_records
-from minimind_ds.data.packing import IGNORE, random_keys
+from minimind_ds.data.packing import random_keys
 from minimind_ds.data.sample import FATES, RENDERING, Augment, Sample, build_samples
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.io import fsync

@@ -15,11 +15,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from minimind_ds import kernels
+from minimind_ds.config.precision import DTYPES
 from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.model.loss import scaled_loss
 from minimind_ds.plan import counted, memory_model
 from minimind_ds.training.build import build_engine
-from minimind_ds.training.prepare import DTYPES, PreparedRun
+from minimind_ds.training.prepare import PreparedRun
 from minimind_ds.training.step import fetch
 
 

@@ -17,6 +17,7 @@ import torch
 from minimind_ds import kernels
 from minimind_ds.config import deepspeed_json
 from minimind_ds.config.errors import UserError, one_line
+from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import OneLineParser, RunConfig, parse_run_config
 from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.distributed import sequence_parallel
@@ -26,7 +27,7 @@ from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.paths import DS_CONFIGS, ROOT
 from minimind_ds.plan import measure, memory_model
 from minimind_ds.plan.memory_model import GIB, Setting
-from minimind_ds.training.prepare import DTYPES, PROGRAMS, choose, choose_lora, prepare
+from minimind_ds.training.prepare import PROGRAMS, choose, choose_lora, prepare
 
 # Below so many tokens a GPU waits for its kernels to be launched.
 ENOUGH_TOKENS = 32_768

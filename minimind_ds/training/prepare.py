@@ -19,6 +19,7 @@ from minimind_ds import kernels
 from minimind_ds.config import deepspeed_json
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
+from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import RunConfig, parse_run_config
 from minimind_ds.convert import weight_files
 from minimind_ds.data import loader
@@ -38,7 +39,6 @@ PROGRAMS = {
     "pretrain": {"data_path": str(EXAMPLES / "pretrain.jsonl"), "save_weight": "pretrain"},
 }
 KINDS = {"sft": "conversations", "pretrain": "text"}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

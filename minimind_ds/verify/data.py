@@ -12,8 +12,9 @@ import functools
 
 import numpy as np
 
+from minimind_ds.data import IGNORE
 from minimind_ds.data.conversation import Conversation, read_records
-from minimind_ds.data.packing import IGNORE, permutation
+from minimind_ds.data.packing import permutation
 from minimind_ds.data.store import TokenStore
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.training.prepare import PreparedRun

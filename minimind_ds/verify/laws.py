@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minimind_ds import checkpoint, kernels
-from minimind_ds.data.packing import IGNORE, collate
+from minimind_ds.config.precision import DTYPES
+from minimind_ds.data import IGNORE
+from minimind_ds.data.packing import collate
 from minimind_ds.data.sample import Sample
 from minimind_ds.distributed import engine
 from minimind_ds.model.decoder import MiniMindForCausalLM
 from minimind_ds.training import loop
 from minimind_ds.training.live import LiveRun
-from minimind_ds.training.prepare import DTYPES, PreparedRun
+from minimind_ds.training.prepare import PreparedRun
 
 from .finding import Check, apart, bits_apart, gradient_apart, gradients_apart, whole_norm
 from .small import STEPS, ReducedRun

@@ -16,13 +16,14 @@ import torch
 from minimind_ds import kernels
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
+from minimind_ds.config.precision import DTYPES
 from minimind_ds.convert import minimind
 from minimind_ds.data.packing import permutation
 from minimind_ds.data.sample import Sample
 from minimind_ds.data.store import TokenStore
 from minimind_ds.model.decoder import MiniMindForCausalLM, kernel_requirements
 from minimind_ds.training.build import build_model
-from minimind_ds.training.prepare import DTYPES, PreparedRun, plan_epoch
+from minimind_ds.training.prepare import PreparedRun, plan_epoch
 
 # What is taken of data and model.  Parameters and tokens of a law's step, on a CPU and on a GPU.
 MOST_PARAMETERS = {"cpu": 8e6, "cuda": 300e6}

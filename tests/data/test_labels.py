@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from minimind_ds.data import IGNORE
 from minimind_ds.data.conversation import parse_conversation, parse_messages, read_records
 from minimind_ds.data.sample import (
-    IGNORE,
     SYSTEM_PROMPTS,
     Augment,
     build_sample,

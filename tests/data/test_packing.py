@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from minimind_ds.data import IGNORE
 from minimind_ds.data.conversation import read_records
-from minimind_ds.data.packing import IGNORE, collate, pack, pack_rows, permutation, random_keys
+from minimind_ds.data.packing import collate, pack, pack_rows, permutation, random_keys
 from minimind_ds.data.row_search import fewest_rows, fill_rows
 from minimind_ds.data.sample import Sample, build_samples
 from minimind_ds.data.tokenizer import load_tokenizer

@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 
-from minimind_ds.bench.throughput.cell import machine
+from minimind_ds.bench.machine import machine
 from tests.faults import disk
 from tests.faults.dealing import ALL, Configuration, Start, deal, steps_for
 from tests.faults.goodput import killed_regularly

@@ -11,7 +11,7 @@ import statistics
 import subprocess
 from collections.abc import Callable
 
-from minimind_ds.bench.throughput.cell import machine
+from minimind_ds.bench.machine import machine
 from minimind_ds.resilience.restarts import last_step
 from tests.faults.dealing import Configuration
 from tests.faults.run import Run, curve, weights

@@ -17,7 +17,7 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from minimind_ds import checkpoint  # noqa: E402
-from minimind_ds.bench.throughput.cell import machine  # noqa: E402
+from minimind_ds.bench.machine import machine  # noqa: E402
 from minimind_ds.training import loop  # noqa: E402
 
 SAVES, WINDOW = int(os.environ.get("SAVES", 8)), int(os.environ.get("WINDOW", 6))

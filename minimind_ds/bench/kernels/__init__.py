@@ -22,10 +22,10 @@ import xml.etree.ElementTree
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from minimind_ds.bench.machine import machine
 from minimind_ds.io import write_file
 from minimind_ds.paths import ROOT
 
-from . import measure
 from .runner import DEVICE_BROKE, run_group
 
 PARTS = ("correctness", "curve", "timings")
@@ -111,7 +111,7 @@ def check(args: argparse.Namespace) -> int:
 
     cuda = torch.cuda.is_available()
     args.small = args.small or not cuda
-    print(f"checking kernels on {measure.machine()['device']}", flush=True)
+    print(f"checking kernels on {machine()['device']}", flush=True)
     if not cuda:
         print("PyTorch sees no GPU here: tiny sizes in Triton's interpreter, whose times mean nothing", flush=True)
     # Compiling kernels is most of the work that is not timed: processes side by side.
@@ -261,7 +261,7 @@ def collect(part: str, groups: list[Group], small: bool) -> dict:
         seconds[group.name] = found.get("seconds")
     return {"what": WHAT[part], "mode": "interpreter, tiny sizes" if small else "device", "ok": all_right(records),
             "counts": counts(records), "seconds": seconds, **({"rates": rates} if rates else {}),
-            "results": records, "machine": measure.machine()}
+            "results": records, "machine": machine()}
 
 
 def all_right(records: list[dict]) -> bool:
@@ -278,7 +278,7 @@ def summarise(out: pathlib.Path, names: Sequence[str]) -> int:
     """Prints what went wrong and, last, one JSON document; writes it to summary.json.  -> exit status."""
     parts = {name: sum_up(out / f"{name}.json") for name in names}
     document = {"what": "kernel checks", "ok": all(part["ok"] for part in parts.values()), "parts": parts,
-                "machine": measure.machine()}
+                "machine": machine()}
     write(out / "summary.json", document)
     print(json.dumps(document, indent=1, ensure_ascii=False), flush=True)
     return 0 if document["ok"] else 1
@@ -291,7 +291,7 @@ def sum_up(path: pathlib.Path) -> dict:
     found = json.loads(path.read_text(encoding="utf-8"))
     if "results" not in found:
         # launch/benchmark.py's: it has no judgement of its own; the machine is told as in the others.
-        found["machine"] = {**measure.machine(), **found.get("machine", {})}
+        found["machine"] = {**machine(), **found.get("machine", {})}
         write(path, found)
         return {"ok": True, **{key: value for key, value in found.items() if key not in ("what", "machine")}}
     for r in found["results"]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from minimind_ds import kernels
+from minimind_ds.bench.machine import machine
 from minimind_ds.bench.throughput import padded
 
 from . import cases, measure
@@ -147,7 +148,7 @@ def compare(out: pathlib.Path, lengths: list[int], pairs: int) -> int:
                       f"{found['ratio']:.2f} x   [{time.perf_counter() - began:.0f} s]", flush=True)
     document = {"what": "forward + backward of one operation on real tokens, against the same samples padded to 768 "
                         "in MiniMind's way; ms are medians, in turns, same process and threads",
-                "ok": all(found["right"] for found in results), "results": results, "machine": measure.machine()}
+                "ok": all(found["right"] for found in results), "results": results, "machine": machine()}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(document, indent=1))

@@ -8,19 +8,19 @@ disturbs the clock comes after them: one step that counts memory and traffic, th
 
 from __future__ import annotations
 
-import platform
 import resource
 import statistics
 import time
-from importlib.metadata import version
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from minimind_ds import kernels
+from minimind_ds.bench.machine import machine
 from minimind_ds.bench.throughput.watch import PARTS, Collectives, PartTimer, parted
 from minimind_ds.config.errors import UserError
+from minimind_ds.config.precision import DTYPES
 from minimind_ds.data import loader
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import World
@@ -28,7 +28,7 @@ from minimind_ds.plan import counted, measure, memory_model
 from minimind_ds.training.build import build_engine
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.metrics import flops_per_token
-from minimind_ds.training.prepare import DTYPES, PreparedRun, prepare
+from minimind_ds.training.prepare import PreparedRun, prepare
 from minimind_ds.training.step import Position, StepStats, fetch, train_step
 
 MFU = ("6 x matmul parameters (tied head included) + 12 x layers x heads x head_dim x mean keys attended FLOPs a real "
@@ -190,18 +190,3 @@ def matmul_rate(prepared: PreparedRun) -> float:
     rate = torch.tensor(2 * n**3 / best, dtype=torch.float64, device=device)
     dist.all_reduce(rate)
     return rate.item() / prepared.world.size
-
-
-def machine(world: World | None = None) -> dict:
-    """Where and with what a result was measured."""
-    name = platform.processor()
-    if platform.system() == "Linux":
-        with open("/proc/cpuinfo", encoding="utf-8") as f:
-            name = next((line.split(":")[1].strip() for line in f if line.startswith("model name")), name)
-    facts = {"cpu": name, "threads": torch.get_num_threads(),
-             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-             "python": platform.python_version(), "torch": torch.__version__, "deepspeed": version("deepspeed"),
-             "date": time.strftime("%Y-%m-%d")}
-    if world is not None:
-        facts["nodes"] = max(1, world.size // max(1, world.local_size))
-    return facts

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from minimind_ds.bench.masters import masters_update
 from minimind_ds.bench.throughput.cell import full_steps
 from minimind_ds.bench.throughput.padded import PaddedMiniMind
+from minimind_ds.config.precision import DTYPES
 from minimind_ds.convert import minimind
 from minimind_ds.data.loader import load_micro_batch
 from minimind_ds.data.packing import permutation
@@ -24,7 +25,7 @@ from minimind_ds.distributed import engine
 from minimind_ds.model.loss import scaled_loss
 from minimind_ds.training.build import build_engine, build_model
 from minimind_ds.training.live import LiveRun
-from minimind_ds.training.prepare import DTYPES, PreparedRun
+from minimind_ds.training.prepare import PreparedRun
 from minimind_ds.training.step import Position, fetch, train_step
 
 

@@ -16,7 +16,8 @@ from dataclasses import replace
 
 import torch
 
-from minimind_ds.bench.throughput.cell import machine, prepare_cell
+from minimind_ds.bench.machine import machine
+from minimind_ds.bench.throughput.cell import prepare_cell
 from minimind_ds.bench.throughput.loops import Loop, packed_loop, padded_loop, torch_loop
 from minimind_ds.config.errors import UserError
 from minimind_ds.convert import minimind

@@ -26,7 +26,7 @@ from torch import Tensor
 from minimind_ds.bench.throughput.cell import full_steps
 from minimind_ds.bench.throughput.loops import Loop, adamw
 from minimind_ds.convert import export
-from minimind_ds.data.sample import IGNORE
+from minimind_ds.data import IGNORE
 from minimind_ds.training.prepare import PreparedRun
 
 # Samples that TRL packs by itself, to say how full its own rows are.

@@ -16,7 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from packaging.specifiers import SpecifierSet
 
-from minimind_ds.bench.throughput.cell import full_steps, machine, prepare_cell
+from minimind_ds.bench.machine import machine
+from minimind_ds.bench.throughput.cell import full_steps, prepare_cell
 from minimind_ds.bench.throughput.loops import packed_loop
 from minimind_ds.bench.throughput.ratios import facts, pair
 from minimind_ds.config.errors import UserError

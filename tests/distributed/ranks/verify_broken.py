@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 from minimind_ds import verify  # noqa: E402
-from minimind_ds.data.packing import IGNORE  # noqa: E402
+from minimind_ds.data import IGNORE  # noqa: E402
 from minimind_ds.data.store import TokenStore  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
 from minimind_ds.distributed.world import read_world  # noqa: E402
