@@ -16,6 +16,8 @@ from minimind_ds import weights as files
 from minimind_ds.data.sample import prompt_ids
 from tests.conftest import ROOT, environment
 
+pytestmark = pytest.mark.numeric
+
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
             intermediate_size=64, max_position_embeddings=256)
 KINDS = {"dense": {}, "moe": dict(use_moe=True, moe_intermediate_size=32, num_experts_per_tok=2),
@@ -219,7 +221,7 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(tok):
 
 @torch.no_grad()
 def knowing(tok, records):
-    """A model that gives these answers: the head of a random one is solved for in fp64, so that each right token leads.
+    """A model that gives these answers: the head of a random one is solved for, so that each right token leads by far.
 
     Trained weights would hang on a processor's rounding, and with them the answers.
     """

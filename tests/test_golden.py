@@ -12,6 +12,8 @@ from safetensors import safe_open
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, weights
 
+pytestmark = pytest.mark.numeric
+
 BOUND = 1e-5
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["reference", "sdpa", "compiled"]
 

@@ -10,6 +10,8 @@ import torch
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, kernels
 
+pytestmark = pytest.mark.numeric
+
 SIZES = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=48, max_position_embeddings=128)
 CONFIGS = {

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from minimind_ds import kernels
 
+pytestmark = pytest.mark.numeric
+
 LENGTHS = [[1], [2, 1, 1, 3], [63, 64, 65], [300, 1, 17], [5, 0, 3]]
 # Relative to the largest entry, or to 1 (a lone key has no gradient at all); half precision is judged against the
 # reference in fp32 on the same rounded inputs.

@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.numeric
+
 STAGES = range(4)
 # name: (ranks, accumulation, extra flags); each has 4 micro-batches of two rows a step.
 LAYOUTS = {"1x4": (1, 4, []), "2x2": (2, 2, [])}

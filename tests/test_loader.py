@@ -16,6 +16,8 @@ from minimind_ds.data.packing import collate
 from minimind_ds.data.store import open_or_build
 from minimind_ds.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.numeric
+
 
 def log_normal(n, longest=768, seed=0):
     return np.clip(np.random.default_rng(seed).lognormal(5.3, 0.6, n).astype(int), 1, longest)

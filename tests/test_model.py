@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, kernels, loss, weights
 from minimind_ds.model import Rotary, balance_loss
 
+pytestmark = pytest.mark.numeric
+
 SIZES = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=48, max_position_embeddings=128)
 CONFIGS = {"dense": ModelConfig(**SIZES), "moe": ModelConfig(**SIZES, use_moe=True, num_experts_per_tok=2)}

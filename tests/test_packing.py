@@ -19,6 +19,8 @@ from minimind_ds.data.row_search import fewest_rows, fill_rows
 from minimind_ds.data.sample import Sample, build_samples
 from minimind_ds.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared folder beside the checkout")

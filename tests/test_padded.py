@@ -9,6 +9,8 @@ from safetensors import safe_open
 from minimind_ds.config import ModelConfig
 from minimind_ds.padded import PaddedMiniMind
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("name", ["dense", "moe_top1", "moe_top2"])
 def test_the_padded_baseline_equals_minimind(shared, name):

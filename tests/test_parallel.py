@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from minimind_ds import parallel
 from minimind_ds.config import Degrees, ModelConfig
 
+pytestmark = pytest.mark.numeric
+
 # The control of a case is its model's.
 CASES = {f"experts, stage {stage}": dict(model="moe", stage=stage, experts=2) for stage in (1, 2, 3)}
 CASES |= {f"rows, stage {stage}": dict(model="dense", stage=stage, accumulation=2, sequence=2) for stage in range(4)}

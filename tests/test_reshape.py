@@ -14,6 +14,8 @@ from minimind_ds.step import my_rows
 from minimind_ds.train import look_for_start
 from tests.ranks.reshape import BEFORE, COMPILED, SPLITS, job_of
 
+pytestmark = pytest.mark.numeric
+
 PROGRAM = "tests/ranks/reshape.py"
 CPU = torch.device("cpu")
 # Of the losses after the resume against the run without a break, relative.  bf16: another stage rounds gradients to

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import ROOT, environment, free_port
 
+pytestmark = pytest.mark.numeric
+
 MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 96, "dropout": 0.1}
 STEPS, EVERY = 18, 4

@@ -11,6 +11,8 @@ import torch
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, export, load_tokenizer, weights
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(vocab_size=6400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=48, max_position_embeddings=4096)

@@ -14,6 +14,8 @@ from minimind_ds.ds_config import read_json
 from minimind_ds.engine import Layout
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.numeric
+
 FILES = ROOT / "ds_configs"
 SHARED = {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
           "gradient_clipping": "auto"}
