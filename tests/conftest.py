@@ -28,7 +28,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; runs with --slow")
-    config.addinivalue_line("markers", "numeric: compares numbers; tests/machines.py runs these as other machines would")
+    config.addinivalue_line("markers", "numeric: compares numbers; tests/machines.py plays other machines for it")
 
 
 def pytest_collection_modifyitems(config, items):

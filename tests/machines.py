@@ -4,8 +4,8 @@ Instruction sets and threads are what PyTorch, oneDNN and MKL are told.  The def
 activations follow the processor's name and flags: a row that changes those runs in a mount namespace of its own, with
 another /proc/cpuinfo, which every rank and program under it reads.
 
-    python -m tests.machines                                                 # all rows; prints the table of CONTRIBUTING.md
-    python -m tests.machines --rows older,bf16 tests/test_kernels.py -n 2    # some rows; the rest goes to pytest
+    python -m tests.machines                                           # all rows; the table of CONTRIBUTING.md
+    python -m tests.machines --rows older,bf16 tests/test_kernels.py   # some rows; the rest goes to pytest
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def played(command: list[str], bf16: str | None, folder: pathlib.Path) -> list[s
     text = folder / "cpuinfo"
     text.write_text(cpuinfo(bf16))
     as_root = [] if os.geteuid() == 0 else ["--map-root-user"]
-    return ["unshare", *as_root, "--mount", "sh", "-c", 'mount --bind "$0" /proc/cpuinfo && exec "$@"', str(text), *command]
+    script = 'mount --bind "$0" /proc/cpuinfo && exec "$@"'
+    return ["unshare", *as_root, "--mount", "sh", "-c", script, str(text), *command]
 
 
 def why_not(bf16: str | None) -> str | None:
