@@ -76,7 +76,8 @@ def run(name: str, words: list[str]) -> dict:
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "numeric", f"--junitxml={report}", *words]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "numeric",
+                   f"--junitxml={report}", *words]
         done = subprocess.run(played(command, bf16, pathlib.Path(folder)), cwd=ROOT,
                               env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
         suite = next(xml.etree.ElementTree.parse(report).iter("testsuite")).attrib if report.exists() else {}

@@ -15,6 +15,7 @@ from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, build_sample, 
 from minimind_ds import weights as files
 from minimind_ds.data.sample import prompt_ids
 from tests.conftest import ROOT, environment
+from tests.waiting import HANG_S
 
 pytestmark = pytest.mark.numeric
 
@@ -277,7 +278,7 @@ def test_score_names_the_line_of_a_record_it_cannot_use(tmp_path, line, complain
 
 def program(name, *words, stdin=""):
     return subprocess.run([sys.executable, f"launch/{name}.py", *map(str, words)], cwd=ROOT, env=environment(),
-                          input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=120)
+                          input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=HANG_S)
 
 
 def test_programs_answer_converse_and_score(folder):

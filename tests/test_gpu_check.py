@@ -14,6 +14,7 @@ from minimind_ds import kernel_check
 from minimind_ds.kernel_check import cases, contenders, items, measure
 
 from .conftest import ROOT
+from .waiting import HANG_S
 
 pytest.importorskip("triton")
 CPU = torch.device("cpu")
@@ -23,7 +24,7 @@ MACHINE = {"device", "driver", "torch", "triton", "deepspeed", "date", "commit"}
 def check_kernels(out, *flags):
     """The program's own document, after the summary on its output was compared with the file."""
     command = [sys.executable, "launch/check_kernels.py", str(out), "--small", "--no_pytest", *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
     printed = json.loads(done.stdout[done.stdout.index("\n{\n") + 1:])
     assert printed == json.loads((out / "summary.json").read_text()) and printed["ok"]
@@ -136,7 +137,7 @@ file.write_text(json.dumps(found))
 def test_a_process_that_dies_costs_the_check_it_died_of_and_no_other(tmp_path):
     file = tmp_path / "group.json"
     group = kernel_check.Group("timings", "moe", file, (sys.executable, "-c", DIES_ONCE, str(file)))
-    kernel_check.supervise([group], 1, 60, cuda=False)
+    kernel_check.supervise([group], 1, HANG_S, cuda=False)
     records = json.loads(file.read_text())["records"]
     assert [(r["item"], r["status"]) for r in records] == [("a", "right"), ("b", "failed"), ("c", "right")]
     assert "clock" in records[1]["reason"] and not kernel_check.all_right(records)
@@ -157,7 +158,7 @@ file.write_text(json.dumps(found))
 def test_after_a_fault_of_the_device_a_new_process_goes_on(tmp_path):
     file = tmp_path / "group.json"
     group = kernel_check.Group("timings", "moe", file, (sys.executable, "-c", BREAKS_ONCE, str(file)))
-    kernel_check.supervise([group], 1, 60, cuda=False)
+    kernel_check.supervise([group], 1, HANG_S, cuda=False)
     assert [(r["item"], r["status"]) for r in json.loads(file.read_text())["records"]] == [
         ("a", "failed"), ("b", "right")]
 

@@ -76,7 +76,7 @@ def logits_of(model):
 
 
 def assert_close(logits, expected):
-    """Equal to 1e-5 of the largest logit."""
+    """Equal to 1e-5 of the largest logit: law 4's; adapters left out or merged twice change the first digit."""
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -123,6 +123,7 @@ def test_gradients_of_a_and_b_are_those_of_the_merged_weights(name):
     lora.attach(model, what, state)
     ours = model(batch_of())
     (ours.loss_sum + ours.aux_loss).backward()
+    # fp64 in another order of products.
     torch.testing.assert_close(ours.loss_sum, out.loss_sum, rtol=1e-12, atol=0)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == leaves.keys()
@@ -211,6 +212,7 @@ def test_merging_rounds_once_at_the_end(tmp_path):
     parts = drawn(config, adapters_of(config))
     exact = base_of(config, torch.bfloat16)[f"{name}.weight"].double() + 1.5 * (
         parts[f"{name}.lora.B.weight"].double() @ parts[f"{name}.lora.A.weight"].double())
+    # Half a unit in fp32's last place, where rounding to bf16 on the way is off by 1e-3.
     assert (state[f"{name}.weight"] - exact).abs().max() < 1e-6
     assert state["model.layers.0.self_attn.k_proj.weight"].dtype == torch.bfloat16
 
@@ -372,6 +374,7 @@ def runs(tmp_path_factory, deepspeed):
 def test_every_stage_gives_the_curve_of_one_rank(runs, model, stage):
     control, case = runs[0][f"{model}_0"], runs[1][f"{model}_{stage}"]
     assert len(control["loss"]) == 10 and control["loss"][-1] < control["loss"][0] - 0.5
+    # Law 3's, over ten steps.
     for key in ("loss", "aux", "norm"):
         assert case[key] == pytest.approx(control[key], rel=1e-5), key
 

@@ -23,6 +23,7 @@ def test_the_padded_baseline_equals_minimind(shared, name):
     targets = torch.cat([golden["labels"][:, 1:], torch.full((len(golden["labels"]), 1), -100)], dim=1)
     loss, aux, logits = model(golden["input_ids"], targets)
     (loss + aux).backward()
+    # Law 4's; gradients as small as a router's of one choice by what is lost where others cancel.
     assert loss.item() == pytest.approx(golden["loss"].item(), rel=1e-5)
     assert aux.item() == pytest.approx(golden["aux_loss"].item(), rel=1e-5)
     torch.testing.assert_close(logits, golden["logits"], rtol=1e-5, atol=1e-5)

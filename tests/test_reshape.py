@@ -42,6 +42,7 @@ def assert_whole(pairs: dict, curves: dict) -> None:
         assert found["wrong"] == [], pair
         source = pair.split()[0]
         for line, control in zip(found["curve"], curves[source], strict=True):
+            # States are equal to the last bit; from there on it is law 3's bound.
             assert line["loss"] == pytest.approx(control["loss"], rel=BOUNDS[source.split("_")[0]]), pair
             # A scheduler of DeepSpeed's goes on too.
             assert line["lr"] == control["lr"], pair

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from minimind_ds import checkpoint
 from minimind_ds.engine import free_port
 from minimind_ds.saving import Saving, facts_of, snapshot
+from tests.waiting import HANG_S
 
 Pair = collections.namedtuple("Pair", "left right")
 
@@ -62,7 +63,7 @@ def test_nothing_is_in_place_until_everything_is_on_disk(tmp_path, group):
 
     def slowly(path):
         path.write_bytes(b"half")
-        gate.wait(30)
+        gate.wait(HANG_S)
         path.write_bytes(b"whole")
 
     saving = Saving([(aside / "state" / "a.pt", slowly)], root=aside, commit=commit, what="writing")
