@@ -10,8 +10,8 @@ from tests.conftest import ROOT, environment
 from tests.waiting import HANG_S
 
 # What is fast; compiling takes a minute, and its instructions are the compiler's choice.
-FAST = ["tests/test_kernels.py", "tests/test_golden.py", "tests/test_isolation.py", "tests/test_model.py", "-k",
-        "not compiled"]
+FAST = [str(next((ROOT / "tests").rglob(f"test_{name}.py"))) for name in ("kernels", "golden", "isolation", "model")]
+FAST += ["-k", "not compiled"]
 DEFAULT_DTYPE = """
 import torch
 from minimind_ds.engine import Layout

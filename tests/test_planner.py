@@ -17,6 +17,8 @@ from minimind_ds.ds_config import read_json
 from minimind_ds.plan_check import compare
 from tests.conftest import ROOT, environment
 
+pytestmark = pytest.mark.numeric
+
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 96}
 MODELS = {"tiny": TINY, "tiny moe": {**TINY, "use_moe": True, "moe_intermediate_size": 96}, "debug": {},

@@ -123,7 +123,7 @@ class Cluster:
                 self.switch_on(node)
                 self.run("slurmd", on=node)
             self.wait_for(lambda: set(self.run("sinfo", "-hN", "-tidle", "-o%N").split()) == {"node1", "node2"},
-                          "both nodes to be idle", HANG_S)
+                          "both nodes to be idle", 180)
         except BaseException:
             print(*(log.read_text() for log in self.home.glob("*.log")), sep="\n")
             self.__exit__()
