@@ -94,7 +94,7 @@ def deepspeed():
     Users' programs are started as users start them, the tests' own without the first of DeepSpeed's two launchers.
     """
 
-    def run(ranks: int, *words: str, check: bool = True, timeout: float = 900, **extra: str):
+    def run(ranks: int, *words: str, check: bool = True, timeout: float = 1800, **extra: str):
         command = ranks_command if words[0].startswith("tests/") else deepspeed_command
         process = subprocess.Popen(command(ranks, *words), cwd=ROOT, env=environment(**extra), text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
