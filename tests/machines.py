@@ -73,6 +73,7 @@ def run(name: str, words: list[str]) -> dict:
     variables, bf16 = ROWS[name]
     if why := why_not(bf16):
         return {"name": name, "ok": False, "why_not": why}
+    print(f"{name}: {variables or ''} {bf16 or ''}", flush=True)
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
