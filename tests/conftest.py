@@ -11,6 +11,8 @@ import sys
 import psutil
 import pytest
 
+from tests import starts
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 # Ranks of one test share the cores.
@@ -86,6 +88,9 @@ def environment(**extra: str) -> dict:
     return {**inherited, "PATH": bin_dir + os.pathsep + os.environ["PATH"], "DS_ACCELERATOR": "cpu", **extra}
 
 
+starts.BASE.update(environment())
+
+
 @pytest.fixture(scope="session")
 def deepspeed():
     """deepspeed(ranks, program, *flags) runs to its end; returns the finished process, checked unless check=False.
@@ -95,7 +100,7 @@ def deepspeed():
 
     def run(ranks: int, *words: str, check: bool = True, timeout: float = 300, **extra: str):
         command = ranks_command if words[0].startswith("tests/") else deepspeed_command
-        process = subprocess.Popen(command(ranks, *words), cwd=ROOT, env=environment(**extra), text=True,
+        process = starts.Popen(command(ranks, *words), cwd=ROOT, env=environment(**extra), text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         try:
             out, err = process.communicate(timeout=timeout)
