@@ -63,6 +63,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_rest_is_bit_
     assert not (folder / "attempts.json").exists()
 
 
+@pytest.mark.by_exec("Ctrl-C reaches the launcher's whole process group")
 def test_ctrl_c_under_the_launcher_writes_a_checkpoint(tmp_path):
     """The terminal's Ctrl-C reaches launcher and ranks; the launcher passes it on to the ranks once more."""
     folder, config = tmp_path / "run", tmp_path / "run.yaml"

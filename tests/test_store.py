@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +19,7 @@ from minimind_ds.data.conversation import DataError, read_records
 from minimind_ds.data.sample import Augment, build_sample, build_text_sample
 from minimind_ds.data.store import open_or_build
 from minimind_ds.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT, environment
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +191,8 @@ def program(data, cache):
 
 
 def start(data, cache):
-    return subprocess.Popen([sys.executable, "-c", program(data, cache)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", program(data, cache)], cwd=ROOT, env=environment(),
+                            stdout=subprocess.PIPE, text=True)
 
 
 def test_two_processes_at_once_build_one_cache(tmp_path):
