@@ -28,15 +28,18 @@ PRELOAD = ("deepspeed", "transformers", "psutil", "safetensors.torch", "tokenize
            "deepspeed.runtime.zero.stage3", "deepspeed.launcher.multinode_runner")
 THREADS = "threads do not survive a fork"
 PATH = sys.path[1:]
+SET_BY_LIBRARIES: dict[str, str] = {}
 
 
 def serve(connection: socket.socket) -> None:
     """Forks a program for each request, until the test process has ended."""
+    given = dict(os.environ)
     for name in PRELOAD:
         importlib.import_module(name)
     # Programs find what an interpreter finds.
     del sys.modules["starts"]
     starts.BASE.update(os.environ)
+    SET_BY_LIBRARIES.update(os.environ.items() - given.items())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
@@ -85,15 +88,15 @@ def become(request: dict, stdio: list[int]) -> None:
         if number == signal.SIGINT or callable(signal.getsignal(number)):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.environ.clear()
-    os.environ.update(request["env"])
+    os.environ.update({**SET_BY_LIBRARIES, **request["env"]})
     tempfile.tempdir = None
     for name, own in (("stdout", 1), ("stderr", 2)) if unbuffered else ():
         stream = io.TextIOWrapper(io.FileIO(own, "w", closefd=False), "utf-8", getattr(sys, name).errors,
                                   write_through=True)
         vars(sys).update({name: stream, f"__{name}__": stream})
-    # As in a process that has just started: numpy's from the system's entropy, torch's always the same.
+    # Python's own it seeds by itself.
     sys.modules["numpy"].random.seed()
-    sys.modules["torch"].default_generator.manual_seed(sys.modules["torch"].initial_seed())
+    sys.modules["torch"].default_generator.seed()
     show([sys.executable, *["-u"] * unbuffered, *words])
     code = 1
     try:

@@ -12,19 +12,22 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 
 DEEPSPEED = str(pathlib.Path(sys.executable).with_name("deepspeed"))
 # Read when Python or a library starts.
 AT_START = re.compile(r"(ATEN|CUDA|DS|GLIBC|GOMP|HF|KMP|LANG|LC|LD|MALLOC|MKL|NCCL|OMP|ONEDNN|OPENBLAS|PYTORCH|TORCH|"
                       r"TRANSFORMERS|TRITON)(_.*)?|PYTHON.*|HOME|VIRTUAL_ENV")
-LATER = {"CUDA_VISIBLE_DEVICES", "TORCH_EXTENSIONS_DIR"}
+LATER = {"CUDA_VISIBLE_DEVICES", "PYTORCH_NVML_BASED_CUDA_CHECK", "TORCH_EXTENSIONS_DIR"}
 PLAIN = {"stdin", "stdout", "stderr", "text", "encoding", "errors", "cwd", "env", "start_new_session"}
 PR_SET_CHILD_SUBREAPER = 36
+prctl = ctypes.CDLL(None).prctl
 exec_popen = subprocess.Popen
-# The server's environment; why the programs of the present test are exec'd; the server's socket.
+# The server's environment; why the programs of the present test are exec'd; the server, as [socket, process].
 BASE: dict[str, str] = {}
 MARKED: list[str] = []
-SERVER: list[socket.socket] = []
+SERVER: list = []
+LOCK = threading.Lock()
 # How many programs were forked or, by reason, exec'd.
 STARTS: collections.Counter = collections.Counter()
 
@@ -68,17 +71,25 @@ class Popen(exec_popen):
     @staticmethod
     def fork(request: dict, stdio: list[int]) -> int:
         """-> the process id of a program that the server has forked; starts the server if there is none."""
-        if not SERVER:
-            ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
-            server = pathlib.Path(__file__).with_name("rank_server.py")
-            # Blanks, so that there is room for the words of a program.
-            exec_popen([sys.executable, server, str(theirs.fileno()), " " * 4096], env=BASE,
-                       pass_fds=[theirs.fileno()])
-            SERVER.append(ours)
-        prctl = ctypes.CDLL(None).prctl
-        prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        try:
-            socket.send_fds(SERVER[0], [json.dumps(request).encode()], stdio)
-            return int(SERVER[0].recv(32))
-        finally:
-            prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        with LOCK:
+            if not SERVER:
+                SERVER.extend(server())
+            prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+            try:
+                socket.send_fds(SERVER[0], [json.dumps(request).encode()], stdio)
+                answer = SERVER[0].recv(32)
+            finally:
+                prctl(PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+        if not answer:
+            raise RuntimeError("tests/rank_server.py has ended, for a reason given above; --exec does without it")
+        return int(answer)
+
+
+def server() -> tuple[socket.socket, subprocess.Popen]:
+    """A new server, and the socket it listens to."""
+    ours, theirs = socket.socketpair(type=socket.SOCK_SEQPACKET)
+    with theirs:
+        program = pathlib.Path(__file__).with_name("rank_server.py")
+        # Blanks, so that there is room for the words of a program.
+        return ours, exec_popen([sys.executable, program, str(theirs.fileno()), " " * 4096], env=BASE,
+                                pass_fds=[theirs.fileno()])
