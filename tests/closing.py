@@ -1,6 +1,11 @@
-"""What a run of the tests says at its end: CPU seconds per file, how programs were started, what was not run."""
+"""What a run of the tests says at its end: CPU seconds per file, how programs were started, what was not run.
+
+With MINIMIND_DS_NEEDS_ALL it fails where a test was skipped for want of what .ci/run can install.
+"""
 
 import collections
+import os
+import re
 import resource
 import textwrap
 
@@ -8,22 +13,27 @@ import pytest
 
 from tests import starts
 
-# What a reason for a skip has in it: (what is missing, the command that runs the tests).
-COMMANDS = {
-    "GPU": "on a machine with a GPU: bash launch/gpu_check.sh",
-    "CUDA": "on a machine with a GPU: bash launch/gpu_check.sh",
-    "slurmctld": "as root, on Debian: CI=true bash .ci/run",
-    "SLURM": "as root, on Debian: CI=true bash .ci/run",
-    "no namespaces": "as root, outside a container: python -m pytest tests/test_slurm.py",
-    "strace": "apt-get install --no-install-recommends strace; python -m pytest tests/test_power_cut.py",
-    "libaio": "apt-get install libaio-dev; python -m pytest tests/test_zero_files.py",
-    "g++": "apt-get install g++; bash launch/test.sh",
-    "triton": "pip install triton; bash launch/test.sh",
-    "matplotlib": "pip install matplotlib; python -m pytest tests/test_benchmark.py",
-    "trl": "pip install trl; python -m pytest tests/test_benchmark.py",
-    "folder": "with MiniMind's tokenizer, goldens and data in ../shared: bash launch/test.sh",
+ALL, BY_APT = "bash launch/test.sh", "apt-get install --no-install-recommends"
+# A word in the reason of a skip: (what the test needs, the command that runs it then).
+NEEDS = {
+    **dict.fromkeys(("without a GPU", "with a GPU", "want of a GPU"), ("a machine without a GPU", ALL)),
+    "GPU": ("a GPU", "bash launch/gpu_check.sh"),
+    "CUDA": ("a GPU", "bash launch/gpu_check.sh"),
+    "slurm": ("SLURM, as root", "CI=true bash .ci/run"),
+    "SLURM": ("SLURM, as root", "CI=true bash .ci/run"),
+    "namespaces": ("the right to make namespaces", "python -m pytest tests/test_slurm.py"),
+    "no strace here": ("the right to trace processes", "python -m pytest tests/test_power_cut.py"),
+    "strace": ("strace", f"{BY_APT} strace && python -m pytest tests/test_power_cut.py"),
+    "libaio": ("libaio", f"{BY_APT} libaio-dev && python -m pytest tests/test_zero_files.py"),
+    "g++": ("a C++ compiler", f"{BY_APT} g++ && {ALL}"),
+    "triton": ("Triton", f"pip install triton && {ALL}"),
+    "matplotlib": ("matplotlib", "pip install -e .[plot] && python -m pytest tests/test_benchmark.py"),
+    "trl": ("TRL", "pip install -e .[trl] && python -m pytest tests/test_benchmark.py"),
+    "folder": ("MiniMind's tokenizer, goldens and data in ../shared", ALL),
+    "root may": ("a user other than root", "python -m pytest tests/test_store.py"),
 }
-SLOW = "bash launch/test.sh --slow"
+# .ci/run can install these.
+INSTALLED = re.compile("apt-get|pip install|.ci/run")
 
 
 def cpu_seconds() -> float:
@@ -45,8 +55,13 @@ class Closing:
         yield
         self.cpu[item.path.name] += cpu_seconds() - before
 
-    def pytest_sessionfinish(self):
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session):
         self.starts.update(starts.STARTS)
+        terminal = self.config.pluginmanager.get_plugin("terminalreporter")
+        if "MINIMIND_DS_NEEDS_ALL" in os.environ and terminal and not hasattr(self.config, "workeroutput"):
+            if any(INSTALLED.search(need(reason)[1]) for reason in self.skipped(terminal)):
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
         if hasattr(self.config, "workeroutput"):
             self.config.workeroutput["closing"] = [dict(self.cpu), dict(self.starts), self.slow]
 
@@ -67,18 +82,22 @@ class Closing:
         if self.starts:
             say("programs started by " + "; ".join(
                 f"{'fork' if why == 'fork' else f'exec ({why})'}: {n}" for why, n in self.starts.most_common()))
-        text = not_run([report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])], self.slow)
+        text = not_run(self.skipped(terminalreporter), self.slow)
         if text:
             say("\n" + textwrap.fill(text, 110))
 
+    def skipped(self, terminalreporter) -> list[str]:
+        return [report.longrepr[2] for report in terminalreporter.stats.get("skipped", [])]
+
+
+def need(reason: str) -> tuple[str, str]:
+    """The reason of a skip -> (what the test needs, the command that runs it then)."""
+    return next((NEEDS[word] for word in NEEDS if word in reason), (reason.removeprefix("Skipped: "), ALL))
+
 
 def not_run(reasons: list[str], slow: int) -> str:
-    """One paragraph: how many tests were not run, for want of what, and the command that runs them."""
-    counts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
-    for reason in reasons:
-        reason = reason.removeprefix("Skipped: ")
-        command = next((COMMANDS[word] for word in COMMANDS if word in reason), "nothing to install")
-        counts[command][reason] += 1
-    parts = [f"{sum(found.values())} ({', '.join(found)}): `{command}`" for command, found in counts.items()]
-    parts += [f"{slow} marked slow, which take minutes: `{SLOW}`"] if slow else []
-    return f"Not run: {len(reasons)} skipped, {slow} deselected. " + "; ".join(parts) + "." if parts else ""
+    """One paragraph: how many tests were not run, what they need, and the command that runs them."""
+    counts = collections.Counter(map(need, reasons))
+    parts = [f"{count} need {what}: `{command}`" for (what, command), count in counts.most_common()]
+    parts += [f"{slow} take minutes: `{ALL} --slow`"] if slow else []
+    return f"Not run: {len(reasons) + slow} tests. {'; '.join(parts)}." if parts else ""

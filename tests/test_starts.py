@@ -33,7 +33,7 @@ ENDS = {"import sys; sys.exit(7)": 7, "import sys; sys.exit('a line')": 1, "impo
         "import atexit; atexit.register(print, 'at the end')": 0,
         "import threading; threading.Timer(0.2, print, ['of a thread']).start()": 0,
         "import ctypes, atexit; atexit.register(ctypes.CDLL(None).abort)": -6}
-by_fork = pytest.mark.skipif("MINIMIND_DS_EXEC" in os.environ, reason="--exec: nothing is forked")
+by_fork = pytest.mark.skipif("MINIMIND_DS_EXEC" in os.environ, reason="programs started by fork")
 
 
 def both(monkeypatch, command: list, **options) -> list[subprocess.CompletedProcess]:
