@@ -1,12 +1,15 @@
 """Shared by all tests: the repository's root, the optional shared folder, and real deepspeed processes."""
 
+import atexit
 import base64
+import functools
 import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 from importlib import metadata
 
 import psutil
@@ -67,6 +70,14 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("needs the shared folder beside the checkout (MiniMind's goldens, tokenizer and data)")
     return SHARED
+
+
+@functools.cache
+def cache_dir() -> str:
+    """A folder for tokenised data that this process's tests share, as long as it lives."""
+    folder = tempfile.TemporaryDirectory(prefix="cache_")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def free_port() -> int:

@@ -9,7 +9,7 @@ of ours ends as the interpreter ends.  All of a server's hash strings alike: `py
 
 import ctypes
 import gc
-import importlib
+import importlib.util
 import io
 import json
 import os
@@ -43,6 +43,9 @@ def serve(connection: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
+    # DeepSpeed's engine loads it; frozen, it would report leaks at the end of each program.
+    if importlib.util.find_spec("triton"):
+        importlib.import_module("triton")
     assert len(os.listdir("/proc/self/task")) == 1, THREADS
     while True:
         request, stdio, _, _ = socket.recv_fds(connection, 1 << 20, 3)
@@ -70,8 +73,7 @@ class RankPopen(starts.Popen):
     def fork(request: dict, stdio: list[int]) -> int:
         if len(os.listdir("/proc/self/task")) > 1:
             raise RuntimeError(THREADS)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        print(end="", flush=True)
         return os.fork() or become(request, stdio)
 
 
@@ -113,8 +115,7 @@ def become(request: dict, stdio: list[int]) -> None:
             os.kill(os.getpid(), signal.SIGINT)
     if subprocess.Popen is RankPopen:
         # DeepSpeed's own program: half a second for an end that is not ours to prove.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        print(end="", flush=True)
         os._exit(code)
     # The interpreter's own end, with all that can go wrong in it.
     ctypes.pythonapi.Py_Exit(code)
