@@ -3,6 +3,8 @@
 import ast
 import pathlib
 
+import pytest
+
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "minimind_ds"
 # Lower layers first; a module may import from its own layer and from those before it.
 LAYERS = [
@@ -79,6 +81,7 @@ def test_deepspeed_is_imported_where_it_belongs():
             assert name in DEEPSPEED, path
 
 
+@pytest.mark.by_exec("asserts what is loaded")
 def test_importing_the_package_does_not_import_deepspeed():
     import subprocess
     import sys

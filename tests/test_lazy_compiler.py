@@ -13,7 +13,8 @@ import pytest
 from tests.conftest import ROOT, environment
 from tests.test_resume import curve, weights
 
-pytestmark = pytest.mark.skipif(version("deepspeed") == "0.19.7", reason="this DeepSpeed imports the compiler itself")
+pytestmark = [pytest.mark.by_exec("asserts what is loaded"),
+              pytest.mark.skipif(version("deepspeed") == "0.19.7", reason="this DeepSpeed imports it itself")]
 
 RUN = """
 import json, sys, torch

@@ -5,7 +5,6 @@ import json
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,10 +27,10 @@ from minimind_ds import (
 from minimind_ds.engine import Layout
 from minimind_ds.job import prepare
 from minimind_ds.lora import Lora
+from tests.conftest import ROOT, environment
 
 pytestmark = pytest.mark.numeric
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(vocab_size=6400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=48, max_position_embeddings=4096)
 # The experts of "square" have square weights, which the original would adapt.
@@ -86,8 +85,8 @@ def exported(weight, to, out, **more):
 
 
 def program(name, *words):
-    return subprocess.run([sys.executable, str(ROOT / "launch" / name), *map(str, words)], capture_output=True,
-                          text=True)
+    return subprocess.run([sys.executable, str(ROOT / "launch" / name), *map(str, words)], env=environment(),
+                          capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])

@@ -10,7 +10,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, environment, free_port
+from tests.conftest import ROOT, cache_dir, environment, free_port
 from tests.waiting import HANG_S, until
 
 pytestmark = pytest.mark.numeric
@@ -30,7 +30,7 @@ class Run:
         self.folder = folder
         config = cache / "run.yaml"
         flags = {"--config": config, "--deepspeed": ROOT / "ds_configs" / f"zero{stage}.json", "--save_dir": folder,
-                 "--cache_dir": cache, "--dtype": "bf16", "--max_steps": STEPS, "--save_interval": EVERY,
+                 "--cache_dir": cache_dir(), "--dtype": "bf16", "--max_steps": STEPS, "--save_interval": EVERY,
                  "--batch_size": 1, "--accumulation_steps": 2, "--max_seq_len": 96, "--pack_len": 96}
         words = [str(w) for pair in flags.items() for w in pair]
         config.write_text("preset: debug\nmodel: " + json.dumps({**MODEL, "use_moe": stage in (1, 3)}))
@@ -110,7 +110,7 @@ def refuse_another(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("preset: debug\nmodel: {hidden_size: 64, num_hidden_layers: 2}\n")
     done = subprocess.run([sys.executable, "launch/sft.py", "--config", str(other), "--deepspeed",
-                           "ds_configs/zero2.json", "--save_dir", str(folder), "--cache_dir", str(tmp_path)],
+                           "ds_configs/zero2.json", "--save_dir", str(folder), "--cache_dir", cache_dir()],
                           cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=HANG_S)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(said) == 1 and "hidden_size is 48" in said[0], done.stderr

@@ -11,7 +11,7 @@ import pytest
 
 from minimind_ds import restarts
 from minimind_ds.signals import SAME_REQUEST_SECONDS, STOPPED, Stopped
-from tests.conftest import ROOT, deepspeed_command, environment
+from tests.conftest import ROOT, cache_dir, deepspeed_command, environment
 from tests.test_resume import STEPS, Run, curve, weights
 from tests.waiting import HANG_S, until
 
@@ -62,13 +62,14 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_rest_is_bit_
     assert not (folder / "attempts.json").exists()
 
 
+@pytest.mark.by_exec("Ctrl-C reaches the launcher's whole process group")
 def test_ctrl_c_under_the_launcher_writes_a_checkpoint(tmp_path):
     """The terminal's Ctrl-C reaches launcher and ranks; the launcher passes it on to the ranks once more."""
     folder, config = tmp_path / "run", tmp_path / "run.yaml"
     config.write_text("preset: debug\nmodel: {hidden_size: 48, num_hidden_layers: 2}\n")
     log = (tmp_path / "log").open("w+")
     command = deepspeed_command(2, "launch/sft.py", "--config", str(config), "--deepspeed", "ds_configs/zero2.json",
-                                "--save_dir", str(folder), "--cache_dir", str(tmp_path), "--max_steps", "2000",
+                                "--save_dir", str(folder), "--cache_dir", cache_dir(), "--max_steps", "2000",
                                 "--max_seq_len", "96", "--pack_len", "96", "--epochs", "1000")
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
     metrics = folder / "metrics.jsonl"
@@ -152,7 +153,7 @@ def test_the_program_refuses_a_crash_loop_with_one_line_and_code_2(tmp_path):
                                                       "failures": [failure] * 2, "error": "OSError: full"}))
     outcome = tmp_path / "outcome"
     done = subprocess.run([sys.executable, "launch/sft.py", "--deepspeed", "ds_configs/zero2.json", "--preset",
-                           "debug", "--save_dir", str(folder), "--cache_dir", str(tmp_path)], cwd=ROOT, text=True,
+                           "debug", "--save_dir", str(folder), "--cache_dir", cache_dir()], cwd=ROOT, text=True,
                           env=environment(SLURM_RESTART_COUNT="2", MINIMIND_DS_OUTCOME=str(outcome)),
                           capture_output=True, timeout=HANG_S)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,9 +18,8 @@ from minimind_ds.data.conversation import DataError, read_records
 from minimind_ds.data.sample import Augment, build_sample, build_text_sample
 from minimind_ds.data.store import open_or_build
 from minimind_ds.tokenizer import load_tokenizer
+from tests.conftest import ROOT, environment
 from tests.waiting import until
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +191,8 @@ def program(data, cache):
 
 
 def start(data, cache):
-    return subprocess.Popen([sys.executable, "-c", program(data, cache)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", program(data, cache)], cwd=ROOT, env=environment(),
+                            stdout=subprocess.PIPE, text=True)
 
 
 def test_two_processes_at_once_build_one_cache(tmp_path):

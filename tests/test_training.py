@@ -8,6 +8,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tests.conftest import cache_dir
+
 pytestmark = pytest.mark.numeric
 
 MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -20,7 +22,7 @@ def flags(tmp_path, stage, **values):
     config = tmp_path / "run.yaml"
     config.write_text("preset: debug\nmodel: " + json.dumps({**MODEL, **values.pop("model", {})}))
     values = {"config": config, "deepspeed": f"ds_configs/zero{stage}.json", "save_dir": tmp_path / "run",
-              "cache_dir": tmp_path / "cache", "max_seq_len": 96, "pack_len": 192, "batch_size": 2, **values}
+              "cache_dir": cache_dir(), "max_seq_len": 96, "pack_len": 192, "batch_size": 2, **values}
     return [str(word) for name, value in values.items() for word in (f"--{name}", value)]
 
 

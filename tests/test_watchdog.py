@@ -14,7 +14,7 @@ from minimind_ds import stragglers
 from minimind_ds.engine import patience
 from minimind_ds.guard import LEAST, MOST_SKIPPED, Guard, taken_losses
 from minimind_ds.watchdog import HUNG
-from tests.conftest import ROOT, environment, free_port
+from tests.conftest import ROOT, cache_dir, environment, free_port
 from tests.waiting import HANG_S, until
 
 MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -28,7 +28,7 @@ def flags_for(folder: pathlib.Path) -> list[str]:
     config = folder / "run.yaml"
     config.write_text("preset: debug\nmodel: " + json.dumps(MODEL))
     return ["--config", str(config), "--deepspeed", "ds_configs/zero2.json", "--save_dir", str(folder / "run"),
-            "--cache_dir", str(folder.parent / "cache"), "--dtype", "fp32", "--batch_size", "1", "--max_seq_len", "96",
+            "--cache_dir", cache_dir(), "--dtype", "fp32", "--batch_size", "1", "--max_seq_len", "96",
             "--pack_len", "96"]
 
 

@@ -4,16 +4,15 @@ import json
 import pickle
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, export, load_tokenizer, weights
+from tests.conftest import ROOT, environment
 
 pytestmark = pytest.mark.numeric
 
-ROOT = Path(__file__).resolve().parents[1]
 SIZES = dict(vocab_size=6400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=48, max_position_embeddings=4096)
 CONFIGS = {
@@ -188,7 +187,7 @@ def test_files_that_are_no_weights_are_refused_in_one_line_and_run_no_code(tmp_p
 
 def export_program(*words):
     return subprocess.run([sys.executable, str(ROOT / "launch" / "export.py"), *map(str, words)],
-                          capture_output=True, text=True)
+                          env=environment(), capture_output=True, text=True)
 
 
 def test_export_program_writes_a_run_folder_in_both_formats(tmp_path):
