@@ -1,21 +1,33 @@
 """Shared by all tests: the repository's root, the optional shared folder, and real deepspeed processes."""
 
+import atexit
 import base64
+import functools
 import json
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
+from importlib import metadata
 
 import psutil
 import pytest
+
+from tests import closing, starts
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 # Ranks of one test share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What is compiled once serves all later runs of the tests.
+CACHE = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "minimind_ds" / "tests"
+os.environ.setdefault("TRITON_CACHE_DIR", str(CACHE / "triton"))
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
+os.environ.setdefault("TORCH_EXTENSIONS_DIR",
+                      str(CACHE / f"{sys.implementation.cache_tag}_torch_{metadata.version('torch')}"))
 # First, so that no worker is left with minutes of work when the others have none.
 LONGEST = ["test_slurm", "test_layouts", "test_parallel", "test_verify", "test_lora", "test_resume", "test_zero_files",
            "test_triton_moe", "test_faults", "test_reshape", "test_planner", "test_benchmark", "test_triton_attention",
@@ -24,19 +36,33 @@ LONGEST = ["test_slurm", "test_layouts", "test_parallel", "test_verify", "test_l
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--exec", action="store_true", help="start all programs by exec, none by fork (tests/starts.py)")
+    parser.addoption("--cpu", action="store_true", help="tell the CPU seconds of each test file")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; runs with --slow")
+    config.addinivalue_line("markers", "numeric: compares numbers; tests/machines.py plays other machines for it")
+    config.addinivalue_line("markers", "by_exec(reason): its programs are started by exec, none by fork")
+    config.pluginmanager.register(closing.Closing(config), "closing")
+    if config.getoption("--exec"):
+        os.environ["MINIMIND_DS_EXEC"] = "1"
+    starts.BASE.update(environment())
+    subprocess.Popen = starts.Popen
 
 
 def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
-    if config.getoption("--slow"):
-        return
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="minutes long; runs with --slow"))
+    if not config.getoption("--slow"):
+        slow = [item for item in items if "slow" in item.keywords]
+        items[:] = [item for item in items if "slow" not in item.keywords]
+        config.pluginmanager.get_plugin("closing").slow = len(slow)
+        config.hook.pytest_deselected(items=slow)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    starts.MARKED[:] = [marker.args[0] for marker in item.iter_markers("by_exec")]
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +71,14 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip("needs the shared folder beside the checkout (MiniMind's goldens, tokenizer and data)")
     return SHARED
+
+
+@functools.cache
+def cache_dir() -> str:
+    """A folder for tokenised data that this process's tests share, as long as it lives."""
+    folder = tempfile.TemporaryDirectory(prefix="cache_")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 def free_port() -> int:
@@ -93,7 +127,7 @@ def deepspeed():
     Users' programs are started as users start them, the tests' own without the first of DeepSpeed's two launchers.
     """
 
-    def run(ranks: int, *words: str, check: bool = True, timeout: float = 300, **extra: str):
+    def run(ranks: int, *words: str, check: bool = True, timeout: float = 1800, **extra: str):
         command = ranks_command if words[0].startswith("tests/") else deepspeed_command
         process = subprocess.Popen(command(ranks, *words), cwd=ROOT, env=environment(**extra), text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)

@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "minimind_ds"
 # Lowest first; a module may import from its own level and from those before it.
 LEVELS = [
@@ -79,6 +81,7 @@ def test_deepspeed_is_imported_where_it_belongs():
             assert wing(path) in DEEPSPEED or path.relative_to(PACKAGE).as_posix() in DEEPSPEED_FILES, path
 
 
+@pytest.mark.by_exec("asserts what is loaded")
 def test_importing_the_package_does_not_import_deepspeed():
     code = "import sys, minimind_ds, minimind_ds.convert.export; sys.exit('deepspeed' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, check=True)

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from minimind_ds.bench.throughput.watch import PARTS
 from minimind_ds.training import build, step
 from minimind_ds.training import loop as training_loop
 from tests.conftest import ROOT, environment, free_port
+from tests.waiting import HANG_S
 
 PROGRAM = str(ROOT / "launch" / "benchmark.py")
 # A cell that runs, and one that cannot: triton needs a GPU.
@@ -158,7 +160,7 @@ def test_each_task_of_an_srun_is_a_rank_of_one_cell(swept, tmp_path):
                               env=environment(SLURM_PROCID=str(i), SLURM_LOCALID=str(i), SLURM_NTASKS="2",
                                               SLURM_NTASKS_PER_NODE="2", SLURM_STEP_ID="0", MASTER_PORT=port))
              for i in range(2)]
-    said = [task.communicate(timeout=200)[0] for task in tasks]
+    said = [task.communicate(timeout=HANG_S)[0] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], said
     record, = json.loads(results.read_text())["cells"]
     assert record["status"] == "ok" and record["cell"]["ranks"] == 2 and record["machine"]["nodes"] == 1
@@ -182,7 +184,7 @@ print("numactl:", len(asked))
 sys.exit(code)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                          timeout=200)
+                          timeout=HANG_S)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((out / "plain.json").read_text()), done.stdout
 
@@ -202,7 +204,7 @@ def test_pytorch_alone_trains_in_half_precision_too(tmp_path, swept):
     subprocess.run([sys.executable, PROGRAM, "--compare", "plain", "--deepspeed", "ds_configs/zero1.json", "--preset",
                     "debug", "--rows", "128x1x1", "--steps", "3", "--dtype", "bf16", "--out", str(out), "--save_dir",
                     str(tmp_path / "run"), *swept[1]], cwd=ROOT, env=environment(), check=True, capture_output=True,
-                   timeout=200)
+                   timeout=HANG_S)
     found, = json.loads(out.read_text())["pairs"].values()
     # DeepSpeed and PyTorch round gradients to bf16 at other places.
     assert found["rounds"] == 3 and found["largest_loss_difference"] < 2e-3
@@ -279,7 +281,7 @@ trainer.end()
 print(json.dumps(found))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True,
-                          timeout=200)
+                          timeout=HANG_S)
     assert done.returncode == 0, done.stderr[-3000:]
     apart, together, plain = json.loads(done.stdout.splitlines()[-1])
     assert apart[0] > 0 and apart[1] == 0 and together[1] > 0
@@ -292,19 +294,20 @@ def test_stage_3_asks_numactl_at_most_once(compared):
     assert int(compared[1].split("numactl:")[-1]) <= 1
 
 
-def test_a_pair_takes_its_ratio_round_by_round():
+def test_a_pair_takes_its_ratio_round_by_round(monkeypatch):
     """A machine that slows down between rounds moves no ratio."""
-    pace = iter([1, 1, 2, 2, 4, 4])
+    pace, clock = iter([1, 1, 2, 2, 4, 4]), [0.0]
+    monkeypatch.setattr(ratios, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
 
     def loop(name, seconds):
         def step():
-            time.sleep(seconds * next(pace))
+            clock[0] += seconds * next(pace)
             return 100, 1.0
         return loops.Loop(name, step)
 
-    found = ratios.pair(loop("a", 0.02), loop("b", 0.04), warm_up=0, steps=3, device=torch.device("cpu"),
+    found = ratios.pair(loop("a", 1.0), loop("b", 2.0), warm_up=0, steps=3, device=torch.device("cpu"),
                         say=lambda text: None)
-    assert found["ratio"] == pytest.approx(0.5, rel=0.3) and found["largest_loss_difference"] == 0
+    assert found["ratio"] == found["ratio_q1"] == found["ratio_q3"] == 0.5 and found["largest_loss_difference"] == 0
 
 
 def test_gaps_of_a_profile_are_the_time_outside_operators():

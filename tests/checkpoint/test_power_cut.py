@@ -14,7 +14,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -24,6 +23,7 @@ from minimind_ds.training import metrics
 from tests.conftest import ROOT, environment, free_port
 from tests.faults import power_cut
 from tests.faults.power_cut import Disk, Folder
+from tests.waiting import HANG_S, until
 
 STEPS, EVERY, KILLED_AFTER = 9, 2, 5
 RUN, WEIGHTS = "runs/sft", "sft_16.safetensors"
@@ -50,13 +50,10 @@ def log(tmp_path_factory):
             stderr=subprocess.STDOUT, text=True, start_new_session=True,
             env=environment(TORCHELASTIC_RESTART_COUNT=str(start), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
                             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port())))
-        deadline = time.monotonic() + 200
-        while start == 0 and restarts.last_step(folder) < KILLED_AFTER and time.monotonic() < deadline:
-            assert running.poll() is None, running.communicate()
-            time.sleep(0.01)
         if start == 0:
+            until(lambda: restarts.last_step(folder) >= KILLED_AFTER, f"step {KILLED_AFTER}", [running])
             os.killpg(running.pid, signal.SIGKILL)
-        said = running.communicate(timeout=200)[0]
+        said = running.communicate(timeout=HANG_S)[0]
         assert running.returncode == (0 if start else -signal.SIGKILL), said[-5000:]
         starts.append(list(power_cut.calls(home / f"{start}.log", home / "disk")))
     return folder, starts

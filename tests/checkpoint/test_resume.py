@@ -6,12 +6,14 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, environment, free_port
+from tests.conftest import ROOT, cache_dir, environment, free_port
+from tests.waiting import HANG_S, until
+
+pytestmark = pytest.mark.numeric
 
 MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 96, "dropout": 0.1}
@@ -28,7 +30,7 @@ class Run:
         self.folder = folder
         config = cache / "run.yaml"
         flags = {"--config": config, "--deepspeed": ROOT / "ds_configs" / f"zero{stage}.json", "--save_dir": folder,
-                 "--cache_dir": cache, "--dtype": "bf16", "--max_steps": STEPS, "--save_interval": EVERY,
+                 "--cache_dir": cache_dir(), "--dtype": "bf16", "--max_steps": STEPS, "--save_interval": EVERY,
                  "--batch_size": 1, "--accumulation_steps": 2, "--max_seq_len": 96, "--pack_len": 96}
         words = [str(w) for pair in flags.items() for w in pair]
         config.write_text("preset: debug\nmodel: " + json.dumps({**MODEL, "use_moe": stage in (1, 3)}))
@@ -42,23 +44,20 @@ class Run:
 
     def reached(self, moment) -> bool:
         if isinstance(moment, str):
-            return (self.folder / "checkpoints" / f".writing_{moment}").exists()
+            # Seen too late, it is a moment right after: no less good a time to be killed.
+            return any((self.folder / "checkpoints" / f"{stage}{moment}").exists() for stage in (".writing_", ""))
         path = self.folder / "metrics.jsonl"
         return path.exists() and path.read_text().count("\n") >= moment
 
     def kill_at(self, moment) -> None:
-        deadline = time.monotonic() + 120
-        while not self.reached(moment):
-            assert all(p.poll() is None for p in self.ranks), self.folder.with_suffix(".log").read_text()[-3000:]
-            assert time.monotonic() < deadline, f"never reached {moment}"
-            time.sleep(0.002)
+        until(lambda: self.reached(moment), f"the moment {moment}", self.ranks, self.folder.with_suffix(".log"))
         for p in self.ranks:
             os.killpg(p.pid, signal.SIGKILL)
         for p in self.ranks:
             p.wait()
 
     def finish(self) -> None:
-        codes = [p.wait(timeout=180) for p in self.ranks]
+        codes = [p.wait(timeout=HANG_S) for p in self.ranks]
         assert codes == [0] * len(codes), self.folder.with_suffix(".log").read_text()[-4000:]
 
 
@@ -111,8 +110,8 @@ def refuse_another(folder: pathlib.Path, tmp_path: pathlib.Path) -> None:
     other = tmp_path / "other.yaml"
     other.write_text("preset: debug\nmodel: {hidden_size: 64, num_hidden_layers: 2}\n")
     done = subprocess.run([sys.executable, "launch/sft.py", "--config", str(other), "--deepspeed",
-                           "ds_configs/zero2.json", "--save_dir", str(folder), "--cache_dir", str(tmp_path)],
-                          cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+                           "ds_configs/zero2.json", "--save_dir", str(folder), "--cache_dir", cache_dir()],
+                          cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=HANG_S)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(said) == 1 and "hidden_size is 48" in said[0], done.stderr
     assert sorted(p.name for p in folder.rglob("*")) == before

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from minimind_ds import checkpoint
 from minimind_ds.checkpoint.async_save import AsyncSave, facts_of, snapshot
 from minimind_ds.distributed.world import free_port
+from tests.waiting import HANG_S
 
 Pair = collections.namedtuple("Pair", "left right")
 
@@ -62,7 +63,7 @@ def test_nothing_is_in_place_until_everything_is_on_disk(tmp_path, group):
 
     def slowly(path):
         path.write_bytes(b"half")
-        gate.wait(30)
+        gate.wait(HANG_S)
         path.write_bytes(b"whole")
 
     saving = AsyncSave([(aside / "state" / "a.pt", slowly)], root=aside, commit=commit, what="writing")

@@ -20,8 +20,10 @@ from minimind_ds.data.row_search import fewest_rows, fill_rows
 from minimind_ds.data.sample import Sample, build_samples
 from minimind_ds.data.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).resolve().parents[2]
-SHARED = Path(__file__).resolve().parents[3] / "shared"
+SHARED = ROOT.parent / "shared"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs the shared folder beside the checkout")
 
 

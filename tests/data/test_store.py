@@ -10,8 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +18,8 @@ from minimind_ds.data.conversation import DataError, read_records
 from minimind_ds.data.sample import Augment, build_sample, build_text_sample
 from minimind_ds.data.store import open_or_build
 from minimind_ds.data.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.conftest import ROOT, environment
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +191,8 @@ def program(data, cache):
 
 
 def start(data, cache):
-    return subprocess.Popen([sys.executable, "-c", program(data, cache)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", program(data, cache)], cwd=ROOT, env=environment(),
+                            stdout=subprocess.PIPE, text=True)
 
 
 def test_two_processes_at_once_build_one_cache(tmp_path):
@@ -212,9 +211,7 @@ def visible(folder):
 def test_a_builder_killed_half_way_leaves_nothing_that_is_used(tmp_path, build):
     data = write_lines(tmp_path / "many.jsonl", map(talk, range(9000)))
     process = start(data, tmp_path / "cache")
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "cache").glob(".*.part/tokens.bin")) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    until(lambda: any((tmp_path / "cache").glob(".*.part/tokens.bin")), "a half-written store", [process])
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL

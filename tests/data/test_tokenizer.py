@@ -24,8 +24,8 @@ from minimind_ds.data.tokenizer import (
     train_tokenizer,
 )
 from minimind_ds.paths import ASSETS
+from tests.conftest import ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
 ORIGINAL = SHARED / "minimind_tokenizer"
 needs_original = pytest.mark.skipif(not ORIGINAL.is_dir(), reason="the original tokenizer's folder is not here")
@@ -230,7 +230,7 @@ def test_too_little_text_is_one_clear_error_and_writes_nothing(texts, vocab_size
 def test_the_training_program(tmp_path):
     def run(*args):
         command = [sys.executable, str(ROOT / "launch/train_tokenizer.py"), *args]
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment())
 
     good = run("--data_path", str(ROOT / "examples/sft_heldout.jsonl"), str(ROOT / "examples/pretrain.jsonl"),
                "--vocab_size", "800", "--out", "t.model")

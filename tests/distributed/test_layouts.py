@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.numeric
+
 STAGES = range(4)
 # name: (ranks, accumulation, extra flags); each has 4 micro-batches of two rows a step.
 LAYOUTS = {"1x4": (1, 4, []), "2x2": (2, 2, [])}
@@ -33,6 +35,7 @@ def test_gradients_are_the_same_at_every_stage_and_on_every_layout(results, mode
         for stage in STAGES:
             grads = load_file(out / f"{model}_{stage}.safetensors")
             worst = max(control, key=lambda name: relative(grads[name], control[name]))
+            # Law 3's; 1.2e-7 measured.
             assert relative(grads[worst], control[worst]) <= 1e-5, (out.name, stage, worst)
 
 
@@ -44,6 +47,7 @@ def test_losses_and_gradient_norms_are_the_same_at_every_stage_and_on_every_layo
     for name, run in runs.items():
         for stage in STAGES:
             case = run[f"{model}_{stage}"]
+            # After ten steps of Adam, which magnifies rounding: 5e-7 measured.
             for key in ("loss", "aux", "norm"):
                 assert case[key] == pytest.approx(control[key], rel=1e-5), (name, stage, key)
 

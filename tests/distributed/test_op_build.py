@@ -103,6 +103,7 @@ def test_where_files_cannot_be_locked_it_is_as_torch_s_but_for_old_files(tmp_pat
     other.release()
 
 
+@pytest.mark.by_exec("asserts what is loaded")
 @pytest.mark.parametrize("first", ["", "import torch.utils.cpp_extension; "])
 def test_an_engine_s_process_compiles_under_it(first):
     code = (f"{first}from minimind_ds.distributed import build_lock, engine, world; engine.start(world.read_world()); "

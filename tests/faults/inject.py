@@ -44,7 +44,7 @@ def play(run: Run, starts: list[Start], *, draw: random.Random, failing: disk.Fa
     for hand in [*starts, Start(), Start(), Start()]:
         failing.heal()
         ballast.unlink(missing_ok=True)
-        hang = ("--hang_minutes", "0.1") if hand.end and hand.end[1] == HUNG else ()
+        hang = ("--hang_minutes", "0.2") if hand.end and hand.end[1] == HUNG else ()
         run.start(*hang, **(failing.environment if hand.end and hand.end[1].startswith("EIO") else {}))
         code = None
         try:

@@ -9,6 +9,7 @@ import pytest
 from tests.conftest import ROOT, environment
 from tests.faults.dealing import ALL, ENDS, EVERY, deal, steps_for
 from tests.faults.disk import FailingDisk
+from tests.waiting import HANG_S
 
 
 def injected(tmp_path, *words: str, timeout: float) -> dict:
@@ -28,7 +29,7 @@ def check(result: dict, faults: int) -> None:
 
 def test_a_dozen_faults_leave_weights_and_curves_as_they_would_have_been(tmp_path):
     check(injected(tmp_path, "--faults", "12", "--seed", "9", "--over", "zero1-moe", "zero3-dense",
-                   timeout=600), 12)
+                   timeout=4 * HANG_S), 12)
 
 
 def test_a_disk_that_fails_before_training_begins_is_one_line_and_not_a_user_s_mistake(tmp_path):
@@ -40,7 +41,7 @@ def test_a_disk_that_fails_before_training_begins_is_one_line_and_not_a_user_s_m
     config.write_text("preset: debug\nmodel: {hidden_size: 48, num_hidden_layers: 2}\n")
     done = subprocess.run([sys.executable, "launch/sft.py", "--deepspeed", "ds_configs/zero2.json", "--config",
                            str(config), "--save_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path)], cwd=ROOT,
-                          env=environment(**failing.environment), capture_output=True, text=True, timeout=300)
+                          env=environment(**failing.environment), capture_output=True, text=True, timeout=HANG_S)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(said) == 1 and "Input/output error" in said[0], done.stderr
     assert "Traceback" not in done.stderr

@@ -16,6 +16,9 @@ from minimind_ds.convert import weight_files as files
 from minimind_ds.data.sample import prompt_ids
 from minimind_ds.inference import chat, score
 from tests.conftest import ROOT, environment
+from tests.waiting import HANG_S
+
+pytestmark = pytest.mark.numeric
 
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
             intermediate_size=64, max_position_embeddings=256)
@@ -66,12 +69,15 @@ def loaded(folder):
 
 @torch.no_grad()
 def argmax_loop(model, ids, steps, eos):
-    """The plainest decoding: our own model over the whole text again for each token."""
+    """The plainest decoding: our own model over the whole text again for each token, each ahead by a clear margin."""
     new = []
     while len(new) < steps and eos not in new:
         text = torch.tensor([*ids, *new])
         batch = collate([[Sample(text, torch.full_like(text, -100))]], len(text))
-        new.append(int(model(batch, return_logits=True).logits[0, -1].argmax()))
+        best = model(batch, return_logits=True).logits[0, -1].topk(2)
+        # Rounding moves logits of this size by 1e-5.
+        assert best.values[0] - best.values[1] > 1e-2
+        new.append(int(best.indices[0]))
     return new
 
 
@@ -215,25 +221,44 @@ def test_ids_beyond_the_tokenizer_are_never_drawn(tok):
     assert max(stream.ids) < tok.vocab_size
 
 
+@torch.no_grad()
+def knowing(tok, records):
+    """A model that gives these answers: the head of a random one is solved for, so that each right token leads by far.
+
+    Trained weights would hang on a processor's rounding, and with them the answers.
+    """
+    torch.manual_seed(3)
+    config = ModelConfig(**{**TINY, "hidden_size": 64}, vocab_size=tok.vocab_size, tie_word_embeddings=False)
+    model = MiniMindForCausalLM(config, kernels="reference").double()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(8)
+    batch = collate([[build_sample(record, tok, 128) for record in records]], 256)
+    seen = []
+    hook = model.model.norm.register_forward_hook(lambda module, inputs, hidden_TC: seen.append(hidden_TC))
+    model(batch)
+    hook.remove()
+    labelled = (batch.labels.flatten() != -100).nonzero().flatten()
+    hidden_NC, labels_N = seen[0][labelled], batch.labels.flatten()[labelled]
+    wanted_NV = 30 * torch.nn.functional.one_hot(labels_N, tok.vocab_size).double()
+    model.lm_head.weight.copy_((torch.linalg.pinv(hidden_NC) @ wanted_NV).T)
+    logits_NV = model.float()(batch, return_logits=True).logits.flatten(0, 1)[labelled]
+    best = logits_NV.topk(2).values
+    # In fp32 too, where rounding moves a logit by less than a hundredth.
+    assert torch.equal(logits_NV.argmax(-1), labels_N) and (best[:, 0] - best[:, 1]).min() > 20
+    return model
+
+
 def test_score_counts_whole_answers_by_skill(tok, tmp_path):
     pairs = {"hot?": "cold", "cold?": "hot", "你好": "你好！", "up?": "down and out"}
     records = [{"conversations": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
                 "skill": "zh" if question == "你好" else "en"} for question, answer in pairs.items()]
-    # Taught by heart in seconds, so that the score is known.
-    torch.manual_seed(3)
-    model = MiniMindForCausalLM(ModelConfig(**TINY, vocab_size=tok.vocab_size), kernels="reference")
-    batch = collate([[build_sample(record, tok, 128) for record in records]], 256)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(120):
-        out = model(batch)
-        (out.loss_sum / out.n_labelled).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    model = knowing(tok, records)
     records[3]["conversations"][1]["content"] = "down"
     path = tmp_path / "held.jsonl"
     path.write_text("\n".join(map(json.dumps, records)) + "\n", encoding="utf-8")
     questions = score.read_questions(path)
-    result = score.score(chat.as_transformers(state_of(model), model.config, torch.float32), tok, questions)
+    result = score.score(chat.as_transformers(model.state_dict(), model.config, torch.float32), tok, questions)
     assert result["answers"] == list(pairs.values())
     assert (result["correct"], result["total"]) == (3, 4) and result["by_skill"] == {"en": [2, 3], "zh": [1, 1]}
     assert score.report(result).endswith("exact match 75.0 % (3/4)")
@@ -254,7 +279,7 @@ def test_score_names_the_line_of_a_record_it_cannot_use(tmp_path, line, complain
 
 def program(name, *words, stdin=""):
     return subprocess.run([sys.executable, f"launch/{name}.py", *map(str, words)], cwd=ROOT, env=environment(),
-                          input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=120)
+                          input=stdin, capture_output=True, text=True, encoding="utf-8", timeout=HANG_S)
 
 
 def test_programs_answer_converse_and_score(folder):

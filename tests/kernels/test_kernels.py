@@ -8,10 +8,14 @@ import torch.nn.functional as F
 
 from minimind_ds import kernels
 
+pytestmark = pytest.mark.numeric
+
 LENGTHS = [[1], [2, 1, 1, 3], [63, 64, 65], [300, 1, 17], [5, 0, 3]]
 # Relative to the largest entry, or to 1 (a lone key has no gradient at all); half precision is judged against the
-# reference in fp32 on the same rounded inputs.
-BOUNDS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+# reference in fp32 on the same rounded inputs.  fp64: anything computed in fp32 is off by 1e-8.  fp32: with AVX512
+# PyTorch's attention may take an exponential good to 20 units in the last place, 2.4e-6; 9e-7 measured without.
+# bf16: five times half a unit in the last place; 8e-3 measured.
+BOUNDS = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 2e-2}
 OTHERS = [name for name in kernels.BACKENDS if name not in ("reference", "compiled")
           and kernels.BACKENDS[name].why_not("attention", torch.device("cpu"), torch.float32,
                                              kernels.KernelRequirements()) is None]
@@ -217,7 +221,7 @@ def test_reference_losses_are_cross_entropy_and_its_gradient():
     labels = torch.arange(9) * 4
     losses = F.cross_entropy(logits, labels, reduction="none")
     gradient, = torch.autograd.grad(losses.sum(), logits)
-    assert_close(kernels.token_losses(logits.detach().clone(), labels, backend="reference"), (losses, gradient), 1e-13)
+    assert_close(kernels.token_losses(logits.detach().clone(), labels, backend="reference"), (losses, gradient), 1e-12)
 
 
 def test_choice_names_every_operation_and_says_why():

@@ -69,6 +69,7 @@ def test_nothing_spills_and_everything_fits(function, arch):
     found = compiled(function, arch)
     assert {one["kernel"] for one in found} == KERNELS
     for one in found:
+        # 16 bytes of stack without a load or store are a frame that ptxas reserves, no spill.
         assert one["counts"]["STL"] == one["counts"]["LDL"] == 0 and one["stack"] <= 16, one
         assert one["shared"] <= SHARED[arch], one
 

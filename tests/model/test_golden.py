@@ -13,7 +13,13 @@ from safetensors import safe_open
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate
 from minimind_ds.convert import minimind
 
+pytestmark = pytest.mark.numeric
+
+# Law 4's.  Measured with and without vectors: logits 3e-7, gradients 1.1e-6.
 BOUND = 1e-5
+# A router of one choice learns from the balance loss alone: of the cross-entropy's gradient, which is 1e-3 where there
+# are two choices, the rounding stays, 2e-10.  Smaller gradients than this are held to its share.
+LEAST = 1e-4
 BACKENDS = ["triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["reference", "sdpa", "compiled"]
 
 
@@ -51,9 +57,9 @@ def test_logits_losses_and_gradients_are_minimind_s(golden, kernels):
     (loss + out.aux_loss).backward()
     assert (out.logits - tensors["logits"]).abs().max() <= BOUND
     assert (loss - tensors["loss"]).abs() <= BOUND
-    assert (out.aux_loss - tensors["aux_loss"]).abs() <= 1e-8
+    assert (out.aux_loss - tensors["aux_loss"]).abs() <= BOUND * tensors["aux_loss"].abs()
     grads = minimind.to_minimind({name: p.grad for name, p in model.named_parameters()}, config)
-    worst = {name: ((grads[name] - theirs).abs().max() / theirs.abs().max()).item()
+    worst = {name: ((grads[name] - theirs).abs().max() / theirs.abs().max().clamp(min=LEAST)).item()
              for name, theirs in part(tensors, "grad.").items()}
     assert max(worst.values()) <= BOUND, max(worst, key=worst.get)
 

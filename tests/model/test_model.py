@@ -14,6 +14,8 @@ from minimind_ds.model import loss
 from minimind_ds.model.decoder import balance_loss
 from minimind_ds.model.rotary import Rotary
 
+pytestmark = pytest.mark.numeric
+
 SIZES = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              intermediate_size=48, max_position_embeddings=128)
 CONFIGS = {"dense": ModelConfig(**SIZES), "moe": ModelConfig(**SIZES, use_moe=True, num_experts_per_tok=2)}
@@ -56,8 +58,9 @@ def test_transformers_qwen3_has_the_same_logits_loss_and_gradients(kernels):
     their_loss.backward()
     out = ours(collate([[draw(length) for length in lengths]], 64), return_logits=True)
     out.loss_sum.backward()
+    # Law 4's bounds.
     torch.testing.assert_close(out.logits[0], torch.cat(their_logits), rtol=0, atol=1e-5)
-    torch.testing.assert_close(out.loss_sum, their_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(out.loss_sum, their_loss, rtol=1e-5, atol=0)
     grads = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         assert (parameter.grad - grads[name].grad).norm() <= 1e-5 * grads[name].grad.norm(), name
@@ -126,6 +129,7 @@ def test_bf16_follows_fp32(name, activations):
     narrow = model_of(CONFIGS[name], f"activations={activations}").bfloat16()
     ours, theirs = narrow(batch), wide(batch)
     assert ours.loss_sum.dtype == torch.float32
+    # A quarter of a unit in bf16's last place: rounding of 120 tokens' losses averages out.
     torch.testing.assert_close(ours.loss_sum, theirs.loss_sum, rtol=1e-3, atol=0)
     ours.loss_sum.backward()
     assert all(p.grad.dtype == torch.bfloat16 for p in narrow.parameters())
@@ -198,6 +202,7 @@ def test_loss_is_cross_entropy_summed_in_chunks():
         (0.3 * value).backward()
         results.append([value.detach(), *(x.grad for x in inputs)])
     for ours, theirs in zip(*results):
+        # Sums of fp64 in another order; a chunk left out or taken twice is a tenth.
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 

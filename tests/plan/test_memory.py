@@ -32,6 +32,7 @@ def test_a_rank_holds_its_share_of_parameters_gradients_and_optimizer(measured, 
     for rank in measured:
         case = rank[f"{dtype}_{stage}"]
         want = expected(case["parameters"], stage=stage, ranks=RANKS, half=dtype == "bf16")
+        # Bytes, counted: what differs is DeepSpeed's padding and Adam's step counters.
         assert case["after"]["parameters"] == pytest.approx(want["parameters"], rel=0.01)
         assert case["after"]["optimizer"] == pytest.approx(want["optimizer"], rel=0.01)
         # At stage 2 the gradient of a parameter that lies across both shares is held whole; at stage 1 those of the

@@ -17,6 +17,8 @@ from minimind_ds.plan import memory_model
 from minimind_ds.plan.measure import compare
 from tests.conftest import ROOT, environment
 
+pytestmark = pytest.mark.numeric
+
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 96}
 MODELS = {"tiny": TINY, "tiny moe": {**TINY, "use_moe": True, "moe_intermediate_size": 96}, "debug": {},
@@ -66,6 +68,7 @@ def found(request, tmp_path_factory, deepspeed):
 
 def check(ranks: list[dict]) -> None:
     off = [compare(rank) for rank in ranks]
+    # DeepSpeed pads shares to whole numbers of elements and keeps small tensors of its own, which the plan leaves out.
     for kind in ("parameters", "optimizer", "buckets"):
         assert all(abs(o[kind]) <= 0.05 for o in off), (kind, off)
     # Planned is the rank that holds most; where a parameter lies across two shares, another may hold less.
@@ -73,7 +76,8 @@ def check(ranks: list[dict]) -> None:
     # Where experts are shared out, tokens go where the router sends them.
     saved = sum(rank["saved"] for rank in ranks) / sum(rank["planned"]["saved"] for rank in ranks)
     assert abs(saved - 1) <= 0.05, saved
-    # Of the fullest rank, too.
+    # Of the fullest rank, too.  Wider than the rest: kernels' scratch, one per thread, is theirs to choose and no part
+    # of the plan.
     assert abs(min(o["peak"] for o in off)) <= 0.1, off
 
 

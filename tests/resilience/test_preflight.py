@@ -5,6 +5,7 @@ import sys
 
 from minimind_ds.resilience.preflight import LIMITS, PACKAGES, judge, judge_connection
 from tests.conftest import ROOT, environment, free_port
+from tests.waiting import HANG_S
 
 USUAL = {name: value for name, (value, _) in LIMITS.items()}
 
@@ -47,7 +48,7 @@ def start(ranks: range, of: int, *flags: str) -> list[tuple[int, str]]:
                                 env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(of),
                                                 MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in ranks]
-    said = [p.communicate(timeout=120)[0] for p in started]
+    said = [p.communicate(timeout=HANG_S)[0] for p in started]
     return list(zip([p.returncode for p in started], said))
 
 

@@ -12,15 +12,12 @@ import pytest
 from minimind_ds.resilience import restarts
 from minimind_ds.resilience.signals import SAME_REQUEST_SECONDS, STOPPED, Stopped
 from tests.checkpoint.test_resume import STEPS, Run, curve, weights
-from tests.conftest import ROOT, deepspeed_command, environment
+from tests.conftest import ROOT, cache_dir, deepspeed_command, environment
+from tests.waiting import HANG_S, until
 
 
 def wait_for(run: Run, step: int) -> None:
-    deadline = time.monotonic() + 120
-    while not run.reached(step):
-        assert all(p.poll() is None for p in run.ranks), run.folder.with_suffix(".log").read_text()[-3000:]
-        assert time.monotonic() < deadline, f"never reached step {step}"
-        time.sleep(0.002)
+    until(lambda: run.reached(step), f"step {step}", run.ranks, run.folder.with_suffix(".log"))
 
 
 def newest(folder) -> int:
@@ -35,7 +32,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_rest_is_bit_
         run = Run(folder, tmp_path, 2)
         wait_for(run, step)
         run.ranks[rank].send_signal(number)
-        assert [p.wait(timeout=60) for p in run.ranks] == [STOPPED, STOPPED]
+        assert [p.wait(timeout=HANG_S) for p in run.ranks] == [STOPPED, STOPPED]
         # The checkpoint is that of the last step taken, and none was taken after it.
         assert step <= newest(folder) == curve(folder)[-1][0] < STEPS
         said = folder.with_suffix(".log").read_text()
@@ -49,12 +46,14 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_rest_is_bit_
     run = Run(folder, tmp_path, 2)
     wait_for(run, newest(folder) + 1)
     run.ranks[1].send_signal(signal.SIGSTOP)
-    time.sleep(0.2)
+    log, before = folder.with_suffix(".log"), folder.with_suffix(".log").read_text().count("SIGTERM: a checkpoint")
     run.ranks[0].send_signal(signal.SIGTERM)
+    # From when it is received on, for some seconds, a second one is the same request.
+    until(lambda: log.read_text().count("SIGTERM: a checkpoint") > before, "the first SIGTERM", run.ranks, log)
     with pytest.raises(subprocess.TimeoutExpired):
         run.ranks[0].wait(timeout=SAME_REQUEST_SECONDS + 0.5)
     run.ranks[0].send_signal(signal.SIGTERM)
-    assert run.ranks[0].wait(timeout=30) == 128 + signal.SIGTERM
+    assert run.ranks[0].wait(timeout=HANG_S) == 128 + signal.SIGTERM
     run.ranks[1].kill()
     run.ranks[1].wait()
 
@@ -63,23 +62,22 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_rest_is_bit_
     assert not (folder / "attempts.json").exists()
 
 
+@pytest.mark.by_exec("Ctrl-C reaches the launcher's whole process group")
 def test_ctrl_c_under_the_launcher_writes_a_checkpoint(tmp_path):
     """The terminal's Ctrl-C reaches launcher and ranks; the launcher passes it on to the ranks once more."""
     folder, config = tmp_path / "run", tmp_path / "run.yaml"
     config.write_text("preset: debug\nmodel: {hidden_size: 48, num_hidden_layers: 2}\n")
     log = (tmp_path / "log").open("w+")
     command = deepspeed_command(2, "launch/sft.py", "--config", str(config), "--deepspeed", "ds_configs/zero2.json",
-                                "--save_dir", str(folder), "--cache_dir", str(tmp_path), "--max_steps", "2000",
+                                "--save_dir", str(folder), "--cache_dir", cache_dir(), "--max_steps", "2000",
                                 "--max_seq_len", "96", "--pack_len", "96", "--epochs", "1000")
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count("\n") < 3:
-        assert launcher.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-        time.sleep(0.01)
+    metrics = folder / "metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, "three steps", [launcher],
+          tmp_path / "log")
     os.killpg(launcher.pid, signal.SIGINT)
-    assert launcher.wait(timeout=60) != 0
-    while not list((folder / "checkpoints").glob("step_*")) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    assert launcher.wait(timeout=HANG_S) != 0
+    until(lambda: any((folder / "checkpoints").glob("step_*")), "a checkpoint", log=tmp_path / "log")
     assert newest(folder) == curve(folder)[-1][0], (tmp_path / "log").read_text()[-3000:]
 
 
@@ -155,9 +153,9 @@ def test_the_program_refuses_a_crash_loop_with_one_line_and_code_2(tmp_path):
                                                       "failures": [failure] * 2, "error": "OSError: full"}))
     outcome = tmp_path / "outcome"
     done = subprocess.run([sys.executable, "launch/sft.py", "--deepspeed", "ds_configs/zero2.json", "--preset",
-                           "debug", "--save_dir", str(folder), "--cache_dir", str(tmp_path)], cwd=ROOT, text=True,
+                           "debug", "--save_dir", str(folder), "--cache_dir", cache_dir()], cwd=ROOT, text=True,
                           env=environment(SLURM_RESTART_COUNT="2", MINIMIND_DS_OUTCOME=str(outcome)),
-                          capture_output=True, timeout=120)
+                          capture_output=True, timeout=HANG_S)
     said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 2 and len(said) == 1 and "OSError: full" in said[0], done.stderr
     assert not outcome.exists()

@@ -7,7 +7,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -15,10 +14,13 @@ from minimind_ds.distributed.engine import patience
 from minimind_ds.resilience import stragglers
 from minimind_ds.resilience.watchdog import HUNG
 from minimind_ds.training.spikes import LEAST, MOST_SKIPPED, SpikeDetector, taken_losses
-from tests.conftest import ROOT, environment, free_port
+from tests.conftest import ROOT, cache_dir, environment, free_port
+from tests.waiting import HANG_S, until
 
 MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 96}
+# 12 s for what takes 50 ms on an idle machine: on a busy one no step is a hang.
+LIMIT = "0.2"
 
 
 def flags_for(folder: pathlib.Path) -> list[str]:
@@ -26,7 +28,7 @@ def flags_for(folder: pathlib.Path) -> list[str]:
     config = folder / "run.yaml"
     config.write_text("preset: debug\nmodel: " + json.dumps(MODEL))
     return ["--config", str(config), "--deepspeed", "ds_configs/zero2.json", "--save_dir", str(folder / "run"),
-            "--cache_dir", str(folder.parent / "cache"), "--dtype", "fp32", "--batch_size", "1", "--max_seq_len", "96",
+            "--cache_dir", cache_dir(), "--dtype", "fp32", "--batch_size", "1", "--max_seq_len", "96",
             "--pack_len", "96"]
 
 
@@ -42,11 +44,9 @@ def start(folder: pathlib.Path, *flags: str, ranks: int = 2, log: str = "{rank}.
 
 
 def reach(folder: pathlib.Path, processes: list, steps: int) -> None:
-    path, deadline = folder / "run" / "metrics.jsonl", time.monotonic() + 120
-    while not path.exists() or path.read_text().count("\n") < steps:
-        assert all(p.poll() is None for p in processes), (folder / "0.log").read_text()[-3000:]
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    path = folder / "run" / "metrics.jsonl"
+    until(lambda: path.exists() and path.read_text().count("\n") >= steps, f"step {steps}", processes,
+          folder / "0.log")
 
 
 def end(processes: list) -> None:
@@ -60,11 +60,11 @@ def end(processes: list) -> None:
 def test_a_hung_rank_is_named_and_the_waiting_ones_end_with_their_stacks(tmp_path, hung):
     """Rank 0 keeps the notes of all; when it is the one that hangs, it cannot be asked."""
     waiting = 1 - hung
-    processes = start(tmp_path / "hung", "--hang_minutes", "0.1")
+    processes = start(tmp_path / "hung", "--hang_minutes", LIMIT)
     try:
         reach(tmp_path / "hung", processes, 3)
         os.kill(processes[hung].pid, signal.SIGSTOP)
-        assert processes[waiting].wait(timeout=90) == HUNG
+        assert processes[waiting].wait(timeout=HANG_S) == HUNG
     finally:
         end(processes)
     said = (tmp_path / "hung" / f"{waiting}.log").read_text()
@@ -77,7 +77,7 @@ def test_a_hung_rank_is_named_and_the_waiting_ones_end_with_their_stacks(tmp_pat
 
 def test_ranks_that_hang_after_the_last_step_end_the_run_too_and_all_stacks_are_in_the_log(tmp_path, deepspeed):
     """The launcher ends all ranks when the first has left: by then the others must have written theirs."""
-    done = deepspeed(3, "tests/distributed/ranks/hang.py", *flags_for(tmp_path / "end"), "--hang_minutes", "0.1",
+    done = deepspeed(3, "tests/distributed/ranks/hang.py", *flags_for(tmp_path / "end"), "--hang_minutes", LIMIT,
                      "--max_steps", "3", check=False)
     assert done.returncode == HUNG and "has been in 'the final weights'" in done.stderr, done.stderr[-5000:]
     for function in ("full_weights", "sleep", "keep_the_interpreter"):
@@ -92,7 +92,7 @@ def test_a_rank_that_dies_ends_the_others_soon_and_they_say_where(tmp_path):
     try:
         reach(tmp_path / "dead", processes, 3)
         os.kill(processes[1].pid, signal.SIGKILL)
-        assert processes[0].wait(timeout=60) not in (0, None)
+        assert processes[0].wait(timeout=HANG_S) not in (0, None)
     finally:
         end(processes)
     said = (tmp_path / "dead" / "0.log").read_text()
@@ -104,22 +104,21 @@ def test_a_second_run_in_the_same_folder_is_refused_but_the_jobs_own_next_start_
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     folder, started = tmp_path / "one", []
     try:
-        started += start(folder, "--save_interval", "0", ranks=1)
+        # More epochs than the others take to start.
+        started += start(folder, "--save_interval", "0", "--epochs", "1000", ranks=1)
         reach(folder, started, 2)
         started += start(folder, "--log_interval", "7", ranks=1, log="second")
         said = f"is in use by process {started[0].pid} on"
-        assert started[1].wait(timeout=120) == 2
+        assert started[1].wait(timeout=HANG_S) == 2
         assert said in (folder / "second").read_text() and "another --save_dir" in (folder / "second").read_text()
         assert started[0].poll() is None
         monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
         started += start(folder, "--max_steps", "3", ranks=1, log="third")
-        deadline = time.monotonic() + 120
-        while said not in (third := (folder / "third").read_text()):
-            assert started[2].poll() is None and time.monotonic() < deadline, third
-            time.sleep(0.1)
-        assert "waiting, 180 s at most" in third
+        until(lambda: said in (folder / "third").read_text(), "the wait for the lock", started[2:],
+              folder / "third")
+        assert "waiting, 180 s at most" in (folder / "third").read_text()
         end(started[:1])
-        assert started[2].wait(timeout=120) == 0
+        assert started[2].wait(timeout=HANG_S) == 0
     finally:
         end(started)
 

@@ -18,6 +18,8 @@ import shutil
 import subprocess
 import time
 
+from tests.waiting import HANG_S
+
 NETWORK = "10.213.47"
 ADDRESSES = {"head": 100, "node1": 1, "node2": 2}
 # Free to choose: SLURM is told not to look at the hardware.
@@ -121,7 +123,7 @@ class Cluster:
                 self.switch_on(node)
                 self.run("slurmd", on=node)
             self.wait_for(lambda: set(self.run("sinfo", "-hN", "-tidle", "-o%N").split()) == {"node1", "node2"},
-                          "both nodes to be idle", 20)
+                          "both nodes to be idle", 180)
         except BaseException:
             print(*(log.read_text() for log in self.home.glob("*.log")), sep="\n")
             self.__exit__()
@@ -179,7 +181,7 @@ class Cluster:
             node.stdin.close()
             node.stdout.close()
         # The kernel ends a node's first process, which unshare's end has killed, after everything else in it.
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANG_S
         while any(first.exists() for first in firsts) and time.monotonic() < deadline:
             time.sleep(0.02)
 
@@ -192,7 +194,7 @@ class Cluster:
         """A command on a node; returns its output.  `only`: enter this namespace and no other."""
         enter = [f"--{only}"] if only else ["--mount", "--uts", "--ipc", "--net", "--pid"]
         words = ["nsenter", f"--target={self.pid(on)}", *enter, f"--wd={cwd or self.home}", "--", *command]
-        done = subprocess.run(words, text=True, capture_output=True, timeout=60, stdin=subprocess.DEVNULL,
+        done = subprocess.run(words, text=True, capture_output=True, timeout=HANG_S, stdin=subprocess.DEVNULL,
                               env={**os.environ, "PATH": search_path(), **extra})
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.returncode}: {done.stdout}{done.stderr}")

@@ -17,6 +17,8 @@ from minimind_ds.verify import data, small
 from minimind_ds.verify.finding import Check, apart, bits_apart, gradients_apart
 from tests.conftest import ROOT, SHARED, environment
 
+pytestmark = pytest.mark.numeric
+
 ZERO = {stage: ["--deepspeed", f"ds_configs/zero{stage}.json"] for stage in range(4)}
 MOE = {"use_moe": True, "moe_intermediate_size": 48}
 REAL = ("sft_gsm8k", "sft_instruct_en_zh", "sft_tools_en_zh")

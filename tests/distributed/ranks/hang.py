@@ -1,7 +1,7 @@
 """launch/sft.py whose ranks 1 and 2 hang where all gather the final weights: one sleeps, one lets no Python run.
 
     deepspeed --num_gpus 3 tests/distributed/ranks/hang.py --deepspeed ds_configs/zero2.json --max_steps 3 \
-        --hang_minutes 0.1
+        --hang_minutes 0.2
 """
 
 import ctypes

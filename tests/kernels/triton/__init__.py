@@ -17,8 +17,8 @@ def environment(interpret: bool) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **({"TRITON_INTERPRET": "1"} if interpret else {})}
 
 
-def hold(name: str, slow: bool, timeout: float = 900):
-    """Runs tests/triton_tools/NAME_facts.py in the interpreter; fails with its report."""
+def hold(name: str, slow: bool, timeout: float = 3600):
+    """Runs tests/kernels/triton/NAME_facts.py in the interpreter; fails with its report."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning",
                f"tests/kernels/triton/{name}_facts.py", *(["--slow"] if slow else [])]
     done = subprocess.run(command, cwd=ROOT, env=environment(interpret=True), capture_output=True, text=True,

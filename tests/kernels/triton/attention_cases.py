@@ -26,8 +26,9 @@ SLOW = {
     "real sizes": ([226, 208, 365, 124, 101], 8, 4, 96, torch.bfloat16),
     "one of 1,000": ([1000, 24], 4, 2, 96, torch.bfloat16),
 }
-# ||ours - exact|| / ||exact||: three times what was seen.
-BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-6, torch.float64: 1e-14}
+# ||ours - exact|| / ||exact||: three times what was seen; fp64 thirty times, since the
+# interpreter's exponentials are numpy's, whose last places are a processor's own.
+BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 1e-6, torch.float64: 1e-13}
 
 
 def cu_seqlens(lengths):

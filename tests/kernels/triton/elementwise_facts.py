@@ -10,7 +10,9 @@ from minimind_ds.bench.kernels import interpreter
 from minimind_ds.kernels import reference
 from minimind_ds.kernels.triton import elementwise
 
-BOUNDS = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 3e-7, torch.float64: 1e-14}
+# ||ours - exact|| / ||exact||: half precision rounds by 2e-3 and 2.4e-4 up to three times.  Beyond it the
+# interpreter's exponentials are numpy's, which differ in their last places from processor to processor.
+BOUNDS = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 1e-6, torch.float64: 1e-13}
 EPS = 1e-6
 # rows and width: one row, a width that is no power of two, more rows than one backward program goes through.
 SHAPES = [(1, 768), (70, 48), (150, 768), (9, 5000)]

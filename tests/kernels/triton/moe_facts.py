@@ -57,8 +57,9 @@ SLOW = {
     "32 experts, top-4": Case(200, 128, 64, 32, 4, BF16),
 }
 TABLE = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-# ||ours - exact|| / ||exact||: about three times what was seen.
-BOUNDS = {BF16: 1e-2, FP16: 1.5e-3, FP32: 1e-6, FP64: 1e-14}
+# ||ours - exact|| / ||exact||: about three times what was seen; fp64 thirty times, since the
+# interpreter's exponentials are numpy's, whose last places are a processor's own.
+BOUNDS = {BF16: 1e-2, FP16: 1.5e-3, FP32: 1e-6, FP64: 1e-13}
 
 
 def tiles(block: int | None) -> dict[str, Sizes] | None:

@@ -19,7 +19,9 @@ CASES = [
     (1, 2, 1, 6, torch.float64, True),
     (300, 2, 1, 32, torch.float32, True),
 ]
-BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 3e-7, torch.float64: 1e-14}
+# ||ours - exact|| / ||exact||: half precision rounds by 2e-3 and 2.4e-4 twice.  Beyond it the interpreter's functions
+# are numpy's, which differ in their last places from processor to processor.
+BOUNDS = {torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float32: 1e-6, torch.float64: 1e-13}
 EPS = 1e-6
 
 

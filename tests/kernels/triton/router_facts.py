@@ -25,7 +25,8 @@ CASES = {
     "no groups": (30, 4, 2, True, 0, FP32),
     "more groups than tokens": (9, 4, 1, False, 30, FP32),
 }
-BOUNDS = {BF16: 1e-2, FP32: 1e-6, FP64: 1e-14}
+# ||ours - exact|| / ||exact||; above bf16 room for numpy's exponentials, whose last places are a processor's own.
+BOUNDS = {BF16: 1e-2, FP32: 1e-6, FP64: 1e-13}
 
 
 def textbook(logits, k, norm, group, n_groups):
