@@ -26,7 +26,7 @@ from minimind_ds.job import PROGRAMS, Job, prepare
 from minimind_ds.run_config import OneLineParser, parse_run_config
 from minimind_ds.train import user_error
 
-from . import data
+from . import data, sensitivity
 from .finding import Finding, worst_over_ranks
 from .laws import LAWS
 from .small import Bench, bench
@@ -39,6 +39,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--color", action="store_true", help="colours even where there is no terminal")
     p.add_argument("--tokens", type=int, default=0,
                    help="tokens of a law's step, about; 0: what fits a minute here (default: 0)")
+    p.add_argument("--sensitivity", action="store_true",
+                   help="instead: how small a deliberate error may be that each law still finds, in fp32 and bf16")
     options, rest = p.parse_known_args(argv)
     for name in ("samples", "tokens"):
         if getattr(options, name) < 0:
@@ -71,10 +73,12 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     try:
-        report = verify(job, kind, cut, options, say)
+        if options.sensitivity:
+            measure_sensitivity(job, kind, cut, say)
+            return 0
+        return 0 if verify(job, kind, cut, options, say)["ok"] else 1
     finally:
         engine.stop()
-    return 0 if report["ok"] else 1
 
 
 def print_on(layout: engine.Layout) -> Callable[[str], None]:
@@ -139,6 +143,16 @@ def measure(b: Bench, say: Callable[[str], None]) -> list[Finding]:
         if b.job.layout.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
     return found
+
+
+def measure_sensitivity(job: Job, kind: str, b: Bench, say: Callable[[str], None]) -> None:
+    """Prints the table of sensitivity.py, and keeps it beside the run as sensitivity.json."""
+    for line in [*job.notes, f"kernels: {job.kernels.reason}", *sensitivity.header()]:
+        say(line)
+    lines = sensitivity.measure(b, kind, say)
+    if job.layout.rank == 0:
+        shutil.rmtree(job.folder / ".verify", ignore_errors=True)
+        checkpoint.write_durably(job.folder / "sensitivity.json", json.dumps(lines, indent=1))
 
 
 def failed(found: list[Finding]) -> list[str]:

@@ -80,10 +80,10 @@ def pass_over(b: Bench, model: MiniMindForCausalLM, routing: Routing, calls: dic
     return {"losses": torch.cat(losses), **gradients(model)}
 
 
-def in_precision(b: Bench, spec: str, dtype: str) -> list[Finding]:
-    """The whole model, then each of its operations."""
+def in_precision(b: Bench, spec: str, dtype: str, calls: dict | None = None) -> list[Finding]:
+    """The whole model, then each of its operations, whose calls are left in `calls`."""
     plain = f"reference,activations={kernels.parse(spec)['activations']}"
-    routing, calls = Routing(), {}
+    routing, calls = Routing(), {} if calls is None else calls
     exact = pass_over(b, b.model(plain, DTYPES[dtype]).double(), routing)
     routing.at = 0
     theirs = pass_over(b, b.model(plain, DTYPES[dtype]), routing, moe=operations.plain_moe)

@@ -119,10 +119,10 @@ def layout_law(b: Bench) -> list[Finding]:
     how = f"{ranks} ranks x {', '.join(map(str, SPLITS))} micro-batches"
     moved = max(gradients_apart(other, grads) for _, other in runs.values())
     found = [Finding("layout", f"fp32 losses of {CURVE} steps, {how}", worst["loss"], FP32),
-             Finding("layout", "gradient norms of these steps", worst["grad_norm"], FP32),
-             Finding("layout", "gradients of the first", moved, FP32)]
+             Finding("layout", "fp32 gradient norms of these steps", worst["grad_norm"], FP32),
+             Finding("layout", "fp32 gradients of the first", moved, FP32)]
     if b.config.use_moe:
-        found.append(Finding("layout", f"balance losses of these steps ({balance})", worst["aux_loss"], FP32))
+        found.append(Finding("layout", f"fp32 balance losses of these steps ({balance})", worst["aux_loss"], FP32))
     return found
 
 
