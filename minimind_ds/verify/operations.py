@@ -134,13 +134,13 @@ def results(call: Call, backend: str, *, wide: bool = False) -> dict[str, Tensor
     found = dict(zip(signature.results, found if isinstance(found, tuple) else (found,)))
     if call.name == "route":
         found = without_ties(call.args, found)
-    generator = torch.Generator().manual_seed(1)
-    drawn = {key: torch.randn(value.shape, generator=generator).to(value.device, call.dtype()).to(value.dtype)
-             for key, value in found.items()}
     leaves = {key: args[key] for key in signature.leaves if args[key] is not None}
     if leaves:
-        outputs = {key: value for key, value in found.items() if value.requires_grad}
-        grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), [drawn[key] for key in outputs])
+        generator = torch.Generator().manual_seed(1)
+        outputs = [value for value in found.values() if value.requires_grad]
+        drawn = [torch.randn(out.shape, generator=generator).to(out.device, call.dtype()).to(out.dtype)
+                 for out in outputs]
+        grads = torch.autograd.grad(outputs, list(leaves.values()), drawn)
         found |= {f"d{key}": grad for key, grad in zip(leaves, grads)}
     return {key: value.detach() for key, value in found.items()}
 

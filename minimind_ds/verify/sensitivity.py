@@ -84,7 +84,7 @@ def fails(b: Bench, law: str, context, kind: str) -> bool | None:
             found = data.labels_law(b.job, kind)
         else:
             found = kernels_law.in_precision(b, b.spec, dtype) if law == "kernels" else LAWS[law](b)
-    counted = [f for f in found if dtype == "fp32" or "fp32" not in f.what]
+    counted = [f for f in found if dtype in f.what or "fp32" not in f.what]
     if not counted:
         return None
     return not all(f.ok for f in worst_over_ranks(counted, b.job.layout.device))
