@@ -152,7 +152,12 @@ def backend_module(op: str, backend: str, x: Tensor, needs: KernelRequirements =
     """The module that runs `op` for tensors like x.  Raises ValueError as the operations below do."""
     if backend != "auto" and backend not in BACKENDS:
         raise UserError(f"kernels: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
-    module = BACKENDS[choose(op, backend, x.device, x.dtype, needs)]
+    return operations_of(choose(op, backend, x.device, x.dtype, needs))
+
+
+def operations_of(backend: str) -> ModuleType:
+    """The module that holds a backend's operations."""
+    module = BACKENDS[backend]
     return module.load() if hasattr(module, "load") else module
 
 

@@ -29,10 +29,10 @@ from minimind_ds.io import write_file
 from minimind_ds.training.loop import user_error
 from minimind_ds.training.prepare import PROGRAMS, PreparedRun, prepare
 
-from . import data
-from .finding import Check, worst_over_ranks
+from . import data, sensitivity
+from .checks import Check, worst_over_ranks
 from .laws import LAWS
-from .small import ReducedRun, bench
+from .reduced_run import ReducedRun, bench
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -42,6 +42,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     p.add_argument("--color", action="store_true", help="colours even where there is no terminal")
     p.add_argument("--tokens", type=int, default=0,
                    help="tokens of a law's step, about; 0: what fits a minute here (default: 0)")
+    p.add_argument("--sensitivity", action="store_true",
+                   help="instead: how small a deliberate error may be that each law still finds, in fp32 and bf16")
     options, rest = p.parse_known_args(argv)
     for name in ("samples", "tokens"):
         if getattr(options, name) < 0:
@@ -74,10 +76,12 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     try:
-        report = verify(prepared, kind, cut, options, say)
+        if options.sensitivity:
+            measure_sensitivity(prepared, kind, cut, say)
+            return 0
+        return 0 if verify(prepared, kind, cut, options, say)["ok"] else 1
     finally:
         engine.stop()
-    return 0 if report["ok"] else 1
 
 
 def print_on(world: World) -> Callable[[str], None]:
@@ -143,6 +147,16 @@ def measure(b: ReducedRun, say: Callable[[str], None]) -> list[Check]:
         if b.prepared.world.rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
     return found
+
+
+def measure_sensitivity(prepared: PreparedRun, kind: str, b: ReducedRun, say: Callable[[str], None]) -> None:
+    """Prints the table of sensitivity.py, and keeps it beside the run as sensitivity.json."""
+    for line in [*prepared.notes, f"kernels: {prepared.kernels.reason}", *sensitivity.header()]:
+        say(line)
+    lines = sensitivity.measure(b, kind, say)
+    if prepared.world.rank == 0:
+        shutil.rmtree(prepared.folder / ".verify", ignore_errors=True)
+        write_file(prepared.folder / "sensitivity.json", json.dumps(lines, indent=1))
 
 
 def failed(found: list[Check]) -> list[str]:

@@ -19,7 +19,7 @@ from minimind_ds.data.store import TokenStore
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.training.prepare import PreparedRun
 
-from .finding import Check
+from .checks import Check
 
 # Samples looked at one by one, and records compared with their text.
 MOST_SAMPLES, MOST_RECORDS = 20_000, 300

@@ -28,16 +28,16 @@ from minimind_ds.training import loop
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.prepare import PreparedRun
 
-from .finding import Check, apart, bits_apart, gradient_apart, gradients_apart, whole_norm
-from .small import STEPS, ReducedRun
+from .checks import Check, apart, bits_apart, gradients, gradients_apart, whole_norm
+from .kernels_law import kernels_law
+from .reduced_run import STEPS, ReducedRun
 
 # Of a step's rows into micro-batches; the law of gradients takes two.
 SPLITS = (1, 4)
 CURVE = 2
-# Relative differences that rounding explains: of a loss, of a gradient (2-norm; the worst parameter's in fp32, the
-# whole in half precision).
+# Relative differences that rounding explains: of a loss, of a gradient (2-norm; the worst parameter's in fp32).
 FP32 = 1e-5
-HALF_LOSS, HALF_NORM, HALF_GRADIENT = 1e-2, 5e-2, 1e-1
+HALF_LOSS, HALF_NORM = 1e-2, 5e-2
 
 
 def plain_gradients(model: MiniMindForCausalLM, samples: list[Sample]) -> tuple[float, dict[str, Tensor]]:
@@ -57,16 +57,6 @@ def plain_gradients(model: MiniMindForCausalLM, samples: list[Sample]) -> tuple[
         (total / labelled + out.aux_loss * (len(sample.input_ids) / tokens)).backward()
         loss += total.item() / labelled
     return loss, gradients(model)
-
-
-def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    """What backward left, then forgotten there; zeros where nothing came."""
-    found = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            found[name] = torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
-            p.grad = None
-    return found
 
 
 def trained(prepared: PreparedRun, steps: int) -> tuple[list[dict], dict[str, Tensor]]:
@@ -136,10 +126,10 @@ def layout_law(b: ReducedRun) -> list[Check]:
     how = f"{ranks} ranks x {', '.join(map(str, SPLITS))} micro-batches"
     moved = max(gradients_apart(other, grads) for _, other in runs.values())
     found = [Check("layout", f"fp32 losses of {CURVE} steps, {how}", worst["loss"], FP32),
-             Check("layout", "gradient norms of these steps", worst["grad_norm"], FP32),
-             Check("layout", "gradients of the first", moved, FP32)]
+             Check("layout", "fp32 gradient norms of these steps", worst["grad_norm"], FP32),
+             Check("layout", "fp32 gradients of the first", moved, FP32)]
     if b.config.use_moe:
-        found.append(Check("layout", f"balance losses of these steps ({balance})", worst["aux_loss"], FP32))
+        found.append(Check("layout", f"fp32 balance losses of these steps ({balance})", worst["aux_loss"], FP32))
     return found
 
 
@@ -204,17 +194,6 @@ def probe(model: MiniMindForCausalLM, rows: list[list[Sample]]) -> tuple[float, 
     relative = max(gradients_apart(one_grads, other_grads), *(gradients_apart({key: one[key]}, {key: other[key]})
                                                               for key in one))
     return relative, bits_apart([*one.values(), *one_grads.values()], [*other.values(), *other_grads.values()])
-
-
-def kernels_law(b: ReducedRun) -> list[Check]:
-    """The run's kernels and the readable reference, in the run's precision."""
-    dtype, rows = b.prepared.run.dtype, [row for row in b.rows() if row]
-    reference_loss, reference = run_rows(b.model("reference", DTYPES[dtype]), rows, b.row_len)
-    loss, ours = run_rows(b.model(b.spec, DTYPES[dtype]), rows, b.row_len)
-    bounds = (FP32, FP32) if dtype == "fp32" else (HALF_LOSS, HALF_GRADIENT)
-    moved = (gradients_apart if dtype == "fp32" else gradient_apart)(ours, reference)
-    return [Check("kernels", f"{dtype} loss against the reference kernels'", apart(loss, reference_loss), bounds[0]),
-            Check("kernels", f"{dtype} gradients against the reference kernels'", moved, bounds[1])]
 
 
 class Lines(list):

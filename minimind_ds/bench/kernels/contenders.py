@@ -71,9 +71,8 @@ def refuse(why: str | None):
 
 def backend(op: str, name: str, case: Case):
     """A backend's module, or Absent with its own reason."""
-    module = kernels.BACKENDS[name]
-    refuse(module.why_not(op, case.device, case.dtype, kernels.NOTHING))
-    return module
+    refuse(kernels.BACKENDS[name].why_not(op, case.device, case.dtype, kernels.NOTHING))
+    return kernels.operations_of(name)
 
 
 # ------------------------------------------------------------------------------------------------ attention
