@@ -27,7 +27,7 @@ TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "nu
 
 
 def main(out: pathlib.Path, cases: list[dict]) -> None:
-    world = engine.read_world()
+    world = read_world()
     engine.start(world)
     torch.manual_seed(0)
     for case in cases:
