@@ -13,7 +13,7 @@ import torch
 
 from minimind_ds import load_tokenizer, verify
 from minimind_ds.config.model import PRESETS
-from minimind_ds.distributed import engine
+from minimind_ds.distributed.world import read_world
 from minimind_ds.verify import data, faults, kernels_law, laws, operations, reduced_run, sensitivity
 from minimind_ds.verify.checks import Check, apart, bits_apart, gradients_apart
 from tests.conftest import ROOT, SHARED, environment
@@ -74,7 +74,7 @@ def bench_of(tmp_path, *flags, **model) -> tuple[reduced_run.ReducedRun, str]:
     yaml = tmp_path / "run.yaml"
     yaml.write_text("preset: debug\nmodel: " + json.dumps({**TINY, **model}), encoding="utf-8")
     prepared, kind = verify.prepare_run(["--config", str(yaml), *ZERO[2], "--save_dir", str(tmp_path / "run"),
-                                    "--cache_dir", str(tmp_path), *flags], engine.read_world())
+                                    "--cache_dir", str(tmp_path), *flags], read_world())
     return reduced_run.bench(prepared, 200), kind
 
 

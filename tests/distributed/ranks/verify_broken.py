@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from minimind_ds import verify  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
+from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.verify import faults  # noqa: E402
 from minimind_ds.verify.reduced_run import bench  # noqa: E402
 
