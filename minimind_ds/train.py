@@ -222,9 +222,10 @@ def train(job: Job, start: Start) -> None:
         with Watchdog(layout.rank, layout.ranks, 60 * run.hang_minutes) as job.watchdog:
             try:
                 step = run_plan(job, ds_engine, start, metrics)
-            except NonFinite:
-                # A checkpoint from before is worth having all the more.
+            except (NonFinite, Stopped):
+                # All ranks end alike.  A checkpoint from before is worth having all the more.
                 job.finish_saving()
+                job.watchdog.finish()
                 raise
             job.finish_saving()
             job.beat("the final weights")
@@ -245,6 +246,7 @@ def write_weights(job: Job, ds_engine, step: int, metrics: Metrics) -> None:
         checkpoint.write_durably(job.done_path, json.dumps({"step": step, "identity": identity(job)}))
         metrics.say(f"wrote {job.weights_path}")
     dist.barrier()
+    job.watchdog.finish()
 
 
 def share_start(job: Job, start: Start) -> None:
