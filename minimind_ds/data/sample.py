@@ -3,7 +3,7 @@
 One renderer writes MiniMind's chat format as pieces, for training and for chat prompts alike.  Each piece is either a
 control token or text, and says whether the assistant wrote it; labels follow from that and from nothing else
 (DESIGN law 1).  Ids and labels equal those of MiniMind's own SFTDataset wherever the data does not spell control
-tokens.  Where it does:
+tokens and lets every answer be learnt.  Where it does spell them:
 
 - system, user and tool text, tool definitions, names and arguments of calls: text stays text;
 - the assistant's own content and reasoning: <think>, </think>, <tool_call> and </tool_call> become the control tokens,
@@ -28,11 +28,17 @@ import torch
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.data import IGNORE
-from minimind_ds.data.conversation import Conversation, Message, parse_conversation, parse_messages
+from minimind_ds.data.conversation import (
+    Conversation,
+    Message,
+    marker_pattern,
+    parse_conversation,
+    parse_messages,
+)
 from minimind_ds.data.tokenizer import Tokenizer
 
 # Part of the key of anything that keeps samples: raise it when ids or labels of the same record change.
-RENDERING = 1
+RENDERING = 2
 # What became of a record: kept whole, cut at max_len, too long and dropped, or left without a single label.
 FATES = ("whole", "cut", "dropped", "unlabelled")
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
@@ -88,12 +94,18 @@ class Encoded(NamedTuple):
 @dataclass(frozen=True)
 class Augment:
     """MiniMind's two random touches: a system prompt for conversations with neither one nor tools, and no empty think
-    blocks.  A function of (seed, epoch, index) alone, so any rank makes the same choice."""
+    blocks.  A function of (seed, epoch, index) alone, so any rank makes the same choice.
+
+    learn: "all" assistant turns, or the "last" of each conversation.  text_markers: control tokens spelled in a
+    pretraining text stay "literal" text, or become "control" tokens.
+    """
 
     seed: int
     epoch: int
     system_ratio: float = 0.2
     drop_empty_think: float = 0.8
+    learn: str = "all"
+    text_markers: str = "literal"
 
     def choose(self, conversation: Conversation, index: int) -> tuple[Conversation, bool]:
         """The conversation, perhaps with a system prompt, and whether its empty think blocks are left out."""
@@ -146,10 +158,15 @@ def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, ma
     missing = {token for token in MARKERS if token not in tok.specials}
     rendered: list[list[Piece] | str] = []
     place: dict[str, int] = {}
+    markers = marker_pattern(tok.specials) if augment is not None and augment.text_markers == "control" else None
+    spelled: dict[str, list[str]] = {}
     for index, item in enumerate(items, first_index):
         if isinstance(item, str):
             rendered.append(item)
-            place.setdefault(item, len(place))
+            # Text and control tokens by turns.
+            spelled[item] = markers.split(item) if markers else [item]
+            for text in spelled[item][::2]:
+                place.setdefault(text, len(place))
             continue
         pieces = _pieces(item, augment, index)
         pieces = _write_out(pieces, missing) if missing else pieces
@@ -160,7 +177,9 @@ def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, ma
     texts = dict(zip(place, tok.encode_batch(list(place))))
     controls = {token: [i] for token, i in tok.specials.items()}
     bos, eos = [tok.bos_id], [tok.eos_id]
-    return [_text(texts[item], bos, eos, max_len, policy) if isinstance(item, str)
+    text_ids = {item: [i for n, part in enumerate(parts) for i in (controls[part] if n % 2 else texts[part])]
+                for item, parts in spelled.items()}
+    return [_text(text_ids[item], bos, eos, max_len, policy) if isinstance(item, str)
             else _conversation(item, texts, controls, max_len, policy) for item in rendered]
 
 
@@ -198,7 +217,8 @@ def render(conversation: Conversation, *, add_generation_prompt: bool = False, o
         if message.role == "user" or (message.role == "system" and i):
             pieces += _turn(message.role, message.content)
         elif message.role == "assistant":
-            pieces += _assistant_turn(message, drop_empty_think)
+            turn = _assistant_turn(message, drop_empty_think)
+            pieces += turn if message.learn else [piece._replace(labelled=False) for piece in turn]
         elif message.role == "tool":
             first = i == 0 or messages[i - 1].role != "tool"
             last = i == len(messages) - 1 or messages[i + 1].role != "tool"
@@ -298,7 +318,18 @@ def _pieces(item: dict | Conversation, augment: Augment | None, index: int) -> l
     drop = False
     if augment is not None:
         conversation, drop = augment.choose(conversation, index)
+        if augment.learn == "last":
+            conversation = only_last(conversation)
     return render(conversation, drop_empty_think=drop)
+
+
+def only_last(conversation: Conversation) -> Conversation:
+    """The conversation with nothing to be learnt but its last assistant turn, and that only if it may be."""
+    messages = conversation.messages
+    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    messages = tuple(message if i == last or message.role != "assistant" else replace(message, learn=False)
+                     for i, message in enumerate(messages))
+    return replace(conversation, messages=messages)
 
 
 def _conversation(pieces: list[Piece], texts: dict, controls: dict, max_len: int, policy: str) -> Encoded:

@@ -87,7 +87,7 @@ def random_turns(dice: random.Random) -> list[dict]:
         return "".join(dice.choice(words + list(more)) for _ in range(dice.randint(0, 5)))
 
     def call() -> dict:
-        arguments = dice.choice([{}, {"x": text()}, {"\u00e9": [1, 2.0, None]}, "{\"raw\":1}", "", [], None])
+        arguments = dice.choice([{}, {"x": text()}, {"\u00e9": [1, 2.0, None]}, "{\"raw\":1}", "[]", [], "null"])
         function = {"name": dice.choice(["f", "\u52a0"]), "arguments": arguments}
         return {"type": "function", "function": function} if dice.random() < 0.5 else function
 
@@ -201,7 +201,7 @@ def hostile_record(dice: random.Random) -> tuple[dict, dict]:
             {"role": "system", "content": text(), "tools": [{"name": text(), "description": text()}]},
             {"role": "user", "content": text()},
             {"role": "assistant", "content": own.replace("</tool_call>", ""), "tool_calls": [
-                {"name": text(), "arguments": {text(): text()}}, {"name": "f", "arguments": text()}]},
+                {"name": text(), "arguments": {text(): text()}}, {"name": "f", "arguments": json.dumps(text())}]},
             {"role": "tool", "content": text()}, {"role": "tool", "content": text()},
             {"role": "user", "content": text()}, {"role": "assistant", "content": "done"}]}
 
