@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minimind_ds.config.errors import UserError
-from minimind_ds.data.json_text import DECODER, MAX_LINE_BYTES, DataError, decode_line, parse, why_not
+from minimind_ds.data.json_text import DECODER, MAX_LINE_BYTES, DataError, decode_line, other_encoding, parse, why_not
 
 # First bytes: (what such a file is, what to do with it).
 CONVERT = "iconv -f {} -t UTF-8 OLD > NEW converts it"
@@ -199,14 +199,13 @@ class Window:
         self.file, self.decoder = file, codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at, self.line, self.ended = "", 0, 1, False
 
-    def more(self, size: int = READ_BYTES) -> bool:
-        block = self.file.read(size)
+    def more(self, size: int = 0) -> bool:
+        block = self.file.read(size or READ_BYTES)
         self.ended = not block
         try:
             text = self.decoder.decode(block, final=self.ended)
         except UnicodeDecodeError:
-            raise UserError("it is not UTF-8, near here; iconv -f ITS_ENCODING -t UTF-8 OLD > NEW converts it"
-                            ) from None
+            raise UserError(f"what follows is not UTF-8{other_encoding(block)}") from None
         self.text, self.at = self.text[self.at:] + text, 0
         return not self.ended
 
@@ -238,6 +237,8 @@ class Window:
             except (RecursionError, ValueError) as err:
                 broken_off = isinstance(err, json.JSONDecodeError) and (
                     err.msg.startswith("Unterminated") or err.pos >= len(self.text) - BROKEN_OFF)
+                if self.ended and broken_off and (err.msg.startswith("Unt") or err.pos >= len(self.text.rstrip())):
+                    raise UserError("the file ends inside it; is it cut off?") from None
                 if self.ended or not broken_off:
                     at_line = self.line + self.text.count("\n", self.at, getattr(err, "pos", self.at))
                     why = f"is not valid JSON: {err.msg}, line {at_line}" if hasattr(err, "msg") else why_not(err)
@@ -250,10 +251,10 @@ class Window:
 
 def _array(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, Any]]:
     window = Window(file)
-    window.peek()
-    window.at += 1
     number = 0
     with _named(path, window, lambda: number):
+        window.peek()
+        window.at += 1
         mark = window.peek()
         while mark != "]" or number:
             number += 1
