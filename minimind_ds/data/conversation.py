@@ -221,16 +221,17 @@ class Records:
     """Iterate (line number, Conversation or text) over a JSONL file; made by read_records.
 
     Attributes: shape (of the file's records, known after the first), read and skipped (counts, complete at the end of
-    an iteration), first_skipped (the message of the first bad record, or "").
+    an iteration), first_skipped (the message of the first bad record, or ""), position (bytes read, about).
     """
 
     def __init__(self, path: Path, kind: str, skip: bool):
         self.path, self.kind, self.skip = path, kind, skip
-        self.shape, self.read, self.skipped, self.first_skipped = "", 0, 0, ""
+        self.shape, self.read, self.skipped, self.first_skipped, self.position = "", 0, 0, "", 0
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
-        self.shape, self.read, self.skipped, self.first_skipped = "", 0, 0, ""
+        self.shape, self.read, self.skipped, self.first_skipped, self.position = "", 0, 0, "", 0
         for number, line in _lines(self.path):
+            self.position += len(line)
             try:
                 item = self._parse(line)
             except UserError as err:
