@@ -21,7 +21,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -140,11 +140,15 @@ def build_text_sample(text: str, tok: Tokenizer, max_len: int, *, policy: str = 
 
 
 def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, max_len: int, *, policy: str = "cut",
-                  augment: Augment | None = None, first_index: int = 0) -> list[Encoded]:
+                  augment: Augment | None = None, first_index: int = 0,
+                  encode_batch: Callable[[list[str]], list[list[int]]] | None = None) -> list[Encoded]:
     """build_sample for conversations and build_text_sample for strings, with one call into the tokenizer library.
 
     Meant for chunks of some thousand items; each distinct text is tokenised once.  Item i of the result is item i of
     the input.  The policy "split", for texts only, keeps a long one whole for pieces_of to take apart.
+
+    Args:
+        encode_batch: does the work of tok.encode_batch.
 
     Raises:
         ValueError: as build_sample.
@@ -167,7 +171,7 @@ def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, ma
         for text, control, _ in pieces:
             if not control and text not in place:
                 place[text] = len(place)
-    texts = dict(zip(place, tok.encode_batch(list(place))))
+    texts = dict(zip(place, (encode_batch or tok.encode_batch)(list(place))))
     controls = {token: [i] for token, i in tok.specials.items()}
     bos, eos = [tok.bos_id], [tok.eos_id]
     return [_text(texts[item], bos, eos, max_len, policy) if isinstance(item, str)

@@ -32,6 +32,7 @@ from minimind_ds.data import IGNORE
 from minimind_ds.data.conversation import Conversation
 from minimind_ds.data.sample import FATES, Augment, build_samples, pieces_of
 from minimind_ds.data.tokenizer import Tokenizer
+from minimind_ds.data.words import WordCache
 
 # Text of a chunk, and of all chunks that wait for a worker or for the disk, in characters; records of a chunk.
 CHUNK_BYTES, WAITING_BYTES, CHUNK_RECORDS = 1 << 20, 32 << 20, 2000
@@ -76,11 +77,12 @@ class Encoder:
 
     def __init__(self, tok: Tokenizer, max_seq_len: int, policy: str, augment: Augment | None):
         self.tok, self.max_seq_len, self.policy, self.augment = tok, max_seq_len, policy, augment
+        self.words = WordCache(tok)
         self.dtype = np.uint16 if tok.vocab_size <= 1 << 15 else np.uint32
 
     def __call__(self, items: list, first_index: int) -> Chunk:
         encoded = build_samples(items, self.tok, self.max_seq_len, policy=self.policy, augment=self.augment,
-                                first_index=first_index)
+                                first_index=first_index, encode_batch=self.words.encode_batch)
         of_records = [pieces_of(sample, self.max_seq_len) if sample.fate in ("whole", "cut", "split") else []
                       for sample in encoded]
         kept = [sample for samples in of_records for sample in samples]
