@@ -16,8 +16,10 @@ from itertools import chain
 
 from minimind_ds.data.tokenizer import Tokenizer
 
-# Remembered, about 50 MB; a word costs the library several times as much alone as within its text.
+# Remembered, about 50 MB.
 MOST_WORDS = 200_000
+# A word costs the library so many times as much alone as within its text.
+ALONE = 6
 # Longer ones, on average and alone, do not come again.
 MEAN_CHARACTERS, MOST_CHARACTERS = 12, 48
 _cut = re.compile(r"\s*\S+|\s+").findall
@@ -50,15 +52,18 @@ class WordCache:
         cut = [None if _SEPARATORS.search(text) else _cut(text) for text in texts]
         cut = [words if words and len(text) <= MEAN_CHARACTERS * len(words) else None
                for text, words in zip(texts, cut)]
-        if len(self.ids) < MOST_WORDS:
-            missing = set(chain.from_iterable(filter(None, cut))) - self.ids.keys()
-            missing = [word for word in missing if len(word) <= MOST_CHARACTERS]
-            self.ids.update(zip(missing, self.tok.encode_batch(missing)))
-        known, ids = self.ids, []
+        known, ids, full = self.ids, [], len(self.ids) >= MOST_WORDS
+        missing = set(chain.from_iterable(filter(None, cut))) - known.keys()
+        if full and len(missing) * ALONE > sum(len(words) for words in cut if words):
+            missing = ()
+        known.update(zip(missing, self.tok.encode_batch(list(missing))))
         for words in cut:
             try:
                 ids.append(None if words is None else list(chain.from_iterable([known[word] for word in words])))
             except KeyError:
                 ids.append(None)
+        for word in missing:
+            if full or len(word) > MOST_CHARACTERS:
+                del known[word]
         rest = iter(self.tok.encode_batch([text for text, found in zip(texts, ids) if found is None]))
         return [next(rest) if found is None else found for found in ids]
