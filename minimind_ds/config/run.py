@@ -89,6 +89,10 @@ class RunConfig:
                               resume="may change")
     hang_minutes: float = flag(30.0, "minutes in one phase of a step after which a rank dumps its stacks and ends")
     on_bad_record: str = flag("stop", "what a malformed line does", choices=("stop", "skip"))
+    learn: str = flag("all", "assistant turns that are learnt: all, or the last of each conversation",
+                      choices=("all", "last"), resume="must keep")
+    text_markers: str = flag("literal", "control tokens spelled in pretraining text: literal, or read as control "
+                                        "tokens", choices=("literal", "control"), resume="must keep")
     random_system_ratio: float = flag(0.0, "share of conversations given a random system prompt (MiniMind: 0.2)",
                                       resume="must keep")
     drop_empty_think_ratio: float = flag(0.0, "share of empty think blocks removed (MiniMind: 0.8)",

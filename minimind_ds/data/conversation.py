@@ -19,10 +19,15 @@ from minimind_ds.config.errors import UserError
 from minimind_ds.data.json_text import MAX_LINE_BYTES, DataError, decode_line
 from minimind_ds.data.readers import Source, open_source
 from minimind_ds.data.shapes import parse_conversation, parse_text, record_shape, without_nulls
-from minimind_ds.data.turns import Conversation, Message, ToolCall, parse_messages
+from minimind_ds.data.turns import Conversation, Message, ToolCall, only_last, parse_messages
 
 __all__ = ["MAX_LINE_BYTES", "Conversation", "DataError", "Message", "Records", "ToolCall", "decode_line", "file_kind",
-           "parse_conversation", "parse_messages", "parse_text", "read_records", "record_shape"]
+           "marker_pattern", "notes", "only_last", "parse_conversation", "parse_messages", "parse_text",
+           "read_records", "record_shape"]
+
+
+# Names of counts in a store's statistics begin so.
+IGNORED, SPELLED, SILENT = "ignored key ", "spelled ", "answers not to be learnt"
 
 
 class Records:
@@ -32,8 +37,9 @@ class Records:
 
     Attributes, complete at the end of an iteration: read and skipped (counts), first_skipped (the message of the first
     bad record, or ""), shapes (records of each), ignored_keys (how often keys stood there that mean nothing, those of
-    turns as "turn.name"), spelled (how often pretraining text spells each of the markers).  record: the raw record of
-    the item that was last given.
+    turns as "turn.name"), spelled (how often pretraining text spells each of the markers),
+    silent (assistant turns that the file does not let be learnt).  record: the raw record of
+    the item that was last given.  position: bytes of the file that are read, about.
     """
 
     def __init__(self, source: Source, kind: str, skip: bool, markers: Iterable[str]):
@@ -45,6 +51,7 @@ class Records:
 
     def _reset(self):
         self.read, self.skipped, self.first_skipped = 0, 0, ""
+        self.silent = 0
         self.shapes, self.ignored_keys, self.spelled = Counter(), Counter(), Counter()
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
@@ -69,8 +76,18 @@ class Records:
                 self.spelled.update(self.markers.findall(item))
         else:
             item = parse_conversation(self.record, self.ignored_keys)
+            self.silent += sum(not message.learn for message in item.messages)
         self.shapes[record_shape(without_nulls(self.record))] += 1
         return item
+
+    @property
+    def position(self) -> int:
+        return self.source.position
+
+    def counts(self) -> dict[str, int]:
+        """What a run says of the file besides its samples, as numbers that can be added up over files (see notes)."""
+        return {SILENT: self.silent, **{IGNORED + name: count for name, count in sorted(self.ignored_keys.items())},
+                **{SPELLED + name: count for name, count in sorted(self.spelled.items())}}
 
     def _bad(self, place: str, err: ValueError) -> None:
         message = f"{place}: {err}"
@@ -102,6 +119,22 @@ def read_records(path: str | Path, kind: str, on_bad_record: str = "stop", marke
     if on_bad_record not in ("stop", "skip"):
         raise UserError(f"on_bad_record is {on_bad_record!r}; it must be 'stop' or 'skip'")
     return Records(open_source(path), kind, on_bad_record == "skip", markers)
+
+
+def notes(stats: dict[str, int], text_markers: str = "literal") -> list[str]:
+    """Lines for the start of a run and for verify's report, of the counts in a store's statistics."""
+    keys = {name.removeprefix(IGNORED): count for name, count in stats.items() if name.startswith(IGNORED)}
+    marks = {name.removeprefix(SPELLED): count for name, count in stats.items() if name.startswith(SPELLED)}
+    lines = []
+    if keys:
+        listed = ", ".join(f"{name} ({count:,})" for name, count in sorted(keys.items(), key=lambda item: -item[1]))
+        lines.append(f"keys of the data that mean nothing here, with how often they stand there: {listed}")
+    if marks:
+        listed = ", ".join(f"{name} ({count:,})" for name, count in sorted(marks.items(), key=lambda item: -item[1]))
+        read = ("they are read as control tokens (--text_markers control)" if text_markers == "control" else
+                "they are learnt as letters; --text_markers control reads them as the control tokens themselves")
+        lines.append(f"pretraining text spells control tokens {sum(marks.values()):,} times: {listed}; {read}")
+    return lines
 
 
 def file_kind(path: str | Path) -> str:

@@ -62,19 +62,30 @@ SPACE = re.compile(r"[ \t\r\n]*")
 BROKEN_OFF = 16
 
 
-@dataclass(frozen=True)
+@dataclass
 class Source:
     """An opened file.  Iterating gives (number, line, record): number counts lines from 1 where unit is "line", else
-    records; line is 0 where there are none; a record that is bytes is a line still to be decoded."""
+    records; line is 0 where there are none; a record that is bytes is a line still to be decoded.
+
+    file: what is read from, while it is.
+    """
 
     path: Path
     form: str
     unit: str
-    read: Callable[[], Iterator[tuple[int, int, Any]]]
+    read: Callable[[Source], Iterator[tuple[int, int, Any]]]
+    file: BinaryIO | None = None
+    done: int = 0
 
     def __iter__(self) -> Iterator[tuple[int, int, Any]]:
+        self.done = 0
         with _readable(self.path):
-            yield from self.read()
+            yield from self.read(self)
+
+    @property
+    def position(self) -> int:
+        """Bytes that are read, about."""
+        return self.done + (self.file.tell() if self.file and not self.file.closed else 0)
 
     def place(self, number: int, line: int = 0) -> str:
         """Where a record is, for a message."""
@@ -105,15 +116,15 @@ def open_source(path: str | Path) -> Source:
         if not head:
             raise DataError(f"{path} is empty")
         if not head.startswith(GZIP):
-            return _by_content(path, head, "", lambda: path.open("rb"))
+            return _by_content(path, head, "")
         with gzip.open(path) as file:
             head = file.read(HEAD_BYTES)
         if not head:
             raise DataError(f"{path} is empty inside gzip")
-        return _by_content(path, head, " in gzip", lambda: gzip.open(path))
+        return _by_content(path, head, " in gzip")
 
 
-def _by_content(path: Path, head: bytes, inside: str, opened: Callable[[], BinaryIO]) -> Source:
+def _by_content(path: Path, head: bytes, inside: str) -> Source:
     for start, (what, remedy) in NO_DATA.items():
         if head.startswith(start):
             raise DataError(f"{path} is {what}{inside}, not data: {remedy}")
@@ -125,30 +136,32 @@ def _by_content(path: Path, head: bytes, inside: str, opened: Callable[[], Binar
         form = "Parquet" if head.startswith(PARQUET) else "Arrow"
         if importlib.util.find_spec("pyarrow") is None:
             raise DataError(f"{path} is {form}, which is read with pyarrow: pip install -e '.[parquet]'")
-        return Source(path, form, "record", lambda: _rows([path]))
+        return Source(path, form, "record", lambda source: _rows([path], source))
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     form, scan = "JSON lines", _lines
     if text.startswith(b"["):
         form, scan = "a JSON array", _array
-    elif text.startswith(b"{") and _goes_over_lines(opened):
+    elif text.startswith(b"{") and _goes_over_lines(path, gzip.open if inside else open):
         form, scan = "JSON objects", _objects
 
-    def read():
-        with opened() as file:
-            yield from scan(file, path)
+    def read(source: Source):
+        with path.open("rb") as source.file:
+            with gzip.open(source.file) if inside else contextlib.nullcontext(source.file) as file:
+                yield from scan(file, path)
+            source.done = source.file.tell()
 
     return Source(path, form + inside, "line" if scan is _lines else "record", read)
 
 
-def _goes_over_lines(opened: Callable[[], BinaryIO]) -> bool:
+def _goes_over_lines(path: Path, opened: Callable[..., BinaryIO]) -> bool:
     """The first line is no record, but the lines from there on begin with one."""
-    with opened() as file:
+    with opened(path, "rb") as file:
         for _, _, line in _lines(file, None):
             with contextlib.suppress(UserError):
                 decode_line(line)
                 return False
             break
-    with opened() as file, contextlib.suppress(UserError):
+    with opened(path, "rb") as file, contextlib.suppress(UserError):
         window = Window(file)
         window.peek()
         return isinstance(window.value(), dict) and window.peek() in ("{", "")
@@ -299,7 +312,7 @@ def _folder(path: Path) -> Source:
     sources = [open_source(file) for file in files]
     if any(source.form != "Arrow" for source in sources):
         raise DataError(f"{path}: not all files that its state.json names are Arrow")
-    return Source(path, "datasets", "record", lambda: _rows(files))
+    return Source(path, "datasets", "record", lambda source: _rows(files, source))
 
 
 def dataset_files(folder: str | Path) -> list[Path]:
@@ -326,7 +339,7 @@ def dataset_files(folder: str | Path) -> list[Path]:
             raise DataError(f"{folder} is no folder that datasets saved: its state.json is damaged") from None
 
 
-def _rows(paths: list[Path]) -> Iterator[tuple[int, int, dict]]:
+def _rows(paths: list[Path], source: Source) -> Iterator[tuple[int, int, dict]]:
     import pyarrow
 
     number = 0
@@ -337,6 +350,7 @@ def _rows(paths: list[Path]) -> Iterator[tuple[int, int, dict]]:
                     for row in batch.slice(start, ROWS).to_pylist():
                         number += 1
                         yield number, 0, _without_nulls(row)
+            source.done += path.stat().st_size
         except (pyarrow.ArrowException, UnicodeDecodeError) as err:
             raise DataError(f"{path} is damaged, after record {number}: {reason(err)}") from None
 

@@ -18,9 +18,10 @@ With a tokenizer that lacks one of these four or the tool_response pair (MiniMin
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from minimind_ds.data.conversation import (
     Conversation,
     Message,
     marker_pattern,
+    only_last,
     parse_conversation,
     parse_messages,
 )
@@ -39,8 +41,10 @@ from minimind_ds.data.tokenizer import Tokenizer
 
 # Part of the key of anything that keeps samples: raise it when ids or labels of the same record change.
 RENDERING = 2
-# What became of a record: kept whole, cut at max_len, too long and dropped, or left without a single label.
-FATES = ("whole", "cut", "dropped", "unlabelled")
+# What became of a record: kept whole, cut at max_len, too long and dropped, left without a single label, or too long
+# and kept whole as several samples (pieces_of).
+FATES = ("whole", "cut", "dropped", "unlabelled", "split")
+POLICIES = {"conversations": ("cut", "drop"), "text": ("split", "cut", "drop")}
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 _ASSISTANT_MARKERS = re.compile("(</?think>|</?tool_call>)")
 
@@ -84,11 +88,16 @@ class Sample:
 
 
 class Encoded(NamedTuple):
-    """A Sample as plain lists, for building many; labels are already shifted."""
+    """A Sample as plain lists, for building many; labels are already shifted.
+
+    lost, lost_labelled: tokens that were cut off or dropped, and how many of them the record would have had learnt.
+    """
 
     ids: list[int]
     labels: list[int]
     fate: str
+    lost: int = 0
+    lost_labelled: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,21 +147,27 @@ def build_text_sample(text: str, tok: Tokenizer, max_len: int, *, policy: str = 
     Raises:
         ValueError: bad policy or max_len.
     """
+    if policy == "split":
+        raise UserError("the policy 'split' makes several samples of a text: build_samples and pieces_of")
     return _as_sample(build_samples([text], tok, max_len, policy=policy)[0])
 
 
 def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, max_len: int, *, policy: str = "cut",
-                  augment: Augment | None = None, first_index: int = 0) -> list[Encoded]:
+                  augment: Augment | None = None, first_index: int = 0,
+                  encode_batch: Callable[[list[str]], list[list[int]]] | None = None) -> list[Encoded]:
     """build_sample for conversations and build_text_sample for strings, with one call into the tokenizer library.
 
     Meant for chunks of some thousand items; each distinct text is tokenised once.  Item i of the result is item i of
-    the input.
+    the input.  The policy "split", for texts only, keeps a long one whole for pieces_of to take apart.
+
+    Args:
+        encode_batch: does the work of tok.encode_batch.
 
     Raises:
         ValueError: as build_sample.
     """
-    if policy not in ("cut", "drop"):
-        raise UserError(f"policy is {policy!r}; it must be 'cut' or 'drop'")
+    if policy not in ("cut", "drop", "split"):
+        raise UserError(f"policy is {policy!r}; it must be 'cut', 'drop' or, for texts, 'split'")
     if max_len < 2:
         raise UserError(f"max_len is {max_len}; a sample needs at least 2 tokens")
     missing = {token for token in MARKERS if token not in tok.specials}
@@ -174,10 +189,11 @@ def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, ma
         for text, control, _ in pieces:
             if not control and text not in place:
                 place[text] = len(place)
-    texts = dict(zip(place, tok.encode_batch(list(place))))
+    texts = dict(zip(place, (encode_batch or tok.encode_batch)(list(place))))
     controls = {token: [i] for token, i in tok.specials.items()}
     bos, eos = [tok.bos_id], [tok.eos_id]
-    text_ids = {item: [i for n, part in enumerate(parts) for i in (controls[part] if n % 2 else texts[part])]
+    text_ids = {item: texts[item] if len(parts) == 1 else
+                [i for n, part in enumerate(parts) for i in (controls[part] if n % 2 else texts[part])]
                 for item, parts in spelled.items()}
     return [_text(text_ids[item], bos, eos, max_len, policy) if isinstance(item, str)
             else _conversation(item, texts, controls, max_len, policy) for item in rendered]
@@ -302,14 +318,11 @@ def _write_out(pieces: list[Piece], missing: set[str]) -> list[Piece]:
     """Control tokens the tokenizer lacks as text, joined with the text around them."""
     if not missing:
         return pieces
+    pieces = [piece._replace(control=False) if piece.text in missing else piece for piece in pieces]
     joined: list[Piece] = []
-    for piece in pieces:
-        piece = piece._replace(control=False) if piece.text in missing else piece
-        before = joined[-1] if joined else None
-        if before and not (piece.control or before.control) and piece.labelled == before.labelled:
-            joined[-1] = piece._replace(text=before.text + piece.text)
-        else:
-            joined.append(piece)
+    for (control, labelled), run in itertools.groupby(pieces, lambda piece: (piece.control, piece.labelled)):
+        stretch = list(run)
+        joined += stretch if control else [Piece("".join(piece.text for piece in stretch), False, labelled)]
     return joined
 
 
@@ -323,15 +336,6 @@ def _pieces(item: dict | Conversation, augment: Augment | None, index: int) -> l
     return render(conversation, drop_empty_think=drop)
 
 
-def only_last(conversation: Conversation) -> Conversation:
-    """The conversation with nothing to be learnt but its last assistant turn, and that only if it may be."""
-    messages = conversation.messages
-    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
-    messages = tuple(message if i == last or message.role != "assistant" else replace(message, learn=False)
-                     for i, message in enumerate(messages))
-    return replace(conversation, messages=messages)
-
-
 def _conversation(pieces: list[Piece], texts: dict, controls: dict, max_len: int, policy: str) -> Encoded:
     ids: list[int] = []
     labels: list[int] = []
@@ -339,26 +343,46 @@ def _conversation(pieces: list[Piece], texts: dict, controls: dict, max_len: int
         part = controls[text] if control else texts[text]
         ids += part
         labels += part if labelled else [IGNORE] * len(part)
-    fate = "whole"
+    fate, lost, lost_labelled = "whole", 0, 0
     if len(ids) > max_len:
-        if policy == "drop":
-            return Encoded([], [], "dropped")
-        fate = "cut"
-        del ids[max_len:], labels[max_len:]
+        if policy == "split":
+            raise UserError("the policy 'split' is for texts: a conversation's turns belong together")
+        fate, kept = ("dropped", 0) if policy == "drop" else ("cut", max_len)
+        lost, lost_labelled = len(ids) - kept, len(ids) - kept - labels[kept:].count(IGNORE)
+        del ids[kept:], labels[kept:]
+        if fate == "dropped":
+            return Encoded([], [], fate, lost, lost_labelled)
     # From here on labels[i] is the target of ids[i].
     del labels[0]
     labels.append(IGNORE)
     if labels.count(IGNORE) == len(labels):
         fate = "unlabelled"
-    return Encoded(ids, labels, fate)
+    return Encoded(ids, labels, fate, lost, lost_labelled)
 
 
 def _text(text_ids: list[int], bos: list[int], eos: list[int], max_len: int, policy: str) -> Encoded:
-    too_long = len(text_ids) > max_len - 2
-    if too_long and policy == "drop":
-        return Encoded([], [], "dropped")
+    lost = max(0, len(text_ids) - (max_len - 2))
+    if lost and policy == "drop":
+        # The first token is never a label.
+        return Encoded([], [], "dropped", len(text_ids) + 2, len(text_ids) + 1)
+    if lost and policy == "split":
+        ids = bos + text_ids + eos
+        return Encoded(ids, ids[1:] + [IGNORE], "split")
     ids = bos + text_ids[:max_len - 2] + eos
-    return Encoded(ids, ids[1:] + [IGNORE], "cut" if too_long else "whole")
+    return Encoded(ids, ids[1:] + [IGNORE], "cut" if lost else "whole", lost, lost)
+
+
+def pieces_of(encoded: Encoded, max_len: int) -> list[Encoded]:
+    """The samples of a text of the fate "split": of max_len tokens each, but for the last; others stay as they are.
+
+    Each piece after the first begins with the token that ended the one before, as context: together they learn every
+    token of the text but its first, each once.
+    """
+    if encoded.fate != "split":
+        return [encoded]
+    ids = encoded.ids
+    parts = [ids[start:start + max_len] for start in range(0, len(ids) - 1, max_len - 1)]
+    return [Encoded(part, part[1:] + [IGNORE], "split") for part in parts]
 
 
 def _as_sample(encoded: Encoded) -> Sample:

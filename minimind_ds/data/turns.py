@@ -9,7 +9,7 @@ absent key; what is left over is counted (docs/DATA.md lists it all).
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from minimind_ds.config.errors import UserError
@@ -104,6 +104,15 @@ def parse_messages(turns: list, tools: Any = None, *, for_training: bool = True,
     if for_training and not any(message.role == "assistant" for message in messages):
         raise UserError("there is no assistant turn to learn from")
     return Conversation(tuple(messages), tool_texts)
+
+
+def only_last(conversation: Conversation) -> Conversation:
+    """The conversation with nothing to be learnt but its last assistant turn, and that only if it may be."""
+    messages = conversation.messages
+    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    messages = tuple(message if i == last or message.role != "assistant" else replace(message, learn=False)
+                     for i, message in enumerate(messages))
+    return replace(conversation, messages=messages)
 
 
 def find(holder: dict, keys: tuple[str, ...], where: str) -> tuple[str, Any]:

@@ -23,6 +23,7 @@ from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import RunConfig, parse_run_config
 from minimind_ds.convert import weight_files
 from minimind_ds.data import loader
+from minimind_ds.data.conversation import notes as data_notes
 from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.distributed import sequence_parallel
@@ -117,6 +118,7 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     run, lora = choose_lora(run, model_config)
     check_writable(pathlib.Path(run.save_dir))
     stores, eval_store = open_data(KINDS[program], run, tokenizer)
+    notes += data_notes(stores[0].stats, run.text_markers)
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
     dims = sequence_parallel.read_dims(run.deepspeed, raw, world.size)
     ranks = max(1, world.size // dims.sequence)
@@ -243,16 +245,18 @@ def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer) -> tuple[list[Tok
     """
     common = dict(kind=kind, max_seq_len=run.max_seq_len, policy=run.too_long, on_bad_record=run.on_bad_record,
                   cache_dir=run.cache_dir, workers=run.num_workers)
+    fixed = dict(learn=run.learn, text_markers=run.text_markers)
     drawn = run.random_system_ratio > 0 or run.drop_empty_think_ratio > 0
     options = dict(random_system_ratio=run.random_system_ratio, drop_empty_think_ratio=run.drop_empty_think_ratio,
                    seed=run.seed)
-    stores = [open_or_build(run.data_path, tokenizer, **common, options={**options, "epoch": epoch} if drawn else {})
+    stores = [open_or_build(run.data_path, tokenizer, **common,
+                            options={**fixed, **options, "epoch": epoch} if drawn else fixed)
               for epoch in range(run.epochs if drawn else 1)]
     if not drawn:
         stores *= run.epochs
     eval_store = None
     if run.eval_path:
-        eval_store = open_or_build(run.eval_path, tokenizer, **common, options={})
+        eval_store = open_or_build(run.eval_path, tokenizer, **common, options=fixed)
     elif run.eval_fraction:
         eval_store = stores[0].split(run.eval_fraction, run.seed)[1]
         stores = [store.split(run.eval_fraction, run.seed)[0] for store in stores]
