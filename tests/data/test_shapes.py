@@ -12,8 +12,9 @@ import pytest
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.data import IGNORE
-from minimind_ds.data.conversation import parse_conversation, parse_text, read_records
+from minimind_ds.data.conversation import notes, parse_conversation, parse_text, read_records
 from minimind_ds.data.sample import Augment, build_sample, render
+from minimind_ds.data.store import open_or_build
 from minimind_ds.data.tokenizer import load_tokenizer
 
 TOOL = {"name": "clock", "parameters": {"type": "object", "properties": {"city": {"type": "string", "default": None}}}}
@@ -209,6 +210,40 @@ def test_keys_without_a_meaning_are_counted_by_name(tmp_path):
     list(reader)
     assert len(reader.ignored_keys) < 110 and max(map(len, reader.ignored_keys)) < 50
     assert reader.ignored_keys["(others)"] > 190
+
+
+def test_control_tokens_spelled_in_text_are_counted_and_read_as_asked(tok, tmp_path):
+    path = tmp_path / "data.jsonl"
+    spelled = "<|im_start|>The sea.<|im_end|> <|im_start|>Snow.<|im_end|> <think>"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in (spelled, "plain < text", spelled)))
+    stores = {markers: open_or_build(path, tok, kind="text", max_seq_len=99, cache_dir=tmp_path / "cache",
+                                     options={"text_markers": markers}) for markers in ("literal", "control")}
+    special = tok.special_id
+    start, end, think = map(special, ("<|im_start|>", "<|im_end|>", "<think>"))
+    sea, snow, space = map(tok.encode, ("The sea.", "Snow.", " "))
+    want = {"literal": tok.encode(spelled),
+            "control": [start, *sea, end, *space, start, *snow, end, *space, think]}
+    for markers, store in stores.items():
+        assert store[0].input_ids.tolist() == store[2].input_ids.tolist() == [tok.bos_id, *want[markers], tok.eos_id]
+        assert store[0].labels.tolist() == [*want[markers], tok.eos_id, IGNORE]
+        assert store[1].input_ids.tolist() == [tok.bos_id, *tok.encode("plain < text"), tok.eos_id]
+        [line] = notes(store.stats, markers)
+        assert line.startswith("pretraining text spells control tokens 10 times: <|im_end|> (4), <|im_start|> (4), "
+                               "<think> (2); they are ") and "--text_markers control" in line
+    assert stores["literal"].content != stores["control"].content
+
+
+def test_a_store_knows_what_is_learnt_and_what_was_passed_over(tok, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({**turns({"content": "One.", "name": "x"}, {"content": "Two."}), "id": 7}))
+    found = {}
+    for learn in ("all", "last"):
+        store = open_or_build(path, tok, kind="conversations", max_seq_len=99, cache_dir=tmp_path / "cache",
+                              options={"learn": learn})
+        found[learn] = tok.decode(label for label in store[0].labels.tolist() if label != IGNORE)
+        [line] = notes(store.stats)
+        assert line.startswith("keys of the data that mean nothing here") and line.endswith(": id (1), turn.name (1)")
+    assert found["last"] in found["all"] and "One." not in found["last"] and "One." in found["all"]
 
 
 def test_all_shapes_may_stand_in_one_file_but_text_and_conversations_may_not(tmp_path):
