@@ -28,6 +28,9 @@ def decode_line(line: bytes) -> Any:
         raise UserError(f"the line is longer than {MAX_LINE_BYTES >> 20} MiB")
     try:
         return parse(line.decode("utf-8"), "the line")
+    except UserError as err:
+        plain = line.lstrip()[:1] not in (b"{", b"[", b'"')
+        raise UserError(f"{err}" + '; lines are JSON objects, plain text is {"text": "..."}' * plain) from None
     except UnicodeDecodeError as err:
         raise UserError(f"it is not UTF-8 (byte {err.start + 1} of the line){other_encoding(line)}") from None
 

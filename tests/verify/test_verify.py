@@ -190,13 +190,13 @@ def test_an_answer_learnt_against_the_files_word_is_seen(tmp_path):
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no", "weight": 0},
              {"role": "user", "content": "q"}, {"role": "assistant", "content": "yes", "id": 1}]
     path.write_text("\n".join([json.dumps({"messages": turns})] * 4))
-    b, kind = bench_of(tmp_path, "--data_path", path)
+    b, kind = bench_of(tmp_path, "--data_path", str(path))
     assert all(f.ok for f in data.labels_law(b.prepared, kind))
     assert data.statistics(b.prepared, kind)["notes"] == [
         "keys of the data that mean nothing here, with how often they stand there: turn.id (4)"]
     path.write_text(path.read_text().replace(', "weight": 0', ""))
-    assert [f.measured for f in data.labels_law(b.prepared, kind) if not f.ok] == [4]
-    b, kind = bench_of(tmp_path, "--data_path", path, "--learn", "last")
+    assert [f.measured for f in data.labels_law(b.prepared, kind) if not f.ok] == [4, 4]
+    b, kind = bench_of(tmp_path, "--data_path", str(path), "--learn", "last")
     assert all(f.ok for f in data.labels_law(b.prepared, kind))
 
 
