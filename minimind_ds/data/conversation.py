@@ -71,13 +71,12 @@ class Records:
     def _parse(self, raw: Any) -> Any:
         self.record = decode_line(raw) if isinstance(raw, bytes) else raw
         if self.kind == "text":
-            item = parse_text(self.record, self.ignored_keys)
+            item = parse_text(self.record, self.ignored_keys, self.shapes)
             if self.markers is not None:
                 self.spelled.update(self.markers.findall(item))
         else:
-            item = parse_conversation(self.record, self.ignored_keys)
-            self.silent += sum(not message.learn for message in item.messages)
-        self.shapes[record_shape(without_nulls(self.record))] += 1
+            item = parse_conversation(self.record, self.ignored_keys, self.shapes)
+            self.silent += sum([not message.learn for message in item.messages])
         return item
 
     @property

@@ -65,6 +65,9 @@ def record_shape(record: dict) -> str:
     shape = next((shape for shape, keys in SHAPES.items()
                   if keys[0] in record and (len(keys) == 1 or keys[1] in record)), None)
     if shape is None:
+        # Preference records need not have any of the keys below.
+        for key in REFUSED.keys() & record.keys() - {"label"}:
+            raise UserError(REFUSED[key].format(key))
         found = ", ".join(ascii(str(key)[:40]) for key in list(record)[:5]) or "none"
         one_of = ", ".join(" and ".join(map(repr, keys)) for keys in SHAPES.values())
         raise UserError(f"none of the keys {one_of} is there (keys found: {found})")
@@ -75,11 +78,12 @@ def record_shape(record: dict) -> str:
     return shape
 
 
-def parse_conversation(record: dict, ignored: Counter | None = None) -> Conversation:
+def parse_conversation(record: dict, ignored: Counter | None = None, shapes: Counter | None = None) -> Conversation:
     """Validate a training record of any conversation shape (see record_shape).
 
     Args:
         ignored: counts the keys of the record and of its turns that mean nothing.
+        shapes: counts the records of each shape.
 
     Raises:
         UserError: what is wrong with it, without file or line; any message is one line.
@@ -96,11 +100,13 @@ def parse_conversation(record: dict, ignored: Counter | None = None) -> Conversa
         raise UserError("it is nested too deeply") from None
     if ignored is not None and len(record) > 1:
         count_unknown(record, KNOWN[shape], "", ignored)
+    if shapes is not None:
+        shapes[shape] += 1
     return conversation
 
 
-def parse_text(record: dict, ignored: Counter | None = None) -> str:
-    """The text of a pretraining record.
+def parse_text(record: dict, ignored: Counter | None = None, shapes: Counter | None = None) -> str:
+    """The text of a pretraining record; counts as parse_conversation does.
 
     Raises:
         UserError: it holds no string 'text', or one that is not valid Unicode.
@@ -113,7 +119,10 @@ def parse_text(record: dict, ignored: Counter | None = None) -> str:
         _refuse({key: record[key] for key in KNOWN["text"] & record.keys()})
         if ignored is not None:
             count_unknown(record, KNOWN["text"], "", ignored)
-    return string(record["text"], "text")
+    text = string(record["text"], "text")
+    if shapes is not None:
+        shapes[shape] += 1
+    return text
 
 
 def _refuse(record: dict) -> None:

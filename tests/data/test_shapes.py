@@ -162,6 +162,7 @@ BAD = {
     "it holds 'label', as": {"messages": [ASK, ANSWER], "label": True},
     "it holds 'kto_tag', as records for KTO": {"instruction": "a", "output": "b", "kto_tag": True},
     "it holds 'chosen', as records for preference training (DPO)": {"conversations": [ASK, ANSWER], "chosen": ANSWER},
+    "as records for preference training (DPO) do; this": {"chosen": [ASK, ANSWER], "rejected": [ASK, ANSWER]},
     "it holds 'images', which is not supported": {"messages": [{"role": "user", "content": "<image>What?"}, ANSWER],
                                                   "images": ["a.png"]},
     "it holds 'mask', which": {**turns({}), "mask": "User"},
