@@ -142,20 +142,21 @@ def train(prepared: PreparedRun, live: LiveRun, start: Start) -> None:
         with Watchdog(world.rank, world.size, 60 * run.hang_minutes) as live.watchdog:
             try:
                 step = run_plan(prepared, live, start, metrics)
-            except NonFinite:
-                # A checkpoint from before is worth having all the more.
+            except (NonFinite, Stopped):
+                # All ranks end alike.  A checkpoint from before is worth having all the more.
                 live.finish_save()
+                live.watchdog.finish()
                 raise
             live.finish_save()
             live.beat("the final weights")
-            write_weights(prepared, live.engine, step, metrics)
+            write_weights(prepared, live, step, metrics)
     finally:
         metrics.close()
 
 
-def write_weights(prepared: PreparedRun, ds_engine, step: int, metrics: Metrics) -> None:
+def write_weights(prepared: PreparedRun, live: LiveRun, step: int, metrics: Metrics) -> None:
     """The weights in the run folder, and the note that the run of `step` steps is finished; collective."""
-    final = engine.full_weights(ds_engine, prepared.stage)
+    final = engine.full_weights(live.engine, prepared.stage)
     if prepared.world.rank == 0:
         if prepared.lora:
             lora.save_adapters(prepared.weights_path, final, prepared.lora, prepared.model_config)
@@ -165,6 +166,7 @@ def write_weights(prepared: PreparedRun, ds_engine, step: int, metrics: Metrics)
         write_file(prepared.done_path, json.dumps({"step": step, "identity": identity(prepared)}))
         metrics.say(f"wrote {prepared.weights_path}")
     dist.barrier()
+    live.watchdog.finish()
 
 
 def write_run_folder(prepared: PreparedRun, start: Start) -> None:
