@@ -120,6 +120,12 @@ def environment(**extra: str) -> dict:
     return {**inherited, "PATH": bin_dir + os.pathsep + os.environ["PATH"], "DS_ACCELERATOR": "cpu", **extra}
 
 
+def rank_environment(rank: int, ranks: int, port: int, **extra: str) -> dict:
+    """The environment of a rank that no launcher starts, as torchrun would set it."""
+    return environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+                       MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), **extra)
+
+
 @pytest.fixture(scope="session")
 def deepspeed():
     """deepspeed(ranks, program, *flags) runs to its end; returns the finished process, checked unless check=False.

@@ -1,6 +1,7 @@
 """Checkpoints that are whole or do not exist: write, verify, find, retain; load on this layout or another."""
 
 from .folder import (
+    TAG,
     NoCheckpoint,
     commit,
     discard,
@@ -20,5 +21,5 @@ from .folder import (
     write_state,
 )
 
-__all__ = ["NoCheckpoint", "commit", "discard", "find", "folder_of", "keep_metrics", "load", "load_rng", "lock",
+__all__ = ["TAG", "NoCheckpoint", "commit", "discard", "find", "folder_of", "keep_metrics", "load", "load_rng", "lock",
            "name_of", "retain", "rng_state", "save", "set_rng_state", "together", "verify", "write_state"]

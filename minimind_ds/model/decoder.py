@@ -24,6 +24,7 @@ from minimind_ds import kernels
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.convert import minimind
+from minimind_ds.data import IGNORE
 from minimind_ds.kernels import KernelRequirements, KernelSelection, attention, resolve, with_compiled
 from minimind_ds.kernels import parse as parse_kernels
 from minimind_ds.model.rotary import Rotary
@@ -324,7 +325,7 @@ class MiniMindForCausalLM(nn.Module):
         # A batch that brings the labelled positions spares a GPU the question how many there are.
         labelled_N = getattr(batch, "labelled_index", None)
         if labelled_N is None:
-            labelled_N = (labels_T != loss.IGNORE).nonzero().flatten()
+            labelled_N = (labels_T != IGNORE).nonzero().flatten()
         loss_sum = self.lm_head(hidden_TC.index_select(0, labelled_N), labels_T.index_select(0, labelled_N),
                                 selection.elementwise)
         return ModelOutput(

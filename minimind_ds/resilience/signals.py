@@ -20,6 +20,8 @@ STOPPED = 75
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A launcher passes Ctrl-C on to ranks that the terminal has already sent it to: within this it is one request.
 SAME_REQUEST_SECONDS = 2.0
+# Through the pipe, where signals come as their numbers: the end of the thread.
+END = b"\0"
 
 
 class Stopped(Exception):
@@ -47,7 +49,8 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         self.reader, self.writer = os.pipe()
         os.set_blocking(self.writer, False)
-        threading.Thread(target=self.watch, args=(self.reader,), name="signals", daemon=True).start()
+        self.watcher = threading.Thread(target=self.watch, args=(self.reader,), name="signals", daemon=True)
+        self.watcher.start()
         self.old_fd = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
         self.old = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         for number in SIGNALS:
@@ -59,14 +62,16 @@ class StopRequest:
         for number, handler in self.old.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self.old_fd)
-        # Ends the thread, which closes the other end.
+        # Not by closing it: a process forked meanwhile may hold the pipe open.
+        os.write(self.writer, END)
+        self.watcher.join()
         os.close(self.writer)
+        os.close(self.reader)
 
     def watch(self, reader: int) -> None:
-        while byte := os.read(reader, 1):
+        while (byte := os.read(reader, 1)) != END:
             if byte[0] in SIGNALS:
                 self.receive(signal.Signals(byte[0]))
-        os.close(reader)
 
     def receive(self, number: signal.Signals) -> None:
         """Note a signal; does not return from the one that ends the process."""

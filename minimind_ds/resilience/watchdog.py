@@ -42,7 +42,7 @@ class Watchdog:
 
     def __init__(self, rank: int, ranks: int, limit_s: float, look_s: float = 5.0):
         self.rank, self.ranks, self.limit_s, self.look_s = rank, ranks, limit_s, min(look_s, limit_s / 4)
-        self.host, self.over = socket.gethostname(), threading.Event()
+        self.host, self.over, self.noted = socket.gethostname(), threading.Event(), threading.Event()
         # A copy of its own: a store's client serves one call at a time, and collectives use the other.
         self.store = dist.distributed_c10d._get_default_store().clone() if ranks > 1 else None
         self.doing, self.since = "starting", time.monotonic()
@@ -58,10 +58,24 @@ class Watchdog:
 
     def __exit__(self, *_) -> None:
         self.over.set()
+        self.noted.set()
         self.watcher.join()
         if self.store is not None:
-            # An interpreter that ends while a thread is inside the store aborts ("terminate called").
+            # Without `finish` this rank ends by an error of its own: not with 0 in any case.
             self.teller.join(TELL_S)
+
+    def finish(self) -> None:
+        """Stop taking notes, on all ranks; collective, and the last use of rank 0's store.
+
+        An interpreter that ends while a thread is inside the store aborts ("terminate called", exit code -6), so this
+        rank waits until its thread has left, and for the other ranks before rank 0 may end.  A rank that never comes
+        ends the run as everywhere: the limit still holds.
+        """
+        if self.store is not None:
+            self.beat("the end")
+            self.noted.set()
+            self.teller.join()
+            dist.barrier()
 
     def beat(self, doing: str) -> None:
         """`doing`: 'step 12: update', for example.  Cheap: the thread tells the others."""
@@ -80,7 +94,7 @@ class Watchdog:
     def tell(self) -> None:
         told, shown = None, False
         try:
-            while not self.over.is_set():
+            while not self.noted.is_set():
                 if (doing := self.doing) != told:
                     self.store.set(f"watchdog/{self.rank}", f"{self.host}\t{time.time():.1f}\t{doing}")
                     told = doing
@@ -88,7 +102,7 @@ class Watchdog:
                     shown = True
                     self.show_stacks(f"rank {self.rank} on {self.host} is in '{doing}'; its stacks follow, since one "
                                      "of the ranks hangs")
-                self.over.wait(self.look_s)
+                self.noted.wait(self.look_s)
         except Exception:  # noqa: BLE001  (rank 0 is gone: the collectives will say so)
             return
 

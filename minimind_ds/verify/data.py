@@ -9,13 +9,14 @@ answer and `<|im_end|>` ends it.  The renderer, which labels by who wrote a piec
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 
 from minimind_ds.data import IGNORE
 from minimind_ds.data.conversation import SILENT, Conversation, notes, only_last, read_records
 from minimind_ds.data.packing import permutation
-from minimind_ds.data.store import TokenStore
+from minimind_ds.data.sources import Mixture, what_is_lost
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.training.prepare import PreparedRun
 
@@ -27,7 +28,7 @@ SHOWN_TOKENS = 160
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
-def some(store: TokenStore, most: int, seed: int) -> np.ndarray:
+def some(store: Mixture, most: int, seed: int) -> np.ndarray:
     """Indices of at most so many samples, drawn by the seed, in the file's order."""
     return np.sort(permutation(len(store), seed, 8)[:most])
 
@@ -105,24 +106,24 @@ def labels_before(labels: np.ndarray) -> np.ndarray:
 def compared_with_file(prepared: PreparedRun) -> list[tuple[str, int, int]]:
     """Of the first records, answers whose text is not in the text of their labels, and answers that are learnt though
     the file or --learn leaves them out, or the other way round: what, how many, none allowed."""
-    store, lost, seen, wrong = prepared.stores[0], 0, 0, 0
-    index_of = {int(line): index for index, line in enumerate(store.lines)}
-    for number, (line, item) in enumerate(read_records(prepared.run.data_path, "conversations", "skip")):
-        if number >= MOST_RECORDS:
-            break
-        index = index_of.get(line)
-        if index is None or store.lengths[index] >= prepared.run.max_seq_len:
-            continue
-        assert isinstance(item, Conversation)
-        ids, labels = store.read([index])
-        item = only_last(item) if prepared.run.learn == "last" else item
-        text, told = prepared.tokenizer.decode(labels[labels != IGNORE].tolist()), learnt(labels)
-        own = [message for message in item.messages if message.role == "assistant"]
-        lost += sum(message.content.rpartition("</think>")[2].strip("\n") not in text for message in own
-                    if message.learn)
-        flags = [bool(told[answer].any()) for answer, _ in answers(ids, prepared.tokenizer)]
-        wrong += sum(a != b.learn for a, b in zip(flags, own)) + abs(len(flags) - len(own))
-        seen += len(own)
+    lost = seen = wrong = 0
+    for _, store in prepared.stores[0].parts():
+        index_of = {int(line): index for index, line in enumerate(store.lines)}
+        records = read_records(store.sources[0].path, "conversations", "skip")
+        for line, item in itertools.islice(records, MOST_RECORDS):
+            index = index_of.get(line)
+            if index is None or store.lengths[index] >= prepared.run.max_seq_len:
+                continue
+            assert isinstance(item, Conversation)
+            ids, labels = store.read([index])
+            item = only_last(item) if prepared.run.learn == "last" else item
+            text, told = prepared.tokenizer.decode(labels[labels != IGNORE].tolist()), learnt(labels)
+            own = [message for message in item.messages if message.role == "assistant"]
+            lost += sum(message.content.rpartition("</think>")[2].strip("\n") not in text for message in own
+                        if message.learn)
+            flags = [bool(told[answer].any()) for answer, _ in answers(ids, prepared.tokenizer)]
+            wrong += sum(a != b.learn for a, b in zip(flags, own)) + abs(len(flags) - len(own))
+            seen += len(own)
     return [(f"of {seen:,} answers in the file, those that are not in the labels' text", lost, 0),
             (f"of {seen:,} answers in the file, those learnt or left out against its word", wrong, 0)]
 
@@ -150,7 +151,8 @@ def statistics(prepared: PreparedRun, kind: str) -> dict:
             "cut": stats["cut"], "dropped": stats["dropped"], "without_label": stats["unlabelled"],
             "bad_records": stats["skipped"], "notes": notes(stats, prepared.run.text_markers),
             SILENT: stats.get(SILENT, 0), "looked_at": len(indices), "duplicates": twice,
-            "stop_never_labelled": unstopped, "cut_inside_answer": cut_answers}
+            "stop_never_labelled": unstopped, "cut_inside_answer": cut_answers,
+            "sources": store.table()}
 
 
 def answer_is_open(ids: np.ndarray, tok: Tokenizer) -> bool:
@@ -158,7 +160,7 @@ def answer_is_open(ids: np.ndarray, tok: Tokenizer) -> bool:
 
 
 def describe(stats: dict) -> list[str]:
-    length = stats["length"]
+    length, sources = stats["length"], stats["sources"]
     return [f"data: {stats['path']}: {stats['samples']:,} samples, {stats['tokens']:,} tokens, "
             f"{stats['labelled_share']:.1%} labelled",
             f"lengths: {length['min']} to {length['max']} tokens, mean {length['mean']:.0f}, median "
@@ -166,7 +168,11 @@ def describe(stats: dict) -> list[str]:
             f"rows: {stats['rows']:,} of {stats['row_length']} tokens, {stats['packing_fill']:.2%} full; "
             f"{stats['steps']:,} steps an epoch",
             f"cut {stats['cut']:,}, dropped {stats['dropped']:,}, without a label {stats['without_label']:,}, bad "
-            f"records {stats['bad_records']:,}"]
+            f"records {stats['bad_records']:,}",
+            *([f"{'source':<24} {'share':>6} {'samples':>9} {'of tokens':>9} {'of labels':>9}"] if len(sources) > 1
+              else []),
+            *(f"{row['name'][-24:]:<24} {row['share']:>6g} {row['samples']:>9,} {row['share_of_tokens']:>9.1%} "
+              f"{row['share_of_labels']:>9.1%}" for row in sources if len(sources) > 1)]
 
 
 def warnings(prepared: PreparedRun, stats: dict, kind: str) -> list[str]:
@@ -174,11 +180,16 @@ def warnings(prepared: PreparedRun, stats: dict, kind: str) -> list[str]:
     run, tok, n = prepared.run, prepared.tokenizer, stats["looked_at"]
     lines = []
     if stats["bad_records"]:
-        records = read_records(run.data_path, kind, "skip")
+        bad = next(source.path for source, store in zip(prepared.stores[0].sources, prepared.stores[0].stores)
+                   if store.stats["skipped"])
+        records = read_records(bad, kind, "skip")
         for _ in records:
             pass
         lines.append(f"{stats['bad_records']:,} bad records, the first: {records.first_skipped}; training stops there "
                      "unless --on_bad_record skip")
+    for row in stats["sources"]:
+        if row["file"]["lost_tokens"]:
+            lines.append(f"{row['path']}: {what_is_lost(row['file'], run.max_seq_len, kind)}")
     if stats["without_label"]:
         lines.append(f"{stats['without_label']:,} records have no label and are left out: their answer begins after "
                      f"--max_seq_len {run.max_seq_len}, is empty, or may not be learnt")
@@ -207,7 +218,8 @@ def show(prepared: PreparedRun, count: int, *, color: bool) -> list[str]:
     before, after = (GREEN, PLAIN) if color else ("[", "]")
     for index in some(store, count, prepared.run.seed):
         ids, labels = store.read([int(index)])
-        lines.append(f"--- line {store.lines[index]}: {len(ids)} tokens, {(labels != IGNORE).sum()} labelled")
+        of = f" of {store.sources[int(store.source_of([index])[0])].path}" if len(store.sources) > 1 else ""
+        lines.append(f"--- line {store.lines[index]}{of}: {len(ids)} tokens, {(labels != IGNORE).sum()} labelled")
         told, text = learnt(labels), ""
         bounds = [0, *(np.flatnonzero(np.diff(told.astype(np.int8))) + 1).tolist(), len(ids)]
         for first, end in zip(bounds, bounds[1:]):

@@ -10,7 +10,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, cache_dir, environment, free_port
+from tests.conftest import ROOT, cache_dir, environment, free_port, rank_environment
 from tests.waiting import HANG_S, until
 
 pytestmark = pytest.mark.numeric
@@ -34,20 +34,18 @@ class Run:
                  "--batch_size": 1, "--accumulation_steps": 2, "--max_seq_len": 96, "--pack_len": 96}
         words = [str(w) for pair in flags.items() for w in pair]
         config.write_text("preset: debug\nmodel: " + json.dumps({**MODEL, "use_moe": stage in (1, 3)}))
-        port = str(free_port())
+        port = free_port()
         self.log = folder.with_suffix(".log").open("a")
         self.ranks = [subprocess.Popen(
             [sys.executable, str(ROOT / "launch" / "sft.py"), *words], cwd=ROOT, stdout=self.log, stderr=self.log,
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
-                            MASTER_ADDR="127.0.0.1", MASTER_PORT=port), start_new_session=True)
-            for rank in range(ranks)]
+            env=rank_environment(rank, ranks, port), start_new_session=True) for rank in range(ranks)]
 
     def reached(self, moment) -> bool:
         if isinstance(moment, str):
             # Seen too late, it is a moment right after: no less good a time to be killed.
             return any((self.folder / "checkpoints" / f"{stage}{moment}").exists() for stage in (".writing_", ""))
         path = self.folder / "metrics.jsonl"
-        return path.exists() and path.read_text().count("\n") >= moment
+        return path.exists() and path.read_text().count('"loss"') >= moment
 
     def kill_at(self, moment) -> None:
         until(lambda: self.reached(moment), f"the moment {moment}", self.ranks, self.folder.with_suffix(".log"))
@@ -63,7 +61,7 @@ class Run:
 
 def curve(folder: pathlib.Path) -> list:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["aux_loss"], row["grad_norm"], row["lr"]) for row in rows]
+    return [(row["step"], row["loss"], row["aux_loss"], row["grad_norm"], row["lr"]) for row in rows if "loss" in row]
 
 
 def weights(folder: pathlib.Path) -> dict[str, bytes]:

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from minimind_ds.resilience.preflight import LIMITS, PACKAGES, judge, judge_connection
-from tests.conftest import ROOT, environment, free_port
+from tests.conftest import ROOT, free_port, rank_environment
 from tests.waiting import HANG_S
 
 USUAL = {name: value for name, (value, _) in LIMITS.items()}
@@ -43,11 +43,10 @@ def test_a_clock_that_is_off_and_a_slow_network_are_named():
 
 
 def start(ranks: range, of: int, *flags: str) -> list[tuple[int, str]]:
-    port = str(free_port())
+    port = free_port()
     started = [subprocess.Popen([sys.executable, "launch/preflight.py", "--wait_seconds", "20", *flags], cwd=ROOT,
-                                env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(of),
-                                                MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in ranks]
+                                env=rank_environment(rank, of, port), stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True) for rank in ranks]
     said = [p.communicate(timeout=HANG_S)[0] for p in started]
     return list(zip([p.returncode for p in started], said))
 

@@ -14,7 +14,7 @@ from minimind_ds.distributed.engine import patience
 from minimind_ds.resilience import stragglers
 from minimind_ds.resilience.watchdog import HUNG
 from minimind_ds.training.spikes import LEAST, MOST_SKIPPED, SpikeDetector, taken_losses
-from tests.conftest import ROOT, cache_dir, environment, free_port
+from tests.conftest import ROOT, cache_dir, free_port, rank_environment
 from tests.waiting import HANG_S, until
 
 MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -34,18 +34,16 @@ def flags_for(folder: pathlib.Path) -> list[str]:
 
 def start(folder: pathlib.Path, *flags: str, ranks: int = 2, log: str = "{rank}.log") -> list[subprocess.Popen]:
     """Ranks of launch/sft.py as torchrun would start them, each with a log of its own."""
-    port = str(free_port())
+    port = free_port()
     command = [sys.executable, "launch/sft.py", *flags_for(folder), *flags]
     return [subprocess.Popen(command, cwd=ROOT, text=True, stdout=(folder / log.format(rank=rank)).open("w"),
                              stderr=subprocess.STDOUT, start_new_session=True,
-                             env=environment(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks),
-                                             LOCAL_WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=port))
-            for rank in range(ranks)]
+                             env=rank_environment(rank, ranks, port)) for rank in range(ranks)]
 
 
 def reach(folder: pathlib.Path, processes: list, steps: int) -> None:
     path = folder / "run" / "metrics.jsonl"
-    until(lambda: path.exists() and path.read_text().count("\n") >= steps, f"step {steps}", processes,
+    until(lambda: path.exists() and path.read_text().count('"loss"') >= steps, f"step {steps}", processes,
           folder / "0.log")
 
 

@@ -95,13 +95,16 @@ def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOC
 
 @triton.jit
 def token_loss_kernel(logits_ptr, labels_ptr, losses_ptr, V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """One program a row: its loss, and softmax - one_hot in the logits' place.  V up to BLOCK is read once."""
+    """One program a row: its loss, and softmax - one_hot in the logits' place.  V up to BLOCK is read once.
+
+    No static_range: of a larger V the compiler would load all parts ahead, at the cost of a second block on the SM.
+    """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     most = tl.full([], float("-inf"), ACC)
     total = tl.zeros([], ACC)
     picked = tl.zeros([], ACC)
-    for first in tl.static_range(0, V, BLOCK):
+    for first in range(0, V, BLOCK):
         column = first + tl.arange(0, BLOCK)
         logits = tl.load(logits_ptr + row * V + column, mask=column < V, other=float("-inf")).to(ACC)
         higher = tl.maximum(most, tl.max(logits, 0))
@@ -109,7 +112,7 @@ def token_loss_kernel(logits_ptr, labels_ptr, losses_ptr, V: tl.constexpr, BLOCK
         picked += tl.sum(tl.where(column == label, logits, 0.0), 0)
         most = higher
     tl.store(losses_ptr + row, most - picked + tl.log(total))
-    for first in tl.static_range(0, V, BLOCK):
+    for first in range(0, V, BLOCK):
         column = first + tl.arange(0, BLOCK)
         place = logits_ptr + row * V + column
         logits = tl.load(place, mask=column < V, other=float("-inf")).to(ACC)
