@@ -193,7 +193,11 @@ def describe_data(prepared: PreparedRun) -> list[str]:
                   f"{row['share_of_tokens']:.1%} of the tokens, {row['share_of_labels']:.1%} of the labels"
                   for row in rows]
     lost = [(row["path"], what_is_lost(row["file"], run.max_seq_len, prepared.kind)) for row in rows]
-    return lines + [f"{path}: {said}" if len(rows) > 1 else said for path, said in lost if said]
+    if run.eval_path:
+        held_out = [row for part in prepared.eval_sets for row in part.store.table()]
+        lost += [(f"held out, {row['path']}", what_is_lost(row["file"], run.max_seq_len, prepared.kind))
+                 for row in held_out]
+    return lines + [f"{path}: {said}" if len(lost) > 1 else said for path, said in lost if said]
 
 
 def summary(prepared: PreparedRun, start: Start) -> list[str]:
