@@ -34,6 +34,8 @@ setup(
             # The CPU build of torch carries none; the kernels' interpreter and compile tests need it.
             "triton>=3.6,<3.10; platform_system == 'Linux'",
         ],
+        # Data in Parquet and Arrow files.
+        "parquet": ["pyarrow>=18,<27"],
         # The benchmark's pictures.
         "plot": ["matplotlib>=3.9,<3.12"],
         # benchmark.py --compare trl.

@@ -2,6 +2,7 @@
 
     python launch/chat.py --weight out/sft
     python launch/chat.py --weight out/sft --prompt "What is the opposite of hot?" --temperature 0
+    python launch/chat.py --weight out/pretrain --raw --prompt "The sea is"
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ def parser() -> OneLineParser:
     p.add_argument("--system", default="", help="system prompt (default: none)")
     p.add_argument("--history", type=int, default=8, help="earlier question-answer pairs sent along (default: 8)")
     p.add_argument("--open_thinking", action="store_true", help="leave the think block open for the model to fill")
+    p.add_argument("--raw", action="store_true",
+                   help="continue plain text, each by itself, as pretrained weights do; no chat format")
     own = chat.Sampling()
     p.add_argument("--temperature", type=float, default=own.temperature,
                    help=f"0: greedy (default: {own.temperature})")
@@ -54,6 +57,9 @@ def main(argv: list[str]) -> int:
     try:
         if args.history < 0:
             raise UserError(f"--history is {args.history}; it must be at least 0")
+        if args.raw and (args.system or args.open_thinking):
+            name = "--system" if args.system else "--open_thinking"
+            raise UserError(f"{name} belongs to the chat format; --raw continues plain text")
         sampling = chat.Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
                                  repetition_penalty=args.repetition_penalty, max_new_tokens=args.max_new_tokens)
         dtype = DTYPES[args.dtype] if args.dtype else None
@@ -61,7 +67,7 @@ def main(argv: list[str]) -> int:
                                     lora=args.lora)
         if args.seed is not None:
             torch.manual_seed(args.seed)
-        talk = chat.Chat(model, tok, sampling, args.system, args.history, args.open_thinking)
+        talk = chat.Chat(model, tok, sampling, args.system, args.history, args.open_thinking, args.raw)
         if args.prompt is None:
             chat.converse(talk)
         else:

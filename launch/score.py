@@ -27,7 +27,7 @@ from minimind_ds.inference import chat, score  # noqa: E402
 def parser() -> OneLineParser:
     p = OneLineParser(prog="python launch/score.py", description=__doc__.split("\n")[0])
     p.add_argument("--weight", required=True, help="run folder, its .safetensors file, or exported folder")
-    p.add_argument("--data_path", required=True, help="conversations, JSONL; the last assistant turn is expected")
+    p.add_argument("--data_path", required=True, help="conversations (docs/DATA.md); the last answer is expected")
     p.add_argument("--lora", help="LoRA adapters of these weights: run folder, .safetensors file or MiniMind .pth")
     p.add_argument("--tokenizer", help="another tokenizer than the one beside the weights")
     p.add_argument("--limit", type=int, default=0, help="use the first so many records; 0: all (default: 0)")
@@ -54,8 +54,8 @@ def main(argv: list[str]) -> int:
     except UserError as error:
         print(one_line(error), file=sys.stderr)
         return 2
-    answers = result.pop("answers")
-    pairs = [(q, a) for q, a in zip(questions, answers) if a.strip() != q.expected.strip()]
+    answers, right = result.pop("answers"), result.pop("right")
+    pairs = [(q, a) for q, a, good in zip(questions, answers, right) if not good]
     for question, answer in pairs[:args.show_wrong]:
         print(f"{question.prompt.messages[-1].content!r}: expected {question.expected!r}, got {answer!r}")
     print(score.report(result))

@@ -28,6 +28,7 @@ NEEDS = {
     "g++": ("a C++ compiler", f"{BY_APT} g++ && {ALL}"),
     "triton": ("Triton", f"pip install triton && {ALL}"),
     "matplotlib": ("matplotlib", "pip install -e .[plot] && python -m pytest tests/bench/test_benchmark.py"),
+    "pyarrow": ("pyarrow", "pip install -e .[parquet] && python -m pytest tests/data/test_readers.py"),
     "trl": ("TRL", "pip install -e .[trl] && python -m pytest tests/bench/test_benchmark.py"),
     "folder": ("MiniMind's tokenizer, goldens and data in ../shared", ALL),
     "root may": ("a user other than root", "python -m pytest tests/data/test_store.py"),

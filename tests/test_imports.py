@@ -115,7 +115,7 @@ LATE = {
     "minimind_ds.bench.kernels.interpreter_probes": "imports triton once its interpreter is replaced",
     "torch": "processes that only start others hold no device memory",
     "minimind_ds.bench.kernels": "imports torch", "minimind_ds.bench.throughput": "imports torch, trl or matplotlib",
-    "wandb": "optional, and slow", "trl": "optional",
+    "wandb": "optional, and slow", "trl": "optional", "pyarrow": "optional",
 }
 
 

@@ -25,12 +25,16 @@ from minimind_ds.config.model import PRESETS, ModelConfig
 
 # The keys of precision.DTYPES; this module does without torch, so that --help need not wait for it.
 PRECISIONS = ("bf16", "fp16", "fp32")
+MOST_SHARE = 1000
 
 
-def flag(default, help, *, choices=None, resume=None):
-    """A RunConfig field: `help` ends up in --help, with its unit and default."""
-    """resume: whether a resumed run "must keep" the value or "may change" it and says so; None: it does not matter."""
-    return field(default=default, metadata={"help": help, "choices": choices, "resume": resume})
+def flag(default, help, *, choices=None, resume=None, paths=None):
+    """A RunConfig field: `help` ends up in --help, with its unit and default.
+
+    resume: whether a resumed run "must keep" the value or "may change" it and says so; None: it does not matter.
+    paths: one or more files; "shares": each with a share, in YAML.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "resume": resume, "paths": paths})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +45,15 @@ class RunConfig:
     preset: str | None = flag(None, "model size; default: the one that fits the machine", choices=tuple(PRESETS),
                               resume="must keep")
     tokenizer: str | None = flag(None, "Hugging Face tokenizer folder or SentencePiece .model; default: embedded")
-    data_path: str | None = flag(None, "training data, JSONL; default: the bundled sample")
-    eval_path: str | None = flag(None, "held-out data, JSONL")
+    data_path: str | list | None = flag(None, "training data: files, globs and folders, one or more; in YAML also a "
+                                              "list of {path, share}; default: the bundled sample", paths="shares")
+    eval_path: str | list | None = flag(None, "held-out data: files, globs and folders", paths="plain")
     eval_fraction: float = flag(0.0, "share of the training samples to hold out when there is no eval_path, 0 to 0.5",
                                 resume="must keep")
     eval_interval: int = flag(0, "optimizer steps between evaluations; 0: at the end of each epoch")
     max_seq_len: int = flag(768, "longest sample, in tokens", resume="must keep")
-    too_long: str = flag("cut", "what happens to longer samples", choices=("cut", "drop"), resume="must keep")
+    too_long: str = flag("cut", "what happens to longer samples; split is for texts, pretrain.py's default",
+                         choices=("split", "cut", "drop"), resume="must keep")
     pack_len: int = flag(4096, "length of a packed row, in tokens", resume="must keep")
     packing: bool = flag(True, "pack samples into rows; off: one sample a row, padded", resume="must keep")
     batch_size: int = flag(1, "rows per rank and micro-batch")
@@ -89,12 +95,17 @@ class RunConfig:
                               resume="may change")
     hang_minutes: float = flag(30.0, "minutes in one phase of a step after which a rank dumps its stacks and ends")
     on_bad_record: str = flag("stop", "what a malformed line does", choices=("stop", "skip"))
+    learn: str = flag("all", "assistant turns that are learnt: all, or the last of each conversation",
+                      choices=("all", "last"), resume="must keep")
+    text_markers: str = flag("literal", "control tokens spelled in pretraining text: literal, or read as control "
+                                        "tokens", choices=("literal", "control"), resume="must keep")
     random_system_ratio: float = flag(0.0, "share of conversations given a random system prompt (MiniMind: 0.2)",
                                       resume="must keep")
     drop_empty_think_ratio: float = flag(0.0, "share of empty think blocks removed (MiniMind: 0.8)",
                                          resume="must keep")
     cache_dir: str | None = flag(None, "where tokenised data is kept; default: ~/.cache/minimind_ds")
-    num_workers: int = flag(0, "processes that tokenise; 0: one")
+    num_workers: int | None = flag(None, "processes that tokenise; auto: one for each core this process may use, 0: "
+                                         "none beside it; default: auto")
     use_wandb: bool = flag(False, "log to Weights & Biases (WANDB_MODE=offline works)")
     wandb_project: str = flag("minimind_ds", "Weights & Biases project")
     use_tensorboard: bool = flag(False, "write TensorBoard files under save_dir/tensorboard")
@@ -107,7 +118,7 @@ class RunConfig:
                         log_interval=1, save_interval=0, eval_interval=0, num_workers=0, grad_clip=0, weight_decay=0,
                         learning_rate=0, seed=0, lora_rank=0)
         for name, least in at_least.items():
-            if not getattr(self, name) >= least:
+            if getattr(self, name) is not None and not getattr(self, name) >= least:
                 raise UserError(f"{self.place(name)} is {getattr(self, name)}; it must be at least {least}")
         for name in ("min_lr_ratio", "warmup_ratio", "eval_fraction", "random_system_ratio", "drop_empty_think_ratio"):
             if not 0 <= getattr(self, name) <= 1:
@@ -143,6 +154,12 @@ class RunConfig:
     def row_len(self) -> int:
         """Tokens in a row: pack_len, or max_seq_len where samples are padded one by one."""
         return self.pack_len if self.packing else self.max_seq_len
+
+    @property
+    def data_names(self) -> str:
+        """The last part of each path, for tables."""
+        entries = self.data_path if isinstance(self.data_path, list) else [self.data_path]
+        return ", ".join(pathlib.Path(e["path"] if isinstance(e, dict) else e).name for e in entries)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """The preset with the run's changes and the tokenizer's vocabulary.
@@ -210,12 +227,16 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
         extra = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
         if kind is bool:
             extra, kind = {"nargs": "?", "const": True}, to_bool
+        if f.metadata["paths"]:
+            extra = {"nargs": "+"}
+        kind = auto_or_int if f.name == "num_workers" else kind
         parser.add_argument(f"--{f.name}", type=kind, default=None, help=shown.replace("%", "%%"), **extra)
     args = vars(parser.parse_args(argv))
     args.pop("local_rank")
     yaml_path = args.pop("config")
     values, given = read_yaml(yaml_path) if yaml_path else ({}, {})
     for name, value in args.items():
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value
         if value is None:
             continue
         if name in values and values[name] != value:
@@ -232,6 +253,13 @@ class OneLineParser(argparse.ArgumentParser):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {message} (--help lists the flags)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def auto_or_int(text: str) -> int | None:
+    try:
+        return None if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
 
 
 def to_bool(text: str) -> bool:
@@ -273,8 +301,10 @@ def read_yaml(path: str) -> tuple[dict, dict]:
 
 def check_type(path: str, f: dataclasses.Field, value):
     kind = value_type(f)
-    if value is None and f.default is None:
+    if (value is None and f.default is None) or (f.name == "num_workers" and value == "auto"):
         return None
+    if f.metadata["paths"]:
+        return check_paths(path, f, value)
     # YAML reads 1e-4 (without a dot) as text; the other way round, 1 is a fine float.
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
@@ -286,3 +316,22 @@ def check_type(path: str, f: dataclasses.Field, value):
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise UserError(f"{path}: {f.name} is {value!r}; choose from {', '.join(f.metadata['choices'])}")
     return value
+
+
+def check_paths(path: str, f: dataclasses.Field, value) -> str | list:
+    """A path, or a list of paths and {path, share}; a list of one plain path is that path."""
+    entries = value if isinstance(value, list) else [value]
+    for entry in entries:
+        if isinstance(entry, dict) and f.metadata["paths"] == "shares":
+            share = entry.get("share", 1)
+            number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            if not isinstance(entry.get("path"), str) or set(entry) - {"path", "share"}:
+                raise UserError(f"{path}: {f.name} holds {str(entry)[:200]!r}; an entry is a path, or {{path, share}}")
+            if not number or not 0 < share <= MOST_SHARE:
+                raise UserError(f"{path}: the share of {entry['path']} is {str(share)[:40]!r}; it must be a number "
+                                f"above 0, at most {MOST_SHARE}: how often a sample is seen in an epoch")
+        elif not isinstance(entry, str):
+            raise UserError(f"{path}: {f.name} holds {str(entry)[:200]!r}, not a path")
+    if not entries:
+        raise UserError(f"{path}: {f.name} is an empty list")
+    return entries[0] if len(entries) == 1 and isinstance(entries[0], str) else entries

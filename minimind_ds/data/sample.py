@@ -3,7 +3,7 @@
 One renderer writes MiniMind's chat format as pieces, for training and for chat prompts alike.  Each piece is either a
 control token or text, and says whether the assistant wrote it; labels follow from that and from nothing else
 (DESIGN law 1).  Ids and labels equal those of MiniMind's own SFTDataset wherever the data does not spell control
-tokens.  Where it does:
+tokens and lets every answer be learnt.  Where it does spell them:
 
 - system, user and tool text, tool definitions, names and arguments of calls: text stays text;
 - the assistant's own content and reasoning: <think>, </think>, <tool_call> and </tool_call> become the control tokens,
@@ -18,9 +18,10 @@ With a tokenizer that lacks one of these four or the tool_response pair (MiniMin
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -28,13 +29,22 @@ import torch
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.data import IGNORE
-from minimind_ds.data.conversation import Conversation, Message, parse_conversation, parse_messages
+from minimind_ds.data.conversation import (
+    Conversation,
+    Message,
+    marker_pattern,
+    only_last,
+    parse_conversation,
+    parse_messages,
+)
 from minimind_ds.data.tokenizer import Tokenizer
 
 # Part of the key of anything that keeps samples: raise it when ids or labels of the same record change.
-RENDERING = 1
-# What became of a record: kept whole, cut at max_len, too long and dropped, or left without a single label.
-FATES = ("whole", "cut", "dropped", "unlabelled")
+RENDERING = 2
+# What became of a record: kept whole, cut at max_len, too long and dropped, left without a single label, or too long
+# and kept whole as several samples (pieces_of).
+FATES = ("whole", "cut", "dropped", "unlabelled", "split")
+POLICIES = {"conversations": ("cut", "drop"), "text": ("split", "cut", "drop")}
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 _ASSISTANT_MARKERS = re.compile("(</?think>|</?tool_call>)")
 
@@ -78,22 +88,33 @@ class Sample:
 
 
 class Encoded(NamedTuple):
-    """A Sample as plain lists, for building many; labels are already shifted."""
+    """A Sample as plain lists, for building many; labels are already shifted.
+
+    lost, lost_labelled: tokens that were cut off or dropped, and how many of them the record would have had learnt.
+    """
 
     ids: list[int]
     labels: list[int]
     fate: str
+    lost: int = 0
+    lost_labelled: int = 0
 
 
 @dataclass(frozen=True)
 class Augment:
     """MiniMind's two random touches: a system prompt for conversations with neither one nor tools, and no empty think
-    blocks.  A function of (seed, epoch, index) alone, so any rank makes the same choice."""
+    blocks.  A function of (seed, epoch, index) alone, so any rank makes the same choice.
+
+    learn: "all" assistant turns, or the "last" of each conversation.  text_markers: control tokens spelled in a
+    pretraining text stay "literal" text, or become "control" tokens.
+    """
 
     seed: int
     epoch: int
     system_ratio: float = 0.2
     drop_empty_think: float = 0.8
+    learn: str = "all"
+    text_markers: str = "literal"
 
     def choose(self, conversation: Conversation, index: int) -> tuple[Conversation, bool]:
         """The conversation, perhaps with a system prompt, and whether its empty think blocks are left out."""
@@ -126,30 +147,41 @@ def build_text_sample(text: str, tok: Tokenizer, max_len: int, *, policy: str = 
     Raises:
         ValueError: bad policy or max_len.
     """
+    if policy == "split":
+        raise UserError("the policy 'split' makes several samples of a text: build_samples and pieces_of")
     return _as_sample(build_samples([text], tok, max_len, policy=policy)[0])
 
 
 def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, max_len: int, *, policy: str = "cut",
-                  augment: Augment | None = None, first_index: int = 0) -> list[Encoded]:
+                  augment: Augment | None = None, first_index: int = 0,
+                  encode_batch: Callable[[list[str]], list[list[int]]] | None = None) -> list[Encoded]:
     """build_sample for conversations and build_text_sample for strings, with one call into the tokenizer library.
 
     Meant for chunks of some thousand items; each distinct text is tokenised once.  Item i of the result is item i of
-    the input.
+    the input.  The policy "split", for texts only, keeps a long one whole for pieces_of to take apart.
+
+    Args:
+        encode_batch: does the work of tok.encode_batch.
 
     Raises:
         ValueError: as build_sample.
     """
-    if policy not in ("cut", "drop"):
-        raise UserError(f"policy is {policy!r}; it must be 'cut' or 'drop'")
+    if policy not in ("cut", "drop", "split"):
+        raise UserError(f"policy is {policy!r}; it must be 'cut', 'drop' or, for texts, 'split'")
     if max_len < 2:
         raise UserError(f"max_len is {max_len}; a sample needs at least 2 tokens")
     missing = {token for token in MARKERS if token not in tok.specials}
     rendered: list[list[Piece] | str] = []
     place: dict[str, int] = {}
+    markers = marker_pattern(tok.specials) if augment is not None and augment.text_markers == "control" else None
+    spelled: dict[str, list[str]] = {}
     for index, item in enumerate(items, first_index):
         if isinstance(item, str):
             rendered.append(item)
-            place.setdefault(item, len(place))
+            # Text and control tokens by turns.
+            spelled[item] = markers.split(item) if markers else [item]
+            for text in spelled[item][::2]:
+                place.setdefault(text, len(place))
             continue
         pieces = _pieces(item, augment, index)
         pieces = _write_out(pieces, missing) if missing else pieces
@@ -157,10 +189,13 @@ def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, ma
         for text, control, _ in pieces:
             if not control and text not in place:
                 place[text] = len(place)
-    texts = dict(zip(place, tok.encode_batch(list(place))))
+    texts = dict(zip(place, (encode_batch or tok.encode_batch)(list(place))))
     controls = {token: [i] for token, i in tok.specials.items()}
     bos, eos = [tok.bos_id], [tok.eos_id]
-    return [_text(texts[item], bos, eos, max_len, policy) if isinstance(item, str)
+    text_ids = {item: texts[item] if len(parts) == 1 else
+                [i for n, part in enumerate(parts) for i in (controls[part] if n % 2 else texts[part])]
+                for item, parts in spelled.items()}
+    return [_text(text_ids[item], bos, eos, max_len, policy) if isinstance(item, str)
             else _conversation(item, texts, controls, max_len, policy) for item in rendered]
 
 
@@ -198,7 +233,8 @@ def render(conversation: Conversation, *, add_generation_prompt: bool = False, o
         if message.role == "user" or (message.role == "system" and i):
             pieces += _turn(message.role, message.content)
         elif message.role == "assistant":
-            pieces += _assistant_turn(message, drop_empty_think)
+            turn = _assistant_turn(message, drop_empty_think)
+            pieces += turn if message.learn else [piece._replace(labelled=False) for piece in turn]
         elif message.role == "tool":
             first = i == 0 or messages[i - 1].role != "tool"
             last = i == len(messages) - 1 or messages[i + 1].role != "tool"
@@ -282,14 +318,11 @@ def _write_out(pieces: list[Piece], missing: set[str]) -> list[Piece]:
     """Control tokens the tokenizer lacks as text, joined with the text around them."""
     if not missing:
         return pieces
+    pieces = [piece._replace(control=False) if piece.text in missing else piece for piece in pieces]
     joined: list[Piece] = []
-    for piece in pieces:
-        piece = piece._replace(control=False) if piece.text in missing else piece
-        before = joined[-1] if joined else None
-        if before and not (piece.control or before.control) and piece.labelled == before.labelled:
-            joined[-1] = piece._replace(text=before.text + piece.text)
-        else:
-            joined.append(piece)
+    for (control, labelled), run in itertools.groupby(pieces, lambda piece: (piece.control, piece.labelled)):
+        stretch = list(run)
+        joined += stretch if control else [Piece("".join(piece.text for piece in stretch), False, labelled)]
     return joined
 
 
@@ -298,6 +331,8 @@ def _pieces(item: dict | Conversation, augment: Augment | None, index: int) -> l
     drop = False
     if augment is not None:
         conversation, drop = augment.choose(conversation, index)
+        if augment.learn == "last":
+            conversation = only_last(conversation)
     return render(conversation, drop_empty_think=drop)
 
 
@@ -308,26 +343,46 @@ def _conversation(pieces: list[Piece], texts: dict, controls: dict, max_len: int
         part = controls[text] if control else texts[text]
         ids += part
         labels += part if labelled else [IGNORE] * len(part)
-    fate = "whole"
+    fate, lost, lost_labelled = "whole", 0, 0
     if len(ids) > max_len:
-        if policy == "drop":
-            return Encoded([], [], "dropped")
-        fate = "cut"
-        del ids[max_len:], labels[max_len:]
+        if policy == "split":
+            raise UserError("the policy 'split' is for texts: a conversation's turns belong together")
+        fate, kept = ("dropped", 0) if policy == "drop" else ("cut", max_len)
+        lost, lost_labelled = len(ids) - kept, len(ids) - kept - labels[kept:].count(IGNORE)
+        del ids[kept:], labels[kept:]
+        if fate == "dropped":
+            return Encoded([], [], fate, lost, lost_labelled)
     # From here on labels[i] is the target of ids[i].
     del labels[0]
     labels.append(IGNORE)
     if labels.count(IGNORE) == len(labels):
         fate = "unlabelled"
-    return Encoded(ids, labels, fate)
+    return Encoded(ids, labels, fate, lost, lost_labelled)
 
 
 def _text(text_ids: list[int], bos: list[int], eos: list[int], max_len: int, policy: str) -> Encoded:
-    too_long = len(text_ids) > max_len - 2
-    if too_long and policy == "drop":
-        return Encoded([], [], "dropped")
+    lost = max(0, len(text_ids) - (max_len - 2))
+    if lost and policy == "drop":
+        # The first token is never a label.
+        return Encoded([], [], "dropped", len(text_ids) + 2, len(text_ids) + 1)
+    if lost and policy == "split":
+        ids = bos + text_ids + eos
+        return Encoded(ids, ids[1:] + [IGNORE], "split")
     ids = bos + text_ids[:max_len - 2] + eos
-    return Encoded(ids, ids[1:] + [IGNORE], "cut" if too_long else "whole")
+    return Encoded(ids, ids[1:] + [IGNORE], "cut" if lost else "whole", lost, lost)
+
+
+def pieces_of(encoded: Encoded, max_len: int) -> list[Encoded]:
+    """The samples of a text of the fate "split": of max_len tokens each, but for the last; others stay as they are.
+
+    Each piece after the first begins with the token that ended the one before, as context: together they learn every
+    token of the text but its first, each once.
+    """
+    if encoded.fate != "split":
+        return [encoded]
+    ids = encoded.ids
+    parts = [ids[start:start + max_len] for start in range(0, len(ids) - 1, max_len - 1)]
+    return [Encoded(part, part[1:] + [IGNORE], "split") for part in parts]
 
 
 def _as_sample(encoded: Encoded) -> Sample:

@@ -4,6 +4,7 @@ Generation is `transformers`' own, on the architecture a model is exported to (Q
 heard here is what an exported folder says.  The prompt is rendered by the same code as the training data.
 
     python launch/chat.py --weight out/sft --prompt "What is the opposite of hot?"
+    python launch/chat.py --weight out/pretrain --raw --prompt "The sea is"
 """
 
 from __future__ import annotations
@@ -123,8 +124,8 @@ class Stream(BaseStreamer):
     Attributes: ids (tokens so far, the stop token included), times (of the first and the latest of them).
     """
 
-    def __init__(self, tok: Tokenizer, write: Callable[[str], None], opening: str = ""):
-        self.tok, self.write, self.opening = tok, write, opening
+    def __init__(self, tok: Tokenizer, write: Callable[[str], None], opening: str = "", raw: bool = False):
+        self.tok, self.write, self.opening, self.raw = tok, write, opening, raw
         self.ids: list[int] = []
         self.times: list[float] = []
         self.written = 0
@@ -142,10 +143,11 @@ class Stream(BaseStreamer):
             return
         self.ids += value.flatten().tolist()
         self.times = [*self.times[:1], time.perf_counter()]
-        self.pass_on(visible(self.text.rstrip("\N{REPLACEMENT CHARACTER}")))
+        text = self.text.rstrip("\N{REPLACEMENT CHARACTER}")
+        self.pass_on(text if self.raw else visible(text))
 
     def end(self):
-        self.pass_on(visible(self.text, final=True))
+        self.pass_on(self.text if self.raw else visible(self.text, final=True))
 
     def pass_on(self, text: str):
         if len(text) > self.written:
@@ -176,7 +178,10 @@ def generate(model: PreTrainedModel, tok: Tokenizer, ids: list[int], sampling: S
 
 @dataclass
 class Chat:
-    """A conversation with a model.  `history` question-answer pairs go with each new question; 0: none."""
+    """A conversation with a model.  `history` question-answer pairs go with each new question; 0: none.
+
+    raw: continue plain text instead, each by itself, as pretraining showed it: a begin token, then the text.
+    """
 
     model: PreTrainedModel
     tok: Tokenizer
@@ -184,6 +189,7 @@ class Chat:
     system: str = ""
     history: int = 8
     open_thinking: bool = False
+    raw: bool = False
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     def messages(self, question: str, kept: int) -> list[dict]:
@@ -201,10 +207,13 @@ class Chat:
         """
         room = self.model.config.max_position_embeddings - self.sampling.max_new_tokens
         for kept in range(min(self.history, len(self.turns)), -1, -1):
-            ids = prompt_ids(self.messages(question, kept), self.tok, open_thinking=self.open_thinking)
+            if self.raw:
+                ids = [self.tok.bos_id, *self.tok.encode(question)]
+            else:
+                ids = prompt_ids(self.messages(question, kept), self.tok, open_thinking=self.open_thinking)
             if len(ids) <= room:
                 return ids
-        raise UserError(f"the question takes {len(ids)} tokens; with --max_new_tokens "
+        raise UserError(f"the {'text' if self.raw else 'question'} takes {len(ids)} tokens; with --max_new_tokens "
                          f"{self.sampling.max_new_tokens} there is room for {max(room, 0)}")
 
     def ask(self, question: str, write: Callable[[str], None]) -> Stream:
@@ -214,11 +223,12 @@ class Chat:
             ValueError: a question that is too long.
         """
         ids = self.prompt(question)
-        stream = Stream(self.tok, write, opening="<think>\n" if self.open_thinking else "")
+        stream = Stream(self.tok, write, opening="<think>\n" if self.open_thinking else "", raw=self.raw)
         try:
             generate(self.model, self.tok, ids, self.sampling, stream)
         finally:
-            self.turns.append((question, stream.text))
+            if not self.raw:
+                self.turns.append((question, stream.text))
         return stream
 
 

@@ -27,6 +27,8 @@ from minimind_ds.config import deepspeed_json
 from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.data import loader
+from minimind_ds.data.conversation import DataError
+from minimind_ds.data.sources import what_is_lost
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.engine import NonFinite
 from minimind_ds.distributed.world import World, read_world
@@ -74,6 +76,10 @@ def main(program: str, argv: list[str]) -> int:
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
+    except DataError as error:
+        # What was read of the data changed while the run went on; the others may wait for this one.
+        print(one_line(error), file=sys.stderr, flush=True)
+        os._exit(1)
     except (SaveFailed, OSError) as error:
         if not isinstance(error, SaveFailed) and error.errno not in DISK:
             raise
@@ -129,6 +135,8 @@ def train(prepared: PreparedRun, live: LiveRun, start: Start) -> None:
     try:
         for line in summary(prepared, start):
             metrics.say(line)
+        if metrics.empty:
+            metrics.write({"step": start.step, "epoch": start.epoch, "data": prepared.stores[0].table()})
         if start.changed:
             metrics.write({"step": start.step, "epoch": start.epoch, "changed": start.changed})
         with Watchdog(world.rank, world.size, 60 * run.hang_minutes) as live.watchdog:
@@ -172,17 +180,34 @@ def write_run_folder(prepared: PreparedRun, start: Start) -> None:
     prepared.tokenizer.save(prepared.folder / "tokenizer")
 
 
+def describe_data(prepared: PreparedRun) -> list[str]:
+    """What is trained on, and what is not, for the first lines of output."""
+    run, plan, store = prepared.run, prepared.first_plan, prepared.stores[0]
+    tokens, stats, rows = int(plan.n_tokens.sum()), store.stats, store.table()
+    path = run.data_path if len(rows) == 1 else f"{len(rows)} sources"
+    lines = [f"data: {path}: {len(store):,} samples, {tokens:,} tokens, "
+             f"{plan.n_labelled.sum() / max(tokens, 1):.0%} labelled; cut {stats['cut']}, dropped {stats['dropped']}, "
+             f"without a label {stats['unlabelled']}, malformed {stats['skipped']}"]
+    if len(rows) > 1 or rows[0]["share"] != 1:
+        lines += [f"  {row['path']}: share {row['share']:g}, {row['samples']:,} samples an epoch, "
+                  f"{row['share_of_tokens']:.1%} of the tokens, {row['share_of_labels']:.1%} of the labels"
+                  for row in rows]
+    lost = [(row["path"], what_is_lost(row["file"], run.max_seq_len, prepared.kind)) for row in rows]
+    if run.eval_path:
+        held_out = [row for part in prepared.eval_sets for row in part.store.table()]
+        lost += [(f"held out, {row['path']}", what_is_lost(row["file"], run.max_seq_len, prepared.kind))
+                 for row in held_out]
+    return lines + [f"{path}: {said}" if len(lost) > 1 else said for path, said in lost if said]
+
+
 def summary(prepared: PreparedRun, start: Start) -> list[str]:
     """What the run is, for its first lines of output."""
     run, config, plan, adapters = prepared.run, prepared.model_config, prepared.first_plan, prepared.lora
     parameters = sum(math.prod(shape) for shape in minimind.expected_shapes(config).values())
-    store, tokens, steps = prepared.stores[0], int(plan.n_tokens.sum()), len(plan)
-    stats = store.stats
+    steps = len(plan)
     lines = [*prepared.notes, *start.notes,
              f"model: {run.preset}, {parameters / 1e6:.1f} M parameters; tokenizer: {prepared.tokenizer.name}",
-             f"data: {run.data_path}: {len(store.lengths):,} samples, {tokens:,} tokens, "
-             f"{plan.n_labelled.sum() / max(tokens, 1):.0%} labelled; cut {stats['cut']}, dropped {stats['dropped']}, "
-             f"without a label {stats['unlabelled']}, malformed {stats['skipped']}",
+             *describe_data(prepared),
              f"rows: {plan.n_rows:,} of {run.row_len} tokens, {plan.fill:.2%} full",
              f"kernels: {prepared.kernels.reason}",
              f"engine: {deepspeed_json.describe(prepared.ds, prepared.dims)}; {prepared.world.size} ranks x "
@@ -222,7 +247,7 @@ def run_plan(prepared: PreparedRun, live: LiveRun, start: Start, metrics: Metric
                 if stats.note:
                     metrics.say(f"{'skipped: ' if stats.skipped else ''}{stats.note}")
                 at_end = epoch_step + 1 == last
-                if prepared.eval_plan and (step % run.eval_interval == 0 if run.eval_interval else at_end):
+                if prepared.eval_sets and (step % run.eval_interval == 0 if run.eval_interval else at_end):
                     metrics.write({"step": step, "epoch": epoch, **evaluate(prepared, live)})
                 # At the very end finishing takes no longer than a checkpoint.
                 stopping = stats.stop_requested and step != prepared.total_steps

@@ -32,13 +32,13 @@ def flops_per_token(config: ModelConfig, mean_keys: float) -> float:
 
 
 def keep_until(path: pathlib.Path, step: int) -> None:
-    """Drop the lines of a metrics file that a resumed run will write again, and a torn last line."""
+    """Drop the lines of a metrics file that a resumed run will write again, and a torn last line; all at step 0."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
+            if step and json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             # Killed while writing this line: the step is run again.
@@ -57,11 +57,12 @@ class Metrics:
     """
 
     def __init__(self, folder: pathlib.Path, *, step: int, total_steps: int, run, rank: int, resolved: dict):
-        self.rank = rank
+        self.rank, self.empty = rank, False
         if rank != 0:
             return
         path = folder / "metrics.jsonl"
         keep_until(path, step)
+        self.empty = not path.exists() or not path.stat().st_size
         self.file = path.open("a", encoding="utf-8")
         self.log_interval = run.log_interval
         self.total_steps = total_steps

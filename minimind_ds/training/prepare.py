@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -23,6 +24,9 @@ from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import RunConfig, parse_run_config
 from minimind_ds.convert import weight_files
 from minimind_ds.data import loader
+from minimind_ds.data.conversation import notes as data_notes
+from minimind_ds.data.sample import POLICIES
+from minimind_ds.data.sources import Mixture, Source, expand, mix, whole_passes
 from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.distributed import sequence_parallel
@@ -36,9 +40,18 @@ from minimind_ds.resilience import restarts
 
 PROGRAMS = {
     "sft": {"data_path": str(EXAMPLES / "sft_train.jsonl"), "save_weight": "sft"},
-    "pretrain": {"data_path": str(EXAMPLES / "pretrain.jsonl"), "save_weight": "pretrain"},
+    "pretrain": {"data_path": str(EXAMPLES / "pretrain.jsonl"), "save_weight": "pretrain",
+                 "too_long": "split"},
 }
 KINDS = {"sft": "conversations", "pretrain": "text"}
+
+
+class EvalSet(NamedTuple):
+    """The held-out samples of one source."""
+
+    name: str
+    store: Mixture
+    plan: loader.EpochPlan
 
 
 @dataclass(frozen=True)
@@ -50,15 +63,15 @@ class PreparedRun:
     dims: ParallelDims
     tokenizer: Tokenizer
     model_config: ModelConfig
-    stores: list[TokenStore]
-    eval_store: TokenStore | None
+    stores: list[Mixture]
+    eval_sets: tuple[EvalSet, ...]
     first_plan: loader.EpochPlan
-    eval_plan: loader.EpochPlan | None
     ds: dict
     kernels: kernels.KernelSelection
     start_weights: dict | None
     notes: tuple[str, ...]
     lora: Lora | None = None
+    kind: str = "conversations"
 
     @property
     def stage(self) -> int:
@@ -116,7 +129,8 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     model_config = run.model_config(tokenizer.vocab_size)
     run, lora = choose_lora(run, model_config)
     check_writable(pathlib.Path(run.save_dir))
-    stores, eval_store = open_data(KINDS[program], run, tokenizer)
+    stores, held_out = open_data(KINDS[program], run, tokenizer, progress=world.rank == 0)
+    notes += data_notes(stores[0].stats, run.text_markers)
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
     dims = sequence_parallel.read_dims(run.deepspeed, raw, world.size)
     ranks = max(1, world.size // dims.sequence)
@@ -130,14 +144,16 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     selection = kernels.resolve(spec, world.device, DTYPES[run.dtype], kernel_requirements(model_config))
     check_machine(run, ds, world)
     plan = plan_epoch(stores[0], run, ranks, 0)
-    eval_plan = eval_store and plan_epoch(eval_store, run, ranks, 0)
+    eval_sets = tuple(EvalSet(name, part, plan_epoch(part, run, ranks, 0)) for name, part in
+                      (held_out.parts() if held_out else ()))
     start_weights = None
     if run.from_weight != "none":
         start_weights = weight_files.load_weights(run.from_weight, model_config)
     if lora is not None:
         lora = replace(lora, base=fingerprint(start_weights))
-    prepared = PreparedRun(run, world, dims, tokenizer, model_config, stores, eval_store, plan, eval_plan, ds,
-                           selection, start_weights, tuple(notes), lora)
+    prepared = PreparedRun(run, world, dims, tokenizer, model_config, stores, eval_sets, plan, ds, selection,
+                           start_weights, tuple(notes), lora,
+                           KINDS[program])
     if "scheduler" in raw:
         ds, _ = deepspeed_json.resolve(raw, run, model_config, ranks=ranks, total_steps=prepared.total_steps)
         prepared = replace(prepared, ds=ds)
@@ -236,30 +252,43 @@ def check_writable(folder: pathlib.Path) -> None:
         raise UserError(f"cannot write to --save_dir {folder}: {error.strerror}") from None
 
 
-def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer) -> tuple[list[TokenStore], TokenStore | None]:
-    """The tokenised training set of each epoch, and the held-out set or None.
+def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer, *,
+              progress: bool = False) -> tuple[list[Mixture], Mixture | None]:
+    """The training samples of each epoch, and the held-out ones or None.
 
-    Epochs share one store unless an option draws anew each epoch.
+    Epochs share one set unless a share or an option draws anew each epoch.
     """
-    common = dict(kind=kind, max_seq_len=run.max_seq_len, policy=run.too_long, on_bad_record=run.on_bad_record,
-                  cache_dir=run.cache_dir, workers=run.num_workers)
+    if run.too_long not in POLICIES[kind]:
+        raise UserError(f"{run.place('too_long')} is {run.too_long}: a conversation's turns belong together; choose "
+                        f"from {', '.join(POLICIES[kind])}")
+    sources, held_sources = expand(run.data_path), expand(run.eval_path) if run.eval_path else []
+
+    def opened(sources: list[Source], options: dict) -> list[TokenStore]:
+        return [open_or_build(source.path, tokenizer, kind=kind, max_seq_len=run.max_seq_len, policy=run.too_long,
+                              on_bad_record=run.on_bad_record, cache_dir=run.cache_dir, workers=run.num_workers,
+                              options=options, progress=progress) for source in sources]
+
+    fixed = dict(learn=run.learn, text_markers=run.text_markers)
     drawn = run.random_system_ratio > 0 or run.drop_empty_think_ratio > 0
     options = dict(random_system_ratio=run.random_system_ratio, drop_empty_think_ratio=run.drop_empty_think_ratio,
                    seed=run.seed)
-    stores = [open_or_build(run.data_path, tokenizer, **common, options={**options, "epoch": epoch} if drawn else {})
-              for epoch in range(run.epochs if drawn else 1)]
-    if not drawn:
-        stores *= run.epochs
-    eval_store = None
-    if run.eval_path:
-        eval_store = open_or_build(run.eval_path, tokenizer, **common, options={})
-    elif run.eval_fraction:
-        eval_store = stores[0].split(run.eval_fraction, run.seed)[1]
-        stores = [store.split(run.eval_fraction, run.seed)[0] for store in stores]
-    return stores, eval_store
+    of_epochs = [opened(sources, {**fixed, **options, "epoch": epoch} if drawn else fixed)
+                 for epoch in range(run.epochs if drawn else 1)]
+    held_stores = opened(held_sources, fixed)
+    if run.eval_fraction and not held_sources:
+        split = [[store.split(run.eval_fraction, run.seed) for store in stores] for stores in of_epochs]
+        of_epochs = [[train for train, _ in stores] for stores in split]
+        held_sources, held_stores = sources, [held for _, held in split[0]]
+    held_out = None
+    if held_sources:
+        held_out = mix([replace(source, share=1.0) for source in held_sources], held_stores, run.seed, 0)
+    once = len(of_epochs) == 1 and whole_passes(sources)
+    epochs = [mix(sources, of_epochs[min(epoch, len(of_epochs) - 1)], run.seed, epoch)
+              for epoch in range(1 if once else run.epochs)]
+    return epochs * run.epochs if once else epochs, held_out
 
 
-def plan_epoch(store: TokenStore, run: RunConfig, ranks: int, epoch: int) -> loader.EpochPlan:
+def plan_epoch(store: Mixture, run: RunConfig, ranks: int, epoch: int) -> loader.EpochPlan:
     return loader.epoch_plan(store.lengths, store.labelled, pack_len=run.row_len,
                              rows_per_step=run.batch_size * run.accumulation_steps * ranks, seed=run.seed,
                              epoch=epoch, packing=run.packing)

@@ -18,6 +18,7 @@ from minimind_ds.checkpoint import reshape
 from minimind_ds.config import deepspeed_json
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import MAY_CHANGE, MUST_STAY
+from minimind_ds.data.sources import content_change
 from minimind_ds.resilience import restarts
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.prepare import PreparedRun
@@ -142,6 +143,9 @@ def refuse_changes(then: dict, now: dict, path) -> None:
     """Raises ValueError, naming the first of `now`'s facts that was another `then`."""
     # The model first: of everything that differs it explains the most.
     for name in sorted(now, key=lambda n: not n.startswith("model.")):
+        if name == "data" and then.get(name) != now[name]:
+            raise UserError(f"cannot resume from {path}: {content_change(then.get(name), now[name])}; --from_resume "
+                            "none starts over, another --save_dir keeps both")
         if then.get(name) != now[name]:
             raise UserError(f"cannot resume from {path}: its {name.removeprefix('model.')} is {then.get(name)!r}, "
                              f"this run's is {now[name]!r}; --from_resume none starts over, another --save_dir "

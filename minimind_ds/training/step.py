@@ -208,9 +208,7 @@ def samples_of(prepared: PreparedRun, plan: loader.EpochPlan, at: Position) -> s
 
 def named(prepared: PreparedRun, at: Position, rows: list) -> str:
     """'lines 3, 17 of data.jsonl' for lists of lists of sample indices."""
-    lines = sorted({int(prepared.stores[at.epoch].lines[i]) for part in rows for row in part for i in row})
-    more = f" and {len(lines) - 20} more" if len(lines) > 20 else ""
-    return f"lines {', '.join(map(str, lines[:20]))}{more} of {prepared.run.data_path}"
+    return prepared.stores[at.epoch].where(i for part in rows for row in part for i in row)
 
 
 def blame(prepared: PreparedRun, plan: loader.EpochPlan, at: Position, micro_losses: list[torch.Tensor]) -> str:
@@ -225,18 +223,21 @@ def blame(prepared: PreparedRun, plan: loader.EpochPlan, at: Position, micro_los
 
 @torch.no_grad()
 def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
-    """Loss per labelled token over the held-out set, all ranks."""
-    run, world, plan = prepared.run, prepared.world, prepared.eval_plan
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    """Loss per labelled token over the held-out samples, and of each source where there are several; all ranks."""
+    run, world, sets = prepared.run, prepared.world, prepared.eval_sets
+    sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=world.device)
     live.engine.eval()
-    for epoch_step in range(len(plan)):
-        live.beat(f"evaluation, step {epoch_step + 1} of {len(plan)}")
-        for micro in range(run.accumulation_steps):
-            rows = my_rows(prepared, plan, epoch_step, micro)
-            batch = my_share(prepared, loader.load_micro_batch(prepared.eval_store, rows, run.row_len,
-                                                               prepared.tokenizer.pad_id))
-            out = live.engine(batch.to(world.device))
-            sums += torch.tensor([float(out.loss_sum), out.n_labelled], device=world.device)
+    for number, (name, store, plan) in enumerate(sets):
+        for epoch_step in range(len(plan)):
+            live.beat(f"evaluation of {name}, step {epoch_step + 1} of {len(plan)}")
+            for micro in range(run.accumulation_steps):
+                rows = my_rows(prepared, plan, epoch_step, micro)
+                batch = my_share(prepared, loader.load_micro_batch(store, rows, run.row_len,
+                                                                   prepared.tokenizer.pad_id))
+                out = live.engine(batch.to(world.device))
+                sums[number] += torch.tensor([float(out.loss_sum), out.n_labelled], device=world.device)
     dist.all_reduce(sums)
     live.engine.train()
-    return {"eval_loss": (sums[0] / sums[1]).item(), "eval_tokens": int(sums[1])}
+    loss, tokens = sums.sum(0).tolist()
+    of_sources = {f"eval_loss/{part.name}": loss / tokens for part, (loss, tokens) in zip(sets, sums.tolist())}
+    return {"eval_loss": loss / tokens, "eval_tokens": int(tokens), **(of_sources if len(sets) > 1 else {})}

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import OneLineParser, parse_run_config
 from minimind_ds.data.conversation import file_kind
+from minimind_ds.data.sources import expand
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import World, read_world
 from minimind_ds.io import write_file
@@ -57,7 +58,7 @@ def prepare_run(argv: list[str], world: World) -> tuple[PreparedRun, str]:
     Bad records are counted here, where training would stop, unless the run says otherwise.
     """
     run = parse_run_config(argv, "sft", PROGRAMS["sft"])
-    kind = file_kind(run.data_path)
+    kind = file_kind(expand(run.data_path)[0].path)
     skip = [] if "on_bad_record" in run.given else ["--on_bad_record", "skip"]
     return prepare("pretrain" if kind == "text" else "sft", [*argv, *skip], world), kind
 

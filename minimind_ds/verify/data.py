@@ -9,13 +9,14 @@ answer and `<|im_end|>` ends it.  The renderer, which labels by who wrote a piec
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 
 from minimind_ds.data import IGNORE
-from minimind_ds.data.conversation import Conversation, read_records
+from minimind_ds.data.conversation import SILENT, Conversation, notes, only_last, read_records
 from minimind_ds.data.packing import permutation
-from minimind_ds.data.store import TokenStore
+from minimind_ds.data.sources import Mixture, what_is_lost
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.training.prepare import PreparedRun
 
@@ -27,7 +28,7 @@ SHOWN_TOKENS = 160
 GREEN, PLAIN = "\x1b[32m", "\x1b[0m"
 
 
-def some(store: TokenStore, most: int, seed: int) -> np.ndarray:
+def some(store: Mixture, most: int, seed: int) -> np.ndarray:
     """Indices of at most so many samples, drawn by the seed, in the file's order."""
     return np.sort(permutation(len(store), seed, 8)[:most])
 
@@ -43,30 +44,33 @@ def marks(tok: Tokenizer) -> tuple[int, int, list[int], list[int]]:
     return tok.special_id("<|im_start|>"), tok.special_id("<|im_end|>"), tok.encode("assistant\n"), tok.encode("\n")
 
 
-def answers(ids: np.ndarray, tok: Tokenizer) -> tuple[np.ndarray, int, int]:
-    """The tokens of a conversation that the assistant wrote, by control tokens alone.
+def answers(ids: np.ndarray, tok: Tokenizer) -> list[tuple[slice, bool]]:
+    """The answers of a conversation, by control tokens alone.
 
     Returns:
-        (T,) bool, the stop token and the newline after it included; how many answers begin; how many end.
+        of each that has a token its tokens, the stop token and the newline after it included, and whether it ends.
     """
     start, stop, header, newline = marks(tok)
-    mine, begun, ended = np.zeros(len(ids), dtype=bool), 0, 0
+    found = []
     stops = np.flatnonzero(ids == stop)
     for at in np.flatnonzero(ids == start).tolist():
         first = at + 1 + len(header)
         if ids[at + 1:first].tolist() != header:
             continue
-        begun += first < len(ids)
         later = stops[stops >= first]
-        ended += len(later) > 0
-        mine[first:(later[0] + 1 + len(newline)) if len(later) else len(ids)] = True
-    return mine, begun, ended
+        end = min(int(later[0]) + 1 + len(newline), len(ids)) if len(later) else len(ids)
+        if first < len(ids):
+            found.append((slice(first, end), len(later) > 0))
+    return found
 
 
 def labels_law(prepared: PreparedRun, kind: str) -> list[Check]:
-    """labels[i] is the sample's next token; exactly what the assistant wrote is learnt, the stop token with it."""
+    """labels[i] is the sample's next token; exactly what the assistant wrote is learnt, the stop token with it.
+
+    Where the file or --learn leaves answers out, an answer may be without any label; silent_answers compares those.
+    """
     store, tok = prepared.stores[0], prepared.tokenizer
-    stop = tok.special_id("<|im_end|>")
+    stop, leaves_out = tok.special_id("<|im_end|>"), store.stats.get(SILENT, 0) > 0 or prepared.run.learn == "last"
     not_next = outside = missing = no_stop = 0
     indices = some(store, MOST_SAMPLES, prepared.run.seed)
     for index in indices:
@@ -77,8 +81,12 @@ def labels_law(prepared: PreparedRun, kind: str) -> list[Check]:
         told = learnt(labels)
         mine = np.arange(len(ids)) > 0
         if kind == "conversations":
-            mine, _, ended = answers(ids, tok)
-            no_stop += ended - int((told & mine & (ids == stop) & (labels_before(labels) == stop)).sum())
+            mine = np.zeros(len(ids), dtype=bool)
+            for answer, ended in answers(ids, tok):
+                if leaves_out and not told[answer].any():
+                    continue
+                mine[answer] = True
+                no_stop += ended and not (told & (ids == stop) & (labels_before(labels) == stop))[answer].any()
         outside, missing = outside + int((told & ~mine).sum()), missing + int((mine & ~told).sum())
     n = f"of {len(indices):,} samples"
     found = [Check("labels", f"labels {n} that are not the sample's next token", not_next, 0)]
@@ -87,7 +95,7 @@ def labels_law(prepared: PreparedRun, kind: str) -> list[Check]:
     return [*found, Check("labels", f"labels {n} outside the assistant's turns", outside, 0),
             Check("labels", f"the assistant's tokens {n} without a label", missing, 0),
             Check("labels", f"finished answers {n} whose stop token has no label", no_stop, 0),
-            Check("labels", *lost_answers(prepared))]
+            *(Check("labels", *found) for found in compared_with_file(prepared))]
 
 
 def labels_before(labels: np.ndarray) -> np.ndarray:
@@ -95,24 +103,29 @@ def labels_before(labels: np.ndarray) -> np.ndarray:
     return np.concatenate(([IGNORE], labels[:-1]))
 
 
-def lost_answers(prepared: PreparedRun) -> tuple[str, int, int]:
-    """Answers of the first records whose text is not in the text of their labels: what, how many, none allowed."""
-    store, lost, seen = prepared.stores[0], 0, 0
-    index_of = {int(line): index for index, line in enumerate(store.lines)}
-    for number, (line, item) in enumerate(read_records(prepared.run.data_path, "conversations", "skip")):
-        if number >= MOST_RECORDS:
-            break
-        index = index_of.get(line)
-        if index is None or store.lengths[index] >= prepared.run.max_seq_len:
-            continue
-        assert isinstance(item, Conversation)
-        ids, labels = store.read([index])
-        text = prepared.tokenizer.decode(labels[labels != IGNORE].tolist())
-        for message in item.messages:
-            if message.role == "assistant":
-                seen += 1
-                lost += message.content.rpartition("</think>")[2].strip("\n") not in text
-    return f"of {seen:,} answers in the file, those that are not in the labels' text", lost, 0
+def compared_with_file(prepared: PreparedRun) -> list[tuple[str, int, int]]:
+    """Of the first records, answers whose text is not in the text of their labels, and answers that are learnt though
+    the file or --learn leaves them out, or the other way round: what, how many, none allowed."""
+    lost = seen = wrong = 0
+    for _, store in prepared.stores[0].parts():
+        index_of = {int(line): index for index, line in enumerate(store.lines)}
+        records = read_records(store.sources[0].path, "conversations", "skip")
+        for line, item in itertools.islice(records, MOST_RECORDS):
+            index = index_of.get(line)
+            if index is None or store.lengths[index] >= prepared.run.max_seq_len:
+                continue
+            assert isinstance(item, Conversation)
+            ids, labels = store.read([index])
+            item = only_last(item) if prepared.run.learn == "last" else item
+            text, told = prepared.tokenizer.decode(labels[labels != IGNORE].tolist()), learnt(labels)
+            own = [message for message in item.messages if message.role == "assistant"]
+            lost += sum(message.content.rpartition("</think>")[2].strip("\n") not in text for message in own
+                        if message.learn)
+            flags = [bool(told[answer].any()) for answer, _ in answers(ids, prepared.tokenizer)]
+            wrong += sum(a != b.learn for a, b in zip(flags, own)) + abs(len(flags) - len(own))
+            seen += len(own)
+    return [(f"of {seen:,} answers in the file, those that are not in the labels' text", lost, 0),
+            (f"of {seen:,} answers in the file, those learnt or left out against its word", wrong, 0)]
 
 
 def statistics(prepared: PreparedRun, kind: str) -> dict:
@@ -136,17 +149,18 @@ def statistics(prepared: PreparedRun, kind: str) -> dict:
                        "p95": float(np.percentile(lengths, 95)), "max": int(lengths.max())},
             "rows": plan.n_rows, "row_length": prepared.run.row_len, "packing_fill": plan.fill, "steps": len(plan),
             "cut": stats["cut"], "dropped": stats["dropped"], "without_label": stats["unlabelled"],
-            "bad_records": stats["skipped"], "looked_at": len(indices), "duplicates": twice,
-            "stop_never_labelled": unstopped, "cut_inside_answer": cut_answers}
+            "bad_records": stats["skipped"], "notes": notes(stats, prepared.run.text_markers),
+            SILENT: stats.get(SILENT, 0), "looked_at": len(indices), "duplicates": twice,
+            "stop_never_labelled": unstopped, "cut_inside_answer": cut_answers,
+            "sources": store.table()}
 
 
 def answer_is_open(ids: np.ndarray, tok: Tokenizer) -> bool:
-    _, begun, ended = answers(ids, tok)
-    return begun > ended
+    return not all(ended for _, ended in answers(ids, tok))
 
 
 def describe(stats: dict) -> list[str]:
-    length = stats["length"]
+    length, sources = stats["length"], stats["sources"]
     return [f"data: {stats['path']}: {stats['samples']:,} samples, {stats['tokens']:,} tokens, "
             f"{stats['labelled_share']:.1%} labelled",
             f"lengths: {length['min']} to {length['max']} tokens, mean {length['mean']:.0f}, median "
@@ -154,7 +168,11 @@ def describe(stats: dict) -> list[str]:
             f"rows: {stats['rows']:,} of {stats['row_length']} tokens, {stats['packing_fill']:.2%} full; "
             f"{stats['steps']:,} steps an epoch",
             f"cut {stats['cut']:,}, dropped {stats['dropped']:,}, without a label {stats['without_label']:,}, bad "
-            f"records {stats['bad_records']:,}"]
+            f"records {stats['bad_records']:,}",
+            *([f"{'source':<24} {'share':>6} {'samples':>9} {'of tokens':>9} {'of labels':>9}"] if len(sources) > 1
+              else []),
+            *(f"{row['name'][-24:]:<24} {row['share']:>6g} {row['samples']:>9,} {row['share_of_tokens']:>9.1%} "
+              f"{row['share_of_labels']:>9.1%}" for row in sources if len(sources) > 1)]
 
 
 def warnings(prepared: PreparedRun, stats: dict, kind: str) -> list[str]:
@@ -162,14 +180,19 @@ def warnings(prepared: PreparedRun, stats: dict, kind: str) -> list[str]:
     run, tok, n = prepared.run, prepared.tokenizer, stats["looked_at"]
     lines = []
     if stats["bad_records"]:
-        records = read_records(run.data_path, kind, "skip")
+        bad = next(source.path for source, store in zip(prepared.stores[0].sources, prepared.stores[0].stores)
+                   if store.stats["skipped"])
+        records = read_records(bad, kind, "skip")
         for _ in records:
             pass
         lines.append(f"{stats['bad_records']:,} bad records, the first: {records.first_skipped}; training stops there "
                      "unless --on_bad_record skip")
+    for row in stats["sources"]:
+        if row["file"]["lost_tokens"]:
+            lines.append(f"{row['path']}: {what_is_lost(row['file'], run.max_seq_len, kind)}")
     if stats["without_label"]:
         lines.append(f"{stats['without_label']:,} records have no label and are left out: their answer begins after "
-                     f"--max_seq_len {run.max_seq_len}, or is empty")
+                     f"--max_seq_len {run.max_seq_len}, is empty, or may not be learnt")
     if stats["cut_inside_answer"]:
         lines.append(f"{stats['cut_inside_answer']:,} of {n:,} samples are cut inside an answer at --max_seq_len "
                      f"{run.max_seq_len}; raise it, or --too_long drop leaves them out")
@@ -195,7 +218,8 @@ def show(prepared: PreparedRun, count: int, *, color: bool) -> list[str]:
     before, after = (GREEN, PLAIN) if color else ("[", "]")
     for index in some(store, count, prepared.run.seed):
         ids, labels = store.read([int(index)])
-        lines.append(f"--- line {store.lines[index]}: {len(ids)} tokens, {(labels != IGNORE).sum()} labelled")
+        of = f" of {store.sources[int(store.source_of([index])[0])].path}" if len(store.sources) > 1 else ""
+        lines.append(f"--- line {store.lines[index]}{of}: {len(ids)} tokens, {(labels != IGNORE).sum()} labelled")
         told, text = learnt(labels), ""
         bounds = [0, *(np.flatnonzero(np.diff(told.astype(np.int8))) + 1).tolist(), len(ids)]
         for first, end in zip(bounds, bounds[1:]):

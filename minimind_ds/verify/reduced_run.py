@@ -20,7 +20,7 @@ from minimind_ds.config.precision import DTYPES
 from minimind_ds.convert import minimind
 from minimind_ds.data.packing import permutation
 from minimind_ds.data.sample import Sample
-from minimind_ds.data.store import TokenStore
+from minimind_ds.data.sources import Mixture
 from minimind_ds.model.decoder import MiniMindForCausalLM, kernel_requirements
 from minimind_ds.training.build import build_model
 from minimind_ds.training.prepare import PreparedRun, plan_epoch
@@ -56,7 +56,7 @@ def cut_down(config: ModelConfig, most: float) -> tuple[ModelConfig, str | None]
     return small, f"{said}: {count(small) / 1e6:.1f} M parameters instead of {count(config) / 1e6:.1f} M"
 
 
-def choose_samples(store: TokenStore, *, tokens: int, longest: int, seed: int) -> TokenStore:
+def choose_samples(store: Mixture, *, tokens: int, longest: int, seed: int) -> Mixture:
     """Samples of about so many tokens together: drawn from those short enough, or the shortest four."""
     fitting = np.flatnonzero(store.lengths <= longest)
     if len(fitting) < 4:
@@ -76,7 +76,7 @@ class ReducedRun:
     prepared: PreparedRun
     config: ModelConfig
     cut: str | None
-    store: TokenStore
+    store: Mixture
     row_len: int
     spec: str
     spec32: str
@@ -100,7 +100,7 @@ class ReducedRun:
         stores = [self.store] * STEPS
         return dataclasses.replace(
             prepared, run=run, ds=ds, model_config=dataclasses.replace(self.config, **dropout), stores=stores,
-            eval_store=None, eval_plan=None, first_plan=plan_epoch(self.store, run, prepared.rows_ranks, 0),
+            eval_sets=(), first_plan=plan_epoch(self.store, run, prepared.rows_ranks, 0),
             lora=adapters,
             start_weights=None if self.cut else prepared.start_weights, notes=())
 

@@ -86,8 +86,8 @@ def test_the_program_says_that_it_reshapes_and_goes_on_from_the_checkpoint(resum
     line = next(line for line in said.splitlines() if "resuming from" in line)
     assert line.endswith("step_00000002 after step 2, written on 2 ranks at ZeRO stage 2; now 1 rank at stage 3: "
                          "reshaped")
-    whole, rest = ([json.loads(line) for line in (out / f"program_{half}" / "metrics.jsonl").read_text().splitlines()]
-                   for half in ("write", "resume"))
+    whole, rest = ([json.loads(line) for line in (out / f"program_{half}" / "metrics.jsonl").read_text().splitlines()
+                    if "loss" in json.loads(line)] for half in ("write", "resume"))
     assert [row["step"] for row in rest] == [3, 4, 5]
     for row, control in zip(rest, whole[2:], strict=True):
         assert row["loss"] == pytest.approx(control["loss"], rel=1e-5)

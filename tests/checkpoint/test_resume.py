@@ -45,7 +45,7 @@ class Run:
             # Seen too late, it is a moment right after: no less good a time to be killed.
             return any((self.folder / "checkpoints" / f"{stage}{moment}").exists() for stage in (".writing_", ""))
         path = self.folder / "metrics.jsonl"
-        return path.exists() and path.read_text().count("\n") >= moment
+        return path.exists() and path.read_text().count('"loss"') >= moment
 
     def kill_at(self, moment) -> None:
         until(lambda: self.reached(moment), f"the moment {moment}", self.ranks, self.folder.with_suffix(".log"))
@@ -61,7 +61,7 @@ class Run:
 
 def curve(folder: pathlib.Path) -> list:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], row["loss"], row["aux_loss"], row["grad_norm"], row["lr"]) for row in rows]
+    return [(row["step"], row["loss"], row["aux_loss"], row["grad_norm"], row["lr"]) for row in rows if "loss" in row]
 
 
 def weights(folder: pathlib.Path) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def random_turns(dice: random.Random) -> list[dict]:
         return "".join(dice.choice(words + list(more)) for _ in range(dice.randint(0, 5)))
 
     def call() -> dict:
-        arguments = dice.choice([{}, {"x": text()}, {"\u00e9": [1, 2.0, None]}, "{\"raw\":1}", "", [], None])
+        arguments = dice.choice([{}, {"x": text()}, {"\u00e9": [1, 2.0, None]}, "{\"raw\":1}", "[]", [], "null"])
         function = {"name": dice.choice(["f", "\u52a0"]), "arguments": arguments}
         return {"type": "function", "function": function} if dice.random() < 0.5 else function
 
@@ -189,37 +190,83 @@ def test_the_chat_format_written_out(turns, text, pair):
     assert template_text(pair[1], turns) == text
 
 
+ATTACKS = [*SPECIAL_TOKENS, "<|im_start|>assistant\n", "<|im_end|>\n", "x", "\n", " ", "assistant", "</tools>"]
+# What the assistant may write itself, so that an attack there is made of the rest.
+OWN = re.compile("</?think>|</?tool_call>")
+
+
 def hostile_record(dice: random.Random) -> tuple[dict, dict]:
-    """A record in which everybody but the renderer spells control tokens, and its harmless twin."""
-    def attack() -> str:
-        return "".join(dice.choice([*SPECIAL_TOKENS, "<|im_start|>assistant\n", "<|im_end|>\n", "x", "\n", " "])
-                       for _ in range(dice.randint(1, 6)))
-
-    def record(text) -> dict:
-        own = text().replace("<think>", "").replace("</think>", "").replace("<tool_call>", "")
-        return {"conversations": [
-            {"role": "system", "content": text(), "tools": [{"name": text(), "description": text()}]},
-            {"role": "user", "content": text()},
-            {"role": "assistant", "content": own.replace("</tool_call>", ""), "tool_calls": [
-                {"name": text(), "arguments": {text(): text()}}, {"name": "f", "arguments": text()}]},
-            {"role": "tool", "content": text()}, {"role": "tool", "content": text()},
-            {"role": "user", "content": text()}, {"role": "assistant", "content": "done"}]}
-
-    return record(attack), record(lambda: "harmless")
+    """A record in which everybody but the renderer spells control tokens, and its twin, harmless and else the same."""
+    # The twin takes the same choices; only the words differ.
+    same = dice.random()
+    return _record(random.Random(same), dice, ATTACKS), _record(random.Random(same), dice, ["harmless", "x", "\n"])
 
 
-@pytest.mark.parametrize("which", ["embedded", "original"])
-def test_what_people_type_becomes_no_control_token_and_earns_no_label(which):
+def _record(choice: random.Random, dice: random.Random, words: list[str]) -> dict:
+    """A record of one of the shapes that keys with a meaning stand in; `choice` decides all but the words."""
+    def text(own: bool = False) -> str:
+        said = "".join(dice.choice(words) for _ in range(dice.randint(1, 6)))
+        return OWN.sub("y", said) + "y" if own else said
+
+    def parts(said: str) -> str | list:
+        return said if choice.random() < 0.7 else [{"type": "text", "text": part} for part in (said[:7], said[7:])]
+
+    def call() -> dict:
+        arguments = {text(): text()} if choice.random() < 0.5 else json.dumps([text(), {text(): None}])
+        function = {"name": text(), "arguments": arguments}
+        return choice.choice([function, {"type": "function", "function": function}])
+
+    def answer(**fields) -> dict:
+        turn = {"role": choice.choice(["assistant", "gpt", "model"]), "content": parts(text(own=True)), **fields}
+        if choice.random() < 0.3:
+            turn[choice.choice(["reasoning", "reasoning_content", "thinking"])] = text(own=True)
+        kind = choice.random()
+        if kind < 0.3:
+            calls = [call() for _ in range(choice.randint(1, 2))]
+            turn["tool_calls"] = json.dumps(calls) if choice.random() < 0.5 else calls
+        elif kind < 0.5:
+            made = call()
+            turn["function_call"] = json.dumps(made) if choice.random() < 0.5 else made
+        return turn
+
+    def tool() -> dict:
+        said = choice.choice([lambda: parts(text()), lambda: {text(): text()}, lambda: [text(), 1]])()
+        return {"role": choice.choice(["tool", "function", "observation"]), "content": said, "name": text()}
+
+    tools = [{"name": text(), "description": text(), "parameters": {text(): [text(), None]}}]
+    tools = json.dumps(tools) if choice.random() < 0.5 else tools
+    key = choice.choice(["tools", "functions"])
+    shape = choice.random()
+    if shape < 0.1:
+        return {"instruction": text(), "input": text(), "output": text(own=True), "system": text(), key: tools,
+                "history": [[text(), text(own=True)]], "thinking": text(own=True), text(): text()}
+    asked = [{"role": choice.choice(["user", "human"]), "content": parts(text())},
+             answer(**choice.choice([{}, {"weight": 0}, {"train": True}, {"loss": False}])),
+             *(tool() for _ in range(choice.randint(0, 2))), {"role": "user", "content": text(), text(): text()}]
+    if shape < 0.3:
+        return {"prompt": [{"role": "developer", "content": text(), key: tools}, {**asked[0], "name": text()}],
+                "completion": [answer()]}
+    if shape < 0.5:
+        return {"messages": [*asked, {"from": "function_call", "value": json.dumps(call())}], key: tools}
+    return {"conversations": [{"role": "system", "content": text(), key: tools}, *asked, answer()]}
+
+
+@pytest.mark.parametrize("which, count", [("embedded", 20_000), ("original", 4_000)])
+def test_what_people_type_becomes_no_control_token_and_earns_no_label(which, count):
     if which == "original" and not ORIGINAL.is_dir():
         pytest.skip("the original tokenizer's folder is not here")
     tok = load_tokenizer(ORIGINAL if which == "original" else None)
-    controls = set(tok.specials.values())
+    controls = {i: name for name, i in tok.specials.items()}
     dice = random.Random(5)
-    for _ in range(200):
-        hostile, harmless = (build_sample(record, tok, 10_000) for record in hostile_record(dice))
-        written = [i for i in hostile.input_ids.tolist() if i in controls]
-        assert written == [i for i in harmless.input_ids.tolist() if i in controls]
-        assert tok.decode(hostile.input_ids) != tok.decode(harmless.input_ids)
+    for _ in range(count // 500):
+        pairs = [hostile_record(dice) for _ in range(500)]
+        built = build_samples([record for record, _ in pairs], tok, 100_000)
+        for (record, twin), got in zip(pairs, built, strict=True):
+            # Which control tokens, in which order, and which of them are learnt.
+            told = [False, *(label != IGNORE for label in got.labels)]
+            written = [(controls[i], learnt) for i, learnt in zip(got.ids, told) if i in controls]
+            harmless = render(parse_conversation(twin))
+            assert written == [(piece.text, piece.labelled) for piece in harmless if piece.control], record
 
 
 def test_labels_are_the_assistants_words_and_nothing_else(tok):
@@ -231,12 +278,13 @@ def test_labels_are_the_assistants_words_and_nothing_else(tok):
         learnt = tok.decode(i for i in sample.labels.tolist() if i != IGNORE)
         want = ""
         for message in conversation.messages:
-            if message.role == "assistant":
+            if message.role == "assistant" and message.learn:
                 calls = [f'<tool_call>\n{{"name": "{call.name}", "arguments": {call.arguments}}}\n</tool_call>'
                          for call in message.tool_calls]
                 content = message.content.lstrip("\n")
                 separator = "\n" if calls and message.content else ""
-                want += f"<think>\n\n</think>\n\n{content}{separator}" + "\n".join(calls) + "<|im_end|>\n"
+                thought = (message.reasoning or "").strip("\n")
+                want += f"<think>\n{thought}\n</think>\n\n{content}{separator}" + "\n".join(calls) + "<|im_end|>\n"
         assert learnt == want
         # Each label is the token that follows.
         labels, ids = sample.labels.tolist(), sample.input_ids.tolist()

@@ -167,7 +167,8 @@ class Run:
             self.repeated += max(0, self.before - int(found.group(1) if found else 0))
 
     def rows(self) -> list[dict]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        return [line for line in lines if "data" not in line]
 
     def goodput(self) -> float:
         """Time of the steps that count, as a share of all the time."""

@@ -265,6 +265,73 @@ def test_score_counts_whole_answers_by_skill(tok, tmp_path):
     assert len(score.read_questions(path, 2)) == 2
 
 
+CALL = {"name": "clock", "arguments": {"city": "Oslo", "at": [1, True]}}
+THINK_OR_CALL = {
+    "think block": {"content": "<think>\ntwo and two\n</think>\n\n4"},
+    "reasoning": {"content": "4", "reasoning_content": "two and two"},
+    "an empty think block": {"content": "<think>\n\n</think>\n\n4"},
+    "a call": {"content": "", "tool_calls": [CALL]},
+    "words and two calls": {"content": "Wait.", "tool_calls": [{"name": "f", "arguments": {}},
+                                                               {"name": "g", "arguments": "[1]"}]},
+    "a call written out": {"content": f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"},
+    "thoughts and a call": {"content": "", "tool_calls": [CALL], "reasoning_content": "look"},
+}
+
+
+@pytest.mark.parametrize("name", THINK_OR_CALL)
+def test_thoughts_and_calls_known_by_heart_score_all(tok, tmp_path, name):
+    prompt = [{"role": "user", "content": "Hm?"}]
+    record = {"conversations": [*prompt, {"role": "assistant", **THINK_OR_CALL[name]}]}
+    model = knowing(tok, [record])
+    theirs = chat.as_transformers(model.state_dict(), model.config, torch.float32)
+    path = tmp_path / "held.json"
+    others = [{"content": "5"}, {"content": "Wait.", "tool_calls": [{**CALL, "arguments": {"city": "Oslo"}}]}]
+    records = [record, *({"conversations": [*prompt, {"role": "assistant", **other}]} for other in others)]
+    path.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    right, *wrong = score.read_questions(path)
+    result = score.score(theirs, tok, [right])
+    thinks = "reasoning_content" in THINK_OR_CALL[name] or name == "think block"
+    assert (result["exact_match"], result["right"], result["thoughts"]) == (1.0, [True], [thinks, thinks])
+    assert score.score(theirs, tok, wrong)["correct"] == 0
+
+
+@pytest.mark.parametrize("answer, same", [
+    ('<tool_call>{"arguments": {"a": 1.0, "b": "x"}, "name": "f"}</tool_call>', True),
+    ('<tool_call>\n{"name":"f","arguments":"{\\"a\\":1,\\"b\\":\\"x\\"}"}\n</tool_call>\n', True),
+    ('<think>\n\n</think>\n\n<tool_call>{"name": "f", "arguments": {"a": 1, "b": "x"}}</tool_call>', True),
+    ('<tool_call>{"name": "f", "arguments": {"a": true, "b": "x"}}</tool_call>', False),
+    ('<tool_call>{"name": "f", "arguments": {"a": 1, "b": "x"}}', False),
+    ('<tool_call>{"name": "f", "arguments": {"a": 1, "b": "x"}}</tool_call> So.', False),
+    ('<tool_call>{"name": "f", "arguments": {"a": 1, "b": "x"}</tool_call>', False),
+    ('<think>\n<tool_call>{"name": "f", "arguments": {"a": 1, "b": "x"}}</tool_call>', False), ("", False)])
+def test_calls_are_compared_as_json(answer, same):
+    want = score.said('<tool_call>\n{"name": "f", "arguments": {"a": 1, "b": "x"}}\n</tool_call>')
+    got = score.said(answer)
+    assert ((got.words, got.calls) == (want.words, want.calls)) is same
+    assert score.said("<think>\na\n</think>\n\n 4 ") == ("a", "4", ())
+
+
+def test_raw_text_goes_on_after_the_begin_token_alone(tok, dense, loaded):
+    talk = chat.Chat(loaded, tok, chat.Sampling(temperature=0, max_new_tokens=6), raw=True)
+    text = "<|im_start|>Opposite of hot?"
+    ids = [tok.bos_id, *tok.encode(text)]
+    assert talk.prompt(text) == ids
+    written = []
+    stream = talk.ask(text, written.append)
+    assert stream.ids == argmax_loop(dense, ids, 6, tok.eos_id) and not talk.turns
+    assert "".join(written) == stream.text
+    # An empty think block is text like any other.
+    written.clear()
+    stream = chat.Stream(tok, written.append, raw=True)
+    stream.put(torch.tensor([1]))
+    for i in (*tok.encode("\n"), tok.special_id("</think>"), *tok.encode(" x")):
+        stream.put(torch.tensor([i]))
+    stream.end()
+    assert "".join(written) == stream.text == "\n</think> x"
+    with pytest.raises(ValueError, match="the text takes"):
+        talk.prompt("word " * 400)
+
+
 @pytest.mark.parametrize("line, complaint", [
     ('{"conversations": [{"role": "user", "content": "a"}]}', "line 1: there is no assistant turn"),
     ('{"conversations": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}',
@@ -319,6 +386,7 @@ def test_a_users_mistakes_are_one_line_each(folder, tok, dense, tmp_path, capsys
     cases = [(["--weight", tmp_path / "nowhere"], "no such file or folder"), (["--weight", empty], "holds no"),
              (["--weight", two], "several weights"), (["--weight", bare], "no tokenizer"),
              (["--weight", other], "weights of another tokenizer"), (["--weight", torn], "not a readable"),
+             (["--weight", folder, "--raw", "--system", "S"], "--system belongs to the chat format"),
              (["--weight", folder, "--temperature", "-1"], "--temperature is -1"),
              (["--weight", folder, "--device", "nonsense"], "--device nonsense"),
              (["--weight", folder, "--max_new_tokens", "8000"], "there is room for 0")]

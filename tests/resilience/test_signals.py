@@ -73,7 +73,7 @@ def test_ctrl_c_under_the_launcher_writes_a_checkpoint(tmp_path):
                                 "--max_seq_len", "96", "--pack_len", "96", "--epochs", "1000")
     launcher = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=log, start_new_session=True)
     metrics = folder / "metrics.jsonl"
-    until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3, "three steps", [launcher],
+    until(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 3, "three steps", [launcher],
           tmp_path / "log")
     os.killpg(launcher.pid, signal.SIGINT)
     assert launcher.wait(timeout=HANG_S) != 0

@@ -43,7 +43,7 @@ def start(folder: pathlib.Path, *flags: str, ranks: int = 2, log: str = "{rank}.
 
 def reach(folder: pathlib.Path, processes: list, steps: int) -> None:
     path = folder / "run" / "metrics.jsonl"
-    until(lambda: path.exists() and path.read_text().count("\n") >= steps, f"step {steps}", processes,
+    until(lambda: path.exists() and path.read_text().count('"loss"') >= steps, f"step {steps}", processes,
           folder / "0.log")
 
 

@@ -100,7 +100,7 @@ class Batch:
 
         def reached():
             if path.exists() and len(self.resumed()) == restarts:
-                if path.read_text().count("\n") >= step + sum(self.resumed()[-1:]):
+                if path.read_text().count('"loss"') >= step + sum(self.resumed()[-1:]):
                     return True
             assert self.show()["JobState"] not in ("FAILED", "COMPLETED"), self.said()[-5000:]
             return False

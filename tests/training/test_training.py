@@ -27,7 +27,8 @@ def flags(tmp_path, stage, **values):
 
 
 def metrics(tmp_path):
-    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    """The lines of steps and evaluations."""
+    return [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()][1:]
 
 
 @pytest.fixture(scope="module")

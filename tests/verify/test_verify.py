@@ -178,10 +178,26 @@ def test_answers_are_found_from_ids_whatever_users_type():
     asked = [start, *tok.encode("user\n<|im_start|>assistant\nno"), stop, *tok.encode("\n")]
     said = [*tok.encode("yes"), stop, *tok.encode("\n")]
     ids = np.array([*asked, start, *tok.encode("assistant\n"), *said])
-    mine, begun, ended = data.answers(ids, tok)
-    assert (begun, ended) == (1, 1) and ids[mine].tolist() == said
-    open_ended = data.answers(ids[:-len(said) + 1], tok)
-    assert open_ended[1:] == (1, 0)
+    [(mine, ended)] = data.answers(ids, tok)
+    assert ended and ids[mine].tolist() == said
+    [(mine, ended)] = data.answers(ids[:-len(said) + 1], tok)
+    assert not ended and ids[mine].tolist() == said[:1]
+    assert data.answers(ids[:-len(said)], tok) == []
+
+
+def test_an_answer_learnt_against_the_files_word_is_seen(tmp_path):
+    path = tmp_path / "data.jsonl"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no", "weight": 0},
+             {"role": "user", "content": "q"}, {"role": "assistant", "content": "yes", "id": 1}]
+    path.write_text("\n".join([json.dumps({"messages": turns})] * 4))
+    b, kind = bench_of(tmp_path, "--data_path", str(path))
+    assert all(f.ok for f in data.labels_law(b.prepared, kind))
+    assert data.statistics(b.prepared, kind)["notes"] == [
+        "keys of the data that mean nothing here, with how often they stand there: turn.id (4)"]
+    path.write_text(path.read_text().replace(', "weight": 0', ""))
+    assert [f.measured for f in data.labels_law(b.prepared, kind) if not f.ok] == [4, 4]
+    b, kind = bench_of(tmp_path, "--data_path", str(path), "--learn", "last")
+    assert all(f.ok for f in data.labels_law(b.prepared, kind))
 
 
 @pytest.mark.parametrize("preset", PRESETS)

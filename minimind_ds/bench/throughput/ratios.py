@@ -128,7 +128,7 @@ def without(flags: list[str], name: str) -> list[str]:
 
 def facts(prepared: PreparedRun) -> dict:
     run = prepared.run
-    return {"preset": run.preset, "data": pathlib.Path(run.data_path).name, "dtype": run.dtype,
+    return {"preset": run.preset, "data": run.data_names, "dtype": run.dtype,
             "rows": f"{run.row_len}x{run.batch_size}x{run.accumulation_steps}", "ranks": prepared.world.size,
             "kernels": prepared.kernels.reason, "packing_fill": prepared.first_plan.fill}
 
@@ -162,7 +162,7 @@ def compare_padded(program_flags: list[str], *, dtypes: list[str], padded_rows: 
     ratios = {dtype: results[f"packed {dtype}"]["tokens_per_s"] / results[f"padded {dtype}"]["tokens_per_s"]
               for dtype in dtypes}
     return {"what": "real (non-padding) tokens per second, training step: forward, backward, clipping, AdamW",
-            "preset": first.run.preset, "data": pathlib.Path(first.run.data_path).name,
+            "preset": first.run.preset, "data": first.run.data_names,
             "mean_length": float(store.lengths.mean()), "padded": f"{padded_rows} rows of {first.run.max_seq_len}",
             "packed": f"{first.run.batch_size} rows of {first.run.row_len}",
             "packing_fill": plan.fill,

@@ -66,7 +66,7 @@ def run_case(world, out: pathlib.Path, case: dict) -> dict:
         save_file(grads, out / f"{case['name']}_grad.safetensors")
     found = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
              "norm": [line["grad_norm"] for line in lines], "labelled": [line["labelled_tokens"] for line in lines]}
-    if prepared.eval_plan:
+    if prepared.eval_sets:
         found["eval"] = evaluate(prepared, live)["eval_loss"]
     final = engine.full_weights(live.engine, prepared.stage)
     if world.rank == 0:

@@ -1,0 +1,378 @@
+"""A file -> raw records one by one, whatever holds them; told by its content, never by its name.
+
+JSON lines, a JSON array, JSON objects one after another, each perhaps as gzip; Parquet, Arrow and the folder that
+`datasets` saves, with pyarrow.  All are streamed: memory is bounded by a record.  What is none of these is named in
+one line that says what to do.
+
+    python -c "from minimind_ds.data.readers import open_source as o; print(o('examples/sft_train.jsonl').form)"
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import gzip
+import importlib.util
+import json
+import os
+import re
+import stat
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from minimind_ds.config.errors import UserError
+from minimind_ds.data.json_text import DECODER, MAX_LINE_BYTES, DataError, decode_line, other_encoding, parse, why_not
+
+# First bytes: (what such a file is, what to do with it).
+CONVERT = "iconv -f {} -t UTF-8 OLD > NEW converts it"
+NO_DATA = {
+    b"\xff\xfe\x00\x00": ("UTF-32 text", CONVERT.format("UTF-32")),
+    b"\x00\x00\xfe\xff": ("UTF-32 text", CONVERT.format("UTF-32")),
+    b"\xff\xfe": ("UTF-16 text", CONVERT.format("UTF-16")), b"\xfe\xff": ("UTF-16 text", CONVERT.format("UTF-16")),
+    **{start: ("UTF-16 text", CONVERT.format(f"UTF-16{order}"))
+       for start, order in ((b"{\0", "LE"), (b"[\0", "LE"), (b"\0{", "BE"), (b"\0[", "BE"))},
+    b"PK\x03\x04": ("a zip archive", "unzip it first"),
+    b"\xfd7zXZ\x00": ("xz-compressed", "unpack it with xz -d, or compress with gzip"),
+    b"BZh": ("bzip2-compressed", "unpack it with bunzip2, or compress with gzip"),
+    b"\x28\xb5\x2f\xfd": ("zstd-compressed", "unpack it with zstd -d, or compress with gzip"),
+    b"\x04\x22\x4d\x18": ("lz4-compressed", "unpack it with lz4 -d, or compress with gzip"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", "unpack it first"), b"Rar!": ("a RAR archive", "unpack it first"),
+    b"%PDF": ("a PDF", 'take its text out, as {"text": ...} lines'),
+    b"\x89PNG": ("a PNG picture", "the model reads text only"),
+    b"\x89HDF": ("an HDF5 file", "write its records as JSON lines"),
+    b"\x93NUMPY": ("a NumPy array", "write its records as JSON lines"),
+    b"SQLite format 3": ("an SQLite database", "write its records as JSON lines"),
+    b"FEA1": ("Feather of the old kind", "write it again with pyarrow.feather.write_feather"),
+    b"\x80\x02": ("a pickle", "it is not opened, since it may run code; write its records as JSON lines"),
+    b"\x80\x03": ("a pickle", "it is not opened, since it may run code; write its records as JSON lines"),
+    b"\x80\x04": ("a pickle", "it is not opened, since it may run code; write its records as JSON lines"),
+    b"\x7fELF": ("a program", "name a file of records"),
+    b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "git lfs pull fetches it"),
+    b"<!DOCTYPE": ("a web page", "was the download refused? Get the file itself"),
+    b"<!doctype": ("a web page", "was the download refused? Get the file itself"),
+    b"<html": ("a web page", "was the download refused? Get the file itself"),
+}
+GZIP, PARQUET, ARROW_FILE, ARROW_STREAM = b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
+HEAD_BYTES, READ_BYTES, ROWS = 4096, 1 << 20, 256
+SPACE = re.compile(r"[ \t\r\n]*")
+# The longest thing JSON has that is broken off rather than wrong: `-Infinity`, or an escape of two surrogates.
+BROKEN_OFF = 16
+
+
+@dataclass
+class Source:
+    """An opened file.  Iterating gives (number, line, record): number counts lines from 1 where unit is "line", else
+    records; line is 0 where there are none; a record that is bytes is a line still to be decoded.
+
+    file: what is read from, while it is.
+    """
+
+    path: Path
+    form: str
+    unit: str
+    read: Callable[[Source], Iterator[tuple[int, int, Any]]]
+    file: BinaryIO | None = None
+    done: int = 0
+
+    def __iter__(self) -> Iterator[tuple[int, int, Any]]:
+        self.done = 0
+        with _readable(self.path):
+            yield from self.read(self)
+
+    @property
+    def position(self) -> int:
+        """Bytes that are read, about."""
+        return self.done + (self.file.tell() if self.file and not self.file.closed else 0)
+
+    def place(self, number: int, line: int = 0) -> str:
+        """Where a record is, for a message."""
+        return f"{self.path} {self.unit} {number}" + (f" (line {line})" if line and self.unit == "record" else "")
+
+
+def open_source(path: str | Path) -> Source:
+    """Find out what a file is, and make ready to read it.
+
+    Raises:
+        DataError: not there, not readable, not a file, empty, of a kind that holds no records, or pyarrow is missing.
+    """
+    path = Path(path)
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as err:
+        why = "does not exist" if isinstance(err, FileNotFoundError) else f"cannot be read: {reason(err)}"
+        raise DataError(f"{shown(path)} {why}") from None
+    if stat.S_ISDIR(mode):
+        return _folder(path)
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
+        what = next((name for test, name in kinds.items() if test(mode)), "a device")
+        raise DataError(f"{path} is {what}, not a file: data are read more than once; write them to a file first")
+    with _readable(path):
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+        if not head:
+            raise DataError(f"{path} is empty")
+        if not head.startswith(GZIP):
+            return _by_content(path, head, "")
+        with gzip.open(path) as file:
+            head = file.read(HEAD_BYTES)
+        if not head:
+            raise DataError(f"{path} is empty inside gzip")
+        return _by_content(path, head, " in gzip")
+
+
+def _by_content(path: Path, head: bytes, inside: str) -> Source:
+    for start, (what, remedy) in NO_DATA.items():
+        if head.startswith(start):
+            raise DataError(f"{path} is {what}{inside}, not data: {remedy}")
+    if head[257:262] == b"ustar":
+        raise DataError(f"{path} is a tar archive{inside}, not data: unpack it first")
+    if head.startswith((GZIP, PARQUET, ARROW_FILE, ARROW_STREAM)):
+        if inside:
+            raise DataError(f"{path} is a binary file in gzip: gunzip it first")
+        form = "Parquet" if head.startswith(PARQUET) else "Arrow"
+        if importlib.util.find_spec("pyarrow") is None:
+            raise DataError(f"{path} is {form}, which is read with pyarrow: pip install -e '.[parquet]'")
+        return Source(path, form, "record", lambda source: _rows([path], source))
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    form, scan = "JSON lines", _lines
+    if text.startswith(b"["):
+        form, scan = "a JSON array", _array
+    elif text.startswith(b"{") and _goes_over_lines(path, gzip.open if inside else open):
+        form, scan = "JSON objects", _objects
+
+    def read(source: Source):
+        with path.open("rb") as source.file:
+            with gzip.open(source.file) if inside else contextlib.nullcontext(source.file) as file:
+                yield from scan(file, path)
+            source.done = source.file.tell()
+
+    return Source(path, form + inside, "line" if scan is _lines else "record", read)
+
+
+def _goes_over_lines(path: Path, opened: Callable[..., BinaryIO]) -> bool:
+    """The first line is no record, but the lines from there on begin with one."""
+    with opened(path, "rb") as file:
+        for _, _, line in _lines(file, None):
+            with contextlib.suppress(UserError):
+                decode_line(line)
+                return False
+            break
+    with opened(path, "rb") as file, contextlib.suppress(UserError):
+        window = Window(file)
+        window.peek()
+        return isinstance(window.value(), dict) and window.peek() in ("{", "")
+    return False
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """What the system or a compressed file objects to is one line."""
+    try:
+        yield
+    except (EOFError, zlib.error, gzip.BadGzipFile) as err:
+        raise DataError(f"{path} is damaged or cut off: {reason(err)}") from None
+    except OSError as err:
+        raise DataError(f"{path} cannot be read: {reason(err)}") from None
+
+
+def reason(err: Exception) -> str:
+    return " ".join((getattr(err, "strerror", None) or str(err) or type(err).__name__).split())[:200]
+
+
+def shown(path: Path) -> str:
+    """A path that may be of any length, for a message."""
+    text = str(path)
+    return ascii(text[:200])[1:-1] + "..." if len(text) > 200 or "\0" in text else text
+
+
+def _lines(file: BinaryIO, path: Path | None) -> Iterator[tuple[int, int, bytes]]:
+    """Lines that hold something, from 1; of one that is too long only the first bytes, one more than allowed."""
+    number = 0
+    while line := file.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        rest = line
+        while len(rest) > MAX_LINE_BYTES and not rest.endswith(b"\n"):
+            rest = file.readline(MAX_LINE_BYTES + 1)
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        if line.strip():
+            yield number, number, line
+
+
+class Window:
+    """The part of a JSON text that is being looked at; grows where a value does not end in it.
+
+    Attributes: text, at (what comes before is done with), line (of `at`, from 1).
+    """
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.decoder = file, codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
+
+    def more(self, size: int = 0) -> bool:
+        block = self.file.read(size or READ_BYTES)
+        self.ended = not block
+        try:
+            text = self.decoder.decode(block, final=self.ended)
+        except UnicodeDecodeError:
+            raise UserError(f"what follows is not UTF-8{other_encoding(block)}") from None
+        self.text, self.at = self.text[self.at:] + text, 0
+        return not self.ended
+
+    def peek(self) -> str:
+        """The next character that is not white space, "" at the end."""
+        while True:
+            self.advance(SPACE.match(self.text, self.at).end())
+            if self.at < len(self.text) or not self.more():
+                return self.text[self.at:self.at + 1]
+
+    def advance(self, to: int):
+        self.line += self.text.count("\n", self.at, to)
+        self.at = to
+
+    def value(self) -> Any:
+        """The JSON value that begins at `at`.
+
+        Raises:
+            UserError: it is not JSON, or longer than allowed; where the next one begins is not known then.
+        """
+        size = READ_BYTES
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+                # A number at the very end may go on.
+                if isinstance(value, (dict, list, str)) or end < len(self.text) or self.ended:
+                    self.advance(end)
+                    return value
+            except (RecursionError, ValueError) as err:
+                broken_off = isinstance(err, json.JSONDecodeError) and (
+                    err.msg.startswith("Unterminated") or err.pos >= len(self.text) - BROKEN_OFF)
+                if self.ended and broken_off and (err.msg.startswith("Unt") or err.pos >= len(self.text.rstrip())):
+                    raise UserError("the file ends inside it; is it cut off?") from None
+                if self.ended or not broken_off:
+                    at_line = self.line + self.text.count("\n", self.at, getattr(err, "pos", self.at))
+                    why = f"is not valid JSON: {err.msg}, line {at_line}" if hasattr(err, "msg") else why_not(err)
+                    raise UserError(f"it {why}") from None
+            if len(self.text) - self.at > MAX_LINE_BYTES:
+                raise UserError(f"the record is longer than {MAX_LINE_BYTES >> 20} MiB")
+            self.more(size)
+            size *= 2
+
+
+def _array(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, Any]]:
+    window = Window(file)
+    number = 0
+    with _named(path, window, lambda: number):
+        window.peek()
+        window.at += 1
+        mark = window.peek()
+        while mark != "]" or number:
+            number += 1
+            window.peek()
+            line = window.line
+            yield number, line, window.value()
+            mark = window.peek()
+            if mark == "]":
+                break
+            if mark != ",":
+                raise UserError(f"the array goes on with {ascii(mark)} after it, not with a comma or its end" if mark
+                                else "the array does not end after it; is the file cut off?")
+            window.at += 1
+        window.at += 1
+        if window.peek():
+            raise UserError("something follows after the array's end")
+
+
+def _objects(file: BinaryIO, path: Path) -> Iterator[tuple[int, int, Any]]:
+    window, number = Window(file), 0
+    with _named(path, window, lambda: number):
+        while window.peek():
+            number += 1
+            line = window.line
+            yield number, line, window.value()
+
+
+@contextlib.contextmanager
+def _named(path: Path, window: Window, number: Callable[[], int]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as err:
+        # Where the next record begins is not known, so this one cannot be skipped.
+        raise DataError(f"{path} record {number()} (line {window.line}): {err}") from None
+
+
+def _folder(path: Path) -> Source:
+    """What `datasets` saved to disk; other folders hold files, each of which is read by itself."""
+    files = dataset_files(path)
+    if not files:
+        raise DataError(f"{path} is a folder, not a file of records")
+    sources = [open_source(file) for file in files]
+    if any(source.form != "Arrow" for source in sources):
+        raise DataError(f"{path}: not all files that its state.json names are Arrow")
+    return Source(path, "datasets", "record", lambda source: _rows(files, source))
+
+
+def dataset_files(folder: str | Path) -> list[Path]:
+    """The Arrow files of a folder that `datasets.Dataset.save_to_disk` wrote, in order; none if it is no such folder.
+
+    Raises:
+        DataError: one of several splits, or damaged.
+    """
+    folder = Path(folder)
+    with _readable(folder):
+        try:
+            if (folder / "dataset_dict.json").is_file():
+                splits = parse((folder / "dataset_dict.json").read_text("utf-8"), "it")["splits"]
+                raise DataError(f"{folder} holds the splits {', '.join(map(ascii, splits))}: name one, for example "
+                                f"{folder}/{splits[0]}")
+            if not (folder / "state.json").is_file():
+                return []
+            state = parse((folder / "state.json").read_text("utf-8"), "it")
+            # Names only: a file of this folder is meant, wherever the name points.
+            return [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+        except DataError:
+            raise
+        except (UserError, UnicodeDecodeError, KeyError, TypeError, IndexError):
+            raise DataError(f"{folder} is no folder that datasets saved: its state.json is damaged") from None
+
+
+def _rows(paths: list[Path], source: Source) -> Iterator[tuple[int, int, dict]]:
+    import pyarrow
+
+    number = 0
+    for path in paths:
+        try:
+            for batch in _batches(path):
+                for start in range(0, batch.num_rows, ROWS):
+                    for row in batch.slice(start, ROWS).to_pylist():
+                        number += 1
+                        yield number, 0, _without_nulls(row)
+            source.done += path.stat().st_size
+        except (pyarrow.ArrowException, UnicodeDecodeError) as err:
+            raise DataError(f"{path} is damaged, after record {number}: {reason(err)}") from None
+
+
+def _batches(path: Path) -> Iterator:
+    import pyarrow
+    import pyarrow.parquet
+
+    with path.open("rb") as file:
+        head = file.read(len(ARROW_FILE))
+        file.seek(0)
+        if head.startswith(PARQUET):
+            yield from pyarrow.parquet.ParquetFile(file).iter_batches(ROWS, use_threads=False)
+        elif head.startswith(ARROW_FILE):
+            reader = pyarrow.ipc.open_file(file)
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+        else:
+            yield from pyarrow.ipc.open_stream(file)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Columns give every object all the keys that any has, so a null here is a key that is not there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -1,0 +1,262 @@
+"""Turns of a conversation, as people's files spell them -> validated Messages.
+
+Every key of a turn that says who speaks, what is said or whether it may be learnt is honoured or refused; a null is an
+absent key; what is left over is counted (docs/DATA.md lists it all).
+
+    python -c "from minimind_ds.data.turns import parse_messages as p; print(p([dict(role='model', value='Hi')]))"
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+from minimind_ds.config.errors import UserError
+from minimind_ds.data.json_text import dump, kind_of, list_of, parse, quoted, string
+
+# Who speaks; function_call is an assistant turn that holds nothing but calls.
+ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+         "developer": "system", "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+         "function": "tool", "function_response": "tool", "observation": "tool", "ipython": "tool",
+         "function_call": "function_call"}
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+CALL_KEYS = ("tool_calls", "function_call")
+TOOL_KEYS = ("tools", "functions")
+# OpenAI's, Axolotl's and ms-swift's ways to say whether a turn is learnt.
+LEARN_KEYS = ("weight", "train", "training", "loss")
+MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
+# They choose tokens within a turn, which is not carried out.
+SPAN_KEYS = ("train_detail", "training_detail", "mask", "loss_mask", "loss_scale")
+PLAIN_KEYS = frozenset(("role", "content"))
+TURN_KEYS = frozenset(("role", "from", "content", "value", *REASONING_KEYS, *CALL_KEYS, *TOOL_KEYS, *LEARN_KEYS,
+                       *MEDIA_KEYS, *SPAN_KEYS))
+TEXT_PARTS = ("text", "input_text", "output_text")
+MEDIA_PARTS = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url")
+# Distinct names kept of keys that mean nothing; the rest of a hostile file's are counted together.
+MOST_NAMES = 100
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call the assistant makes; `arguments` is the JSON text as it will be rendered."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn.  `reasoning` None means the record gives none, so a </think> in `content` is taken apart.
+
+    learn: False for an assistant turn that is context only, by its own word or its place.
+    """
+
+    role: str
+    content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    learn: bool = True
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Validated turns; `tools` holds the JSON text of each tool as it will be rendered."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[str, ...] = ()
+
+
+def parse_messages(turns: list, tools: Any = None, *, for_training: bool = True, context: int = 0,
+                   ignored: Counter | None = None) -> Conversation:
+    """Validate turns; `tools` is a list of tool objects, or that list as JSON text.
+
+    Tools may also stand on a system turn, as in MiniMind's data; the last ones given count.
+
+    Args:
+        for_training: ask for at least one assistant turn; a chat prompt has none yet.
+        context: so many turns at the start are not learnt, whoever speaks.
+        ignored: counts keys that mean nothing.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    if not isinstance(turns, list):
+        raise UserError(f"the turns are {kind_of(turns)}, not a list")
+    if not turns:
+        raise UserError("the conversation is empty")
+    messages = []
+    tool_texts = parse_tools(tools)
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise UserError(f"turn {number} is {kind_of(turn)}, not an object")
+        if None in turn.values():
+            turn = {key: value for key, value in turn.items() if value is not None}
+        message = _message(turn, number, number <= context)
+        if turn.keys() != PLAIN_KEYS:
+            if given := find(turn, TOOL_KEYS, f"turn {number}: ")[1]:
+                if message.role != "system":
+                    raise UserError(f"turn {number}: 'tools' belongs to a system turn, not to {message.role!r}")
+                tool_texts = parse_tools(given)
+            if ignored is not None:
+                count_unknown(turn, TURN_KEYS, "turn.", ignored)
+        messages.append(message)
+    if for_training and not any(message.role == "assistant" for message in messages):
+        raise UserError("there is no assistant turn to learn from")
+    return Conversation(tuple(messages), tool_texts)
+
+
+def only_last(conversation: Conversation) -> Conversation:
+    """The conversation with nothing to be learnt but its last assistant turn, and that only if it may be."""
+    messages = conversation.messages
+    last = max((i for i, message in enumerate(messages) if message.role == "assistant"), default=-1)
+    messages = tuple(message if i == last or message.role != "assistant" else replace(message, learn=False)
+                     for i, message in enumerate(messages))
+    return replace(conversation, messages=messages)
+
+
+def find(holder: dict, keys: tuple[str, ...], where: str) -> tuple[str, Any]:
+    """(key, value) of the one of these keys that is given; the first key and None if none is, an empty one last.
+
+    Raises:
+        UserError: two of them hold different things.
+    """
+    given = [key for key in keys if holder.get(key) is not None]
+    full = [key for key in given if holder[key] not in ("", [], {})]
+    if any(holder[key] != holder[full[0]] for key in full):
+        raise UserError(f"{where}{full[0]!r} and {full[1]!r} differ; give one of them")
+    key = (full or given or keys)[0]
+    return key, holder.get(key)
+
+
+def count_unknown(holder: dict, known: frozenset, prefix: str, ignored: Counter) -> None:
+    """Add the keys of `holder` that are not known to the tally, by a name that can be printed anywhere."""
+    for key in holder.keys() - known:
+        name = prefix + ascii(str(key)[:40])[1:-1]
+        ignored[name if name in ignored or len(ignored) < MOST_NAMES else "(others)"] += 1
+
+
+def _message(turn: dict, number: int, context: bool) -> Message:
+    # Nearly all turns of nearly all files.
+    if turn.keys() == PLAIN_KEYS and isinstance(turn["content"], str):
+        role = turn["role"]
+        if role in ("user", "assistant", "system"):
+            return Message(role, string(turn["content"], f"turn {number} ({role}): content"),
+                           learn=not (context and role == "assistant"))
+    key, speaker = find(turn, ("role", "from"), f"turn {number}: ")
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise UserError(f"turn {number}: {key} {quoted(speaker)} is not one of {', '.join(ROLES)}")
+    where = f"turn {number} ({'assistant' if role == 'function_call' else role}): "
+    for key in (*MEDIA_KEYS, *SPAN_KEYS):
+        if turn.get(key):
+            what = "the model reads text only" if key in MEDIA_KEYS else "a turn is learnt as a whole or not at all"
+            raise UserError(f"{where}{key!r} is not supported: {what}")
+    content_key, content = find(turn, ("content", "value"), where)
+    call_key, calls = find(turn, CALL_KEYS, where)
+    if role == "function_call":
+        call_key, calls, content = content_key, [content] if isinstance(content, dict) else content, ""
+        if not calls:
+            raise UserError(f"{where}{call_key} holds no call")
+        role = "assistant"
+    reasoning_key, reasoning = find(turn, REASONING_KEYS, where)
+    for key, value in ((call_key, calls), (reasoning_key, reasoning)):
+        if value and role != "assistant":
+            raise UserError(f"{where}{key!r} belongs to an assistant turn, not to {role!r}")
+    if reasoning is not None:
+        reasoning = string(reasoning, where + reasoning_key)
+    # OpenAI's format has null here when the answer is nothing but calls.
+    if content is None and (calls or reasoning):
+        content = ""
+    return Message(role, _content(content, role, where + content_key), reasoning,
+                   _calls(calls, where, call_key) if calls else (), _may_be_learnt(turn, role, where, context))
+
+
+def _content(content: Any, role: str, what: str) -> str:
+    """The text of a turn: a string, text parts joined, or for tools any object as JSON."""
+    if isinstance(content, list):
+        content = _joined(content, role, what)
+    elif isinstance(content, dict) and role == "tool":
+        content = dump(content, what)
+    content = string(content, what)
+    if role == "tool":
+        # The wrapper is written by the renderer, once.
+        bare = content.strip()
+        if bare.startswith("<tool_response>") and bare.endswith("</tool_response>"):
+            content = bare.removeprefix("<tool_response>").removesuffix("</tool_response>")
+            content = content.removeprefix("\n").removesuffix("\n")
+    return content
+
+
+def _joined(parts: list, role: str, what: str) -> str:
+    texts, other = [], None
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in TEXT_PARTS or (kind is None and isinstance(part, dict) and isinstance(part.get("text"), str)):
+            texts.append(string(part.get("text"), f"{what}: text of a part"))
+        else:
+            other = quoted(kind) if isinstance(kind, str) else kind_of(part)
+            if kind in MEDIA_PARTS:
+                raise UserError(f"{what} has a part of type {other}, which is not supported: the model reads text "
+                                "only")
+    if parts and other is None:
+        return "".join(texts)
+    # A tool may well answer with a list.
+    if role == "tool":
+        return dump(parts, what)
+    raise UserError(f"{what} is a list, not a string, and {f'has a part of type {other}' if other else 'is empty'}")
+
+
+def _calls(calls: Any, where: str, key: str) -> tuple[ToolCall, ...]:
+    what = where + key
+    if isinstance(calls, str):
+        calls = parse(calls, what)
+    if key != "tool_calls" and isinstance(calls, dict):
+        calls = [calls]
+    return tuple(_call(call, where) for call in list_of(calls, what))
+
+
+def _call(call: Any, where: str) -> ToolCall:
+    if isinstance(call, dict):
+        call = call.get("function") or call
+    if isinstance(call, str):
+        call = parse(call, f"{where}a tool call")
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise UserError(f"{where}a tool call has no name")
+    name, arguments = string(call["name"], f"{where}tool call name"), call.get("arguments")
+    if arguments is None:
+        raise UserError(f"{where}tool call {name[:40]!a} has no arguments")
+    if isinstance(arguments, str):
+        # What is no JSON would be learnt as an answer that no program can read.
+        parse(arguments, f"{where}arguments of tool call {name[:40]!a}")
+    else:
+        arguments = dump(arguments, where + "arguments")
+    return ToolCall(name, string(arguments, where + "arguments"))
+
+
+def _may_be_learnt(turn: dict, role: str, where: str, context: bool) -> bool:
+    told = [key for key in LEARN_KEYS if key in turn]
+    for key in told:
+        zero_or_one(turn[key], where + key)
+        if turn[key] != turn[told[0]]:
+            raise UserError(f"{where}{told[0]!r} and {key!r} differ; give one of them")
+    if told and turn[told[0]] and (role != "assistant" or context):
+        who = f"a turn of the {role}" if role != "assistant" else "a turn of the prompt"
+        raise UserError(f"{where}{told[0]} asks to learn {who}; only the assistant's answers are learnt")
+    return role != "assistant" or not (context or told and not turn[told[0]])
+
+
+def zero_or_one(value: Any, what: str) -> None:
+    """Raises UserError unless the value is 0, 1, false or true."""
+    if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+        raise UserError(f"{what} is {quoted(value)}; it must be 0 or 1, false or true")
+
+
+def parse_tools(tools: Any) -> tuple[str, ...]:
+    """The JSON text of each tool of a list, or of that list as JSON text."""
+    if not tools:
+        return ()
+    parsed = list_of(tools, "tools")
+    if not all(isinstance(tool, dict) for tool in parsed):
+        raise UserError("tools is not a list of objects")
+    return tuple(string(dump(tool, "tools"), "tools") for tool in parsed)
