@@ -141,6 +141,7 @@ def train(prepared: PreparedRun, live: LiveRun, start: Start) -> None:
             live.finish_save()
             live.beat("the final weights")
             write_weights(prepared, live.engine, step, metrics)
+            engine.log_communication(prepared.ds)
     finally:
         metrics.close()
 
