@@ -69,7 +69,7 @@ def switched_off(key: str, value) -> bool:
     """True for false, null and blocks that say so themselves."""
     if key == "tensor_parallel" and isinstance(value, dict) and value.get("autotp_size", 0) in (0, 1):
         return True
-    if key.startswith("zero_optimization.mics") and value in (-1, 0, 1):
+    if key == "zero_optimization.mics_shard_size" and value in (-1, 0, 1):
         return True
     if not isinstance(value, dict):
         return value in (None, False)

@@ -24,7 +24,7 @@ from minimind_ds.config.deepspeed_check import (
     no_effect,
     strip,
 )
-from minimind_ds.config.deepspeed_keys import KEYS, show
+from minimind_ds.config.deepspeed_keys import KEYS, LARGEST, show
 from minimind_ds.config.deepspeed_optimizer import (
     agree,
     builds_optimizer,
@@ -203,7 +203,7 @@ def own_batch(config: dict, run: RunConfig, ranks: int) -> RunConfig:
         if value not in (None, "auto"):
             run = agree(run, name, value, key)
     if total not in (None, "auto"):
-        if not isinstance(total, int) or isinstance(total, bool) or total < 1:
+        if not isinstance(total, int) or isinstance(total, bool) or not 0 < total < LARGEST:
             raise UserError(f"{run.deepspeed}: train_batch_size is {show(total)}; it must be a positive whole number")
         rows = run.batch_size * ranks
         if "batch_size" in run.given and "accumulation_steps" not in run.given and total % rows == 0:
