@@ -277,11 +277,15 @@ def fill_zero(path: str, config: dict, model: ModelConfig) -> None:
 
 
 def check_muon(path: str, config: dict, run: RunConfig) -> None:
-    """At stages 1 to 3 DeepSpeed clips Muon's update, not the gradient it is made of."""
+    """At stages 1 to 3 DeepSpeed clips Muon's update, not the gradient; stage 3 wants whole gradients."""
     stage = stage_of(config)
-    if own_name(config["optimizer"]["type"]) == "muon" and stage > 0 and run.grad_clip > 0:
+    if own_name(config["optimizer"]["type"]) != "muon" or stage == 0:
+        return
+    if run.grad_clip > 0:
         raise UserError(f"{path}: optimizer Muon with gradient clipping {run.grad_clip:g} at stage {stage}: DeepSpeed "
                         "would clip the orthogonal update, not the gradient; --grad_clip 0, or stage 0")
+    if stage == 3 and config["zero_optimization"].get("reduce_scatter", True):
+        raise UserError(f"{path}: optimizer Muon at stage 3 needs zero_optimization.reduce_scatter false")
 
 
 def notes(raw: dict, run: RunConfig) -> list[str]:

@@ -154,7 +154,7 @@ REFUSALS = {
     "scaled before a scatter": ({"prescale_gradients": True, "zero_optimization": {"stage": 2}}, "reduce_scatter"),
     "divided by nothing": ({"gradient_predivide_factor": 0}, "must be above 0"),
     "ZenFlow": ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
-    "superoffload": ({"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}}, "super_offload"),
+    "superoffload": ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "super_offload"),
     "masters in 16 bits": ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "fp32 masters"),
     "a norm nobody takes": ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, "compute_grad_norm"),
     "a tag's check": ({"checkpoint": {"tag_validation": "FOO"}}, "checkpoint.tag_validation is 'FOO'"),
@@ -208,7 +208,8 @@ def test_what_deepspeed_would_refuse_or_get_wrong_is_refused_in_one_line(tmp_pat
 
 ACCEPTED = {
     "blocks that are off": {"hybrid_engine": {"enabled": False}, "elasticity": {"enabled": False},
-                            "amp": {"enabled": False}, "data_efficiency": {"enabled": False}, "nebula": {"enabled": False},
+                            "amp": {"enabled": False}, "data_efficiency": {"enabled": False},
+                            "nebula": {"enabled": False},
                             "torch_autocast": {"enabled": False}, "tensor_parallel": {"autotp_size": 1},
                             "sparse_gradients": False, "curriculum_learning": {"enabled": False},
                             "compression_training": {"a": {"shared_parameters": {"enabled": False}}}},

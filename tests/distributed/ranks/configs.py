@@ -23,6 +23,7 @@ from minimind_ds.distributed import engine  # noqa: E402
 from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.training.build import build_engine  # noqa: E402
 from minimind_ds.training.live import LiveRun  # noqa: E402
+from minimind_ds.training.loop import learning_rate, progress  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
 from tests.config.try_configs import prepared_with  # noqa: E402
 from tests.distributed.ranks.layouts import make_run  # noqa: E402
@@ -38,7 +39,8 @@ COLUMNS = {
     "NAdam": ({"type": "NAdam", "params": {}}, {}, {}, ()),
     "Lion on the CPU": ({"type": "Lion", "params": {}}, {}, {"offload_optimizer": {"device": "cpu"}}, ()),
     "AdamW on the CPU": ({"type": "AdamW", "params": {}}, {}, {"offload_optimizer": {"device": "cpu"}}, ()),
-    "Muon": ({"type": "Muon", "params": {"muon_lr": 0.02}}, {}, {}, ("--grad_clip", "0")),
+    "Muon": ({"type": "Muon", "params": {"muon_lr": 0.02}}, {}, {"reduce_scatter": False},
+             ("--grad_clip", "0")),
     "Muon, clipped": ({"type": "Muon", "params": {}}, {}, {}, ()),
     "Lamb": ({"type": "Lamb", "params": {}}, {}, {}, ()),
     "prescaled": (None, {"prescale_gradients": True}, {"reduce_scatter": False}, ()),
@@ -65,21 +67,29 @@ def curve(world, out: pathlib.Path, stage: int, column: tuple) -> dict:
 
 
 def trained(prepared, steps: int) -> dict:
-    """Some steps of a run from its beginning."""
-    live, lines = LiveRun(engine=build_engine(prepared)), []
-    for epoch in range(prepared.run.epochs):
+    """Some steps of a run from its beginning, at the rates that the trainer's loop gives them."""
+    live, lines, run, rate = LiveRun(engine=build_engine(prepared)), [], prepared.run, None
+    for epoch in range(run.epochs):
         plan = prepared.plan(epoch)
         batches = fetch(prepared, epoch, plan, range(len(plan)))
         for epoch_step in range(min(len(plan), steps - len(lines))):
+            if "scheduler" not in prepared.ds:
+                rate = learning_rate(progress(run, len(lines) + 1, epoch, epoch_step, len(plan)), run)
+                engine.set_lr(live.engine, rate)
             lines.append(train_step(prepared, live, plan, Position(len(lines) + 1, epoch, epoch_step), batches).line())
     held = [{key: value for key, value in group.items() if key != "params"}
             for group in live.engine.optimizer.param_groups]
-    return {"lines": lines, "held": held}
+    return {"lines": lines, "held": held, "rate": rate}
 
 
 def curves(world, out: pathlib.Path, names: list[str]) -> dict:
     columns = {"control": CONTROL, **COLUMNS}
-    return {name: [curve(world, out, stage, columns[name]) for stage in range(4)] for name in names or columns}
+    found = {}
+    for name in names or columns:
+        found[name] = [curve(world, out, stage, columns[name]) for stage in range(4)]
+        if world.rank == 0:
+            print(name, flush=True)
+    return found
 
 
 def files(world, out: pathlib.Path, paths: list[str]) -> dict:
@@ -98,7 +108,9 @@ def draw(rng: random.Random) -> tuple[dict, list[str]]:
     values = {"lr": (1e-3, 2e-3), "weight_decay": (0.0, 0.3), "betas": ([0.9, 0.999], [0.8, 0.95]),
               "eps": (1e-8, 1e-6)}
     kind = rng.choice(["AdamW", "Adam", "SGD", "Adagrad", "RMSprop", "NAdam", "Muon", None, None])
-    params = {key: rng.choice(["auto", *choices]) for key, choices in values.items() if rarely()}
+    without = {"SGD": ("betas", "eps"), "Adagrad": ("betas",), "RMSprop": ("betas",)}.get(kind, ())
+    params = {key: rng.choice(["auto", *choices]) for key, choices in values.items()
+              if key not in without and rarely()}
     if kind in ("AdamW", "Adam") and rarely():
         params["torch_adam"] = True
     if kind == "Muon" and rarely():
