@@ -299,6 +299,8 @@ def notes(raw: dict, run: RunConfig) -> list[str]:
     for block, least in (("offload_optimizer", 1), ("offload_param", 3)):
         if (zero.get(block) or {}).get("device") in ("cpu", "nvme") and stage < least:
             lines.append(f"{run.deepspeed}: zero_optimization.{block} has no effect: it begins with stage {least}")
+    if own_name(raw.get("optimizer", {}).get("type", "")) == "muon" and stage > 0:
+        lines.append(f"{run.deepspeed}: with Muon at stage {stage} grad_norm is null: DeepSpeed has the update's only")
     rate = raw.get("optimizer", {}).get("params", {}).get("lr", "auto")
     if "learning_rate" in run.unused and rate != "auto":
         lines.append(f"{run.deepspeed}: optimizer.params.lr has no effect: the rates are set elsewhere in the file")

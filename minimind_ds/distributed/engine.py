@@ -89,6 +89,8 @@ def initialize(model: torch.nn.Module, config: dict):
     deepspeed_compat.undo_warm_start(engine)
     # Groups with a rate of their own (Muon's) keep it, as a share of the optimizer's.
     peak, groups = config["optimizer"]["params"].get("lr") or 1.0, engine.optimizer.param_groups
+    # Muon over ZeRO: what DeepSpeed takes the norm of is the orthogonal update.
+    engine.has_gradient_norm = config["optimizer"]["type"].lower() != "muon" or engine.zero_optimization_stage() == 0
     engine.lr_shares = [1.0 if "scheduler" in config else float(group["lr"]) / peak for group in groups]
     engine.basic_optimizer.skip_update = False
     engine.basic_optimizer.register_step_pre_hook(stop_on_non_finite)
@@ -116,8 +118,8 @@ def stop_on_non_finite(optimizer, args, kwargs) -> None:
 
 
 def grad_norm(engine, scale: float) -> float | None:
-    """Global 2-norm of the gradients before clipping, as DeepSpeed worked it out in the last step."""
-    norm = engine.get_global_grad_norm()
+    """Global 2-norm of the gradients before clipping, as DeepSpeed took it in the last step; None if it did not."""
+    norm = engine.get_global_grad_norm() if engine.has_gradient_norm else None
     return None if norm is None else float(norm) / scale
 
 

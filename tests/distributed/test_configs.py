@@ -58,6 +58,10 @@ def test_one_curve_at_every_stage_or_a_refusal(curves, name):
         first = first or case
         for key in ("loss", "grad_norm"):
             here, there = ([line[key] for line in one["lines"]] for one in (case, control))
+            if key == "grad_norm" and name == "Muon" and stage > 0:
+                # DeepSpeed has the norm of the orthogonal update only, which is another number.
+                assert here == [None] * len(here)
+                continue
             # Law 3's bound; 2e-7 measured.
             assert here == pytest.approx(there, rel=1e-5), (stage, key)
 
