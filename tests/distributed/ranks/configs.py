@@ -88,7 +88,7 @@ def curves(world, out: pathlib.Path, names: list[str]) -> dict:
     for name in names or columns:
         found[name] = [curve(world, out, stage, columns[name]) for stage in range(4)]
         if world.rank == 0:
-            print(name, flush=True)
+            (out / "curves.json").write_text(json.dumps(found, default=str), encoding="utf-8")
     return found
 
 
