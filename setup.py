@@ -17,6 +17,8 @@ setup(
         "transformers>=5.3,<6",
         # Earlier releases scale or reduce gradients wrongly under accumulation.
         "deepspeed>=0.19.7,<0.20",
+        # DeepSpeed's own reader of its files.
+        "hjson>=3.1,<4",
         "numpy>=1.26,<3",
         "packaging>=24",
         "ninja>=1.11,<2",

@@ -8,92 +8,127 @@ number has one owner: a value in the JSON rules unless the flag was given too, a
 
 from __future__ import annotations
 
+import collections
 import copy
-import difflib
 import json
 import pathlib
 
+import hjson
+
+from minimind_ds.config.deepspeed_check import (
+    check_keys,
+    check_rules,
+    check_schemas,
+    check_whole,
+    drop_auto,
+    no_effect,
+    strip,
+)
+from minimind_ds.config.deepspeed_keys import KEYS, LARGEST, show
+from minimind_ds.config.deepspeed_optimizer import (
+    agree,
+    builds_optimizer,
+    by_user,
+    fill_optimizer,
+    fill_scheduler,
+    offloads_optimizer,
+    optimizer_device,
+    own_name,
+)
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.run import RunConfig
 
-# DeepSpeed 0.19's top-level keys (runtime/config.py, runtime/constants.py).
-KNOWN = frozenset("""
-    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps optimizer scheduler gradient_clipping
-    fp16 bf16 bfloat16 torch_autocast data_types communication_data_type seq_parallel_communication_data_type
-    prescale_gradients gradient_predivide_factor gradient_allreduce_op disable_allgather zero_optimization
-    zero_allow_untested_optimizer zero_force_ds_cpu_optimizer aio activation_checkpointing expert_parallel
-    steps_per_print wall_clock_breakdown memory_breakdown dump_state disable_python_gc log_level timers
-    flops_profiler comms_logger tensorboard wandb csv_monitor comet checkpoint compile
-    use_data_before_expert_parallelism dataloader_drop_last sequence_parallel_size data_parallel_size
-""".split())
+__all__ = ["builds_optimizer", "check_keys", "describe", "notes", "offloads_optimizer", "optimizer_device", "read",
+           "read_json", "resolve", "stage_of"]
 
-# Known to DeepSpeed, but this trainer would not do what they ask for.
-REFUSED = {
-    "managed_gradient_accumulation": "the trainer decides where a step ends",
-    "pipeline": "the models here are not cut into pipeline stages",
-    "hybrid_engine": "it serves reinforcement learning",
-    "autotuning": "launch/benchmark.py sweeps instead",
-    "data_efficiency": "the plan of an epoch is fixed by data, seed and rows per step",
-    "curriculum_learning": "the plan of an epoch is fixed by data, seed and rows per step",
-    "tensor_parallel": "tensor parallelism does not pay at these sizes and is not built in",
-    "weight_quantization": "weights are trained in full precision",
-    "compression_training": "weights are trained in full precision",
-    "elasticity": "the rows of a step are fixed; resume on another layout instead",
-    "torch_autocast": "use bf16 or fp16",
-    "amp": "use bf16 or fp16",
-}
-
-# JSON path -> the flag that owns the same number.
-OWNERS = {
-    ("train_micro_batch_size_per_gpu",): "batch_size",
-    ("gradient_accumulation_steps",): "accumulation_steps",
-    ("gradient_clipping",): "grad_clip",
-    ("optimizer", "params", "lr"): "learning_rate",
-    ("optimizer", "params", "weight_decay"): "weight_decay",
-    ("optimizer", "params", "eps"): "adam_epsilon",
-    ("scheduler", "params", "warmup_max_lr"): "learning_rate",
-    ("compile", "enabled"): "compile",
-}
+# Files of peers are below 10 kB and 8 levels.
+MOST_BYTES, MOST_LEVELS = 2**18, 32
 
 # DeepSpeed's own keys for sequence and expert parallelism, which this toolkit carries out itself (parallel.py).
 PARALLEL_KEYS = ("sequence_parallel_size", "data_parallel_size", "expert_parallel")
 
-ACTIVATION_KEYS = frozenset(("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization",
-                             "number_checkpoints", "synchronize_checkpoint_boundary", "profile"))
+
+def read(run: RunConfig) -> dict:
+    """A run's DeepSpeed configuration: its file, or the block in its YAML."""
+    if run.deepspeed_block is not None and run.deepspeed == run.given.get("deepspeed"):
+        check_levels(run.deepspeed, run.deepspeed_block)
+        return copy.deepcopy(run.deepspeed_block)
+    return read_json(run.deepspeed)
 
 
 def read_json(path: str) -> dict:
-    """A DeepSpeed JSON file -> dict.
+    """A DeepSpeed JSON file -> dict; comments and trailing commas are no matter, as to DeepSpeed.
 
     Raises:
-        ValueError: not there, not JSON (with the line), not an object, or a key written twice.
+        UserError: not there, too large, not JSON (with the line), not an object, or a key written twice.
     """
     def no_doubles(pairs):
-        keys = [k for k, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise UserError(f"{path}: key {key!r} stands there twice")
+        twice = [key for key, times in collections.Counter(key for key, _ in pairs).items() if times > 1]
+        if twice:
+            raise UserError(f"{path}: key {show(twice[0])} stands there twice")
         return dict(pairs)
 
     try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
+        if pathlib.Path(path).exists() and not pathlib.Path(path).is_file():
+            raise UserError(f"the DeepSpeed file {path} is no regular file")
+        with open(path, "rb") as file:
+            data = file.read(MOST_BYTES + 1)
+        text = data.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"cannot read the DeepSpeed file {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"the DeepSpeed file {path} is not UTF-8") from None
+    if len(data) > MOST_BYTES:
+        raise UserError(f"{path} is larger than {MOST_BYTES >> 10} KiB; a DeepSpeed file is not")
     try:
-        config = json.loads(text, object_pairs_hook=no_doubles)
-    except json.JSONDecodeError as error:
+        config = parse(text, no_doubles)
+    except UserError:
+        raise
+    except (json.JSONDecodeError, hjson.HjsonDecodeError) as error:
         raise UserError(f"{path} line {error.lineno}: not valid JSON: {error.msg}") from None
     except RecursionError:
         raise UserError(f"{path}: nested too deeply") from None
+    except (ValueError, OverflowError) as error:
+        # A number of more digits than Python reads.
+        raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: a DeepSpeed file holds one JSON object")
+    check_levels(path, config)
     return config
 
 
-def resolve(raw: dict, run: RunConfig, model: ModelConfig, *, ranks: int, total_steps: int) -> tuple[dict, RunConfig]:
+def parse(text: str, hook):
+    """JSON, or what DeepSpeed's own reader takes for it: with comments, trailing commas, bare words."""
+    try:
+        return json.loads(text, object_pairs_hook=hook)
+    except json.JSONDecodeError as error:
+        try:
+            return hjson.loads(text, object_pairs_hook=hook)
+        except hjson.HjsonDecodeError:
+            if any(mark in text for mark in ("//", "/*", "#")):
+                raise
+            # Without comments the strict reader's word is the plainer one.
+            raise error from None
+
+
+def check_levels(path: str, config) -> None:
+    """Raises UserError for what is nested more deeply than any configuration, and for keys that are no text."""
+    level = [config]
+    for _ in range(MOST_LEVELS):
+        objects = [item for item in level if isinstance(item, dict)]
+        odd = [key for item in objects for key in item if not isinstance(key, str)]
+        if odd:
+            raise UserError(f"{path}: key {show(odd[0])} is no text")
+        level = [part for item in level if isinstance(item, (dict, list))
+                 for part in (item.values() if isinstance(item, dict) else item)]
+        if not level:
+            return
+    raise UserError(f"{path}: nested too deeply")
+
+
+def resolve(raw: dict, run: RunConfig, model: ModelConfig, *, ranks: int, total_steps: int,
+            device: str = "cpu") -> tuple[dict, RunConfig]:
     """Fill and check a DeepSpeed configuration.
 
     Args:
@@ -102,120 +137,81 @@ def resolve(raw: dict, run: RunConfig, model: ModelConfig, *, ranks: int, total_
         model: gives the sizes for Hugging Face's "auto" buckets.
         ranks: data-parallel ranks: those that share a row count as one.
         total_steps: optimizer steps of the whole run, for a scheduler's "auto"; 0 where not known yet.
+        device: "cpu" or "cuda": not every optimizer is for both.
 
     Returns:
         The configuration without any "auto", and the run with the numbers that the JSON owns.
 
     Raises:
-        ValueError: unknown or refused key, wrong type, or a number given twice with two values.
+        UserError: unknown or refused key, wrong type, a number given twice with two values, or anything that
+            DeepSpeed would refuse.
     """
     path = run.deepspeed
     check_keys(path, raw)
-    config = {key: value for key, value in copy.deepcopy(raw).items() if key not in PARALLEL_KEYS}
+    config = {key: value for key, value in strip(copy.deepcopy(raw)).items() if key not in PARALLEL_KEYS}
     if "bfloat16" in config:
         if "bf16" in config:
             raise UserError(f"{path}: bf16 and bfloat16 are one block; keep one")
         config["bf16"] = config.pop("bfloat16")
     run = own_batch(config, run, ranks)
-    for keys, name in OWNERS.items():
-        run = own(config, keys, name, run)
-    run = own_betas(config, run)
+    run = own_clip(config, run)
+    run = own_compile(config, run)
     run = own_precision(config, run)
-    fill_optimizer(config, run)
-    fill_scheduler(config, run, total_steps)
-    fill_buckets(config, model)
+    fill_zero(path, config, model)
+    run = fill_optimizer(config, run, device)
+    run = fill_scheduler(config, run, total_steps)
     # Defaults that moved between DeepSpeed releases are set explicitly.
     config["gradient_clipping"] = float(run.grad_clip)
+    for key in ("optimizer", "scheduler"):
+        block = config.pop(key, None)
+        if block is not None:
+            config[key] = block
+    # Where DeepSpeed's default is what "auto" means to Hugging Face's integration.
+    config = {key: value for key, value in drop_auto(config).items() if value != {} or key in ("fp16", "bf16")}
     config.setdefault("steps_per_print", 10**9)
-    if config["steps_per_print"] == "auto":
-        config["steps_per_print"] = 10**9
     config.setdefault("wall_clock_breakdown", False)
     config.setdefault("zero_allow_untested_optimizer", True)
-    left = find_auto(config)
-    if left:
-        raise UserError(f"{path}: \"auto\" at {left} cannot be filled in; write a value")
-    check_zero(path, config)
+    check_schemas(path, config)
+    check_rules(path, config, run.dtype)
+    check_muon(path, config, run)
+    check_whole(path, config)
     return config, run
 
 
-def check_keys(path: str, raw: dict) -> None:
-    for key in raw:
-        if key in REFUSED:
-            raise UserError(f"{path}: {key!r} is not supported: {REFUSED[key]}")
-        if key not in KNOWN:
-            close = difflib.get_close_matches(key, KNOWN, n=1)
-            raise UserError(f"{path}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-    blocks = {"optimizer": {"type", "params", "legacy_fusion"}, "scheduler": {"type", "params"},
-              "activation_checkpointing": ACTIVATION_KEYS}
-    for key, allowed in blocks.items():
-        block = raw.get(key, {})
-        if not isinstance(block, dict):
-            raise UserError(f"{path}: {key} is {block!r}; it must be an object")
-        for name in block:
-            if name not in allowed:
-                close = difflib.get_close_matches(name, allowed, n=1)
-                raise UserError(f"{path}: unknown key {key}.{name}"
-                                 + (f"; did you mean {close[0]!r}?" if close else ""))
-    for key in ("zero_optimization", "fp16", "bf16", "bfloat16", "checkpoint", "data_types", "aio", "compile"):
-        if not isinstance(raw.get(key, {}), dict):
-            raise UserError(f"{path}: {key} is {raw[key]!r}; it must be an object")
+def own_clip(config: dict, run: RunConfig) -> RunConfig:
+    value = config.get("gradient_clipping", "auto")
+    return run if value == "auto" else agree(run, "grad_clip", value, "gradient_clipping")
 
 
-def lookup(config: dict, keys: tuple):
-    for key in keys:
-        if not isinstance(config, dict) or key not in config:
-            return None
-        config = config[key]
-    return config
-
-
-def assign(config: dict, keys: tuple, value) -> None:
-    for key in keys[:-1]:
-        config = config[key]
-    config[keys[-1]] = value
-
-
-def agree(run: RunConfig, name: str, value, where: str) -> RunConfig:
-    """The run with `name` = value from the JSON; an error if the flag was given with another value."""
-    kind = type(getattr(run, name))
-    if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{run.deepspeed}: {where} is {value!r}; it must be a {'flag' if kind is bool else 'number'}")
-    if kind is int and value != int(value):
-        raise UserError(f"{run.deepspeed}: {where} is {value!r}; it must be a whole number")
-    if name in run.given and getattr(run, name) != kind(value):
-        raise UserError(f"{name} is {getattr(run, name)} ({run.place(name)}) and {value} in {run.deepspeed} "
-                         f"({where}): give it once, or \"auto\" in the JSON")
-    return run.replace(**{name: kind(value)}, given={**run.given, name: f"{where} in {run.deepspeed}"})
-
-
-def own(config: dict, keys: tuple, name: str, run: RunConfig) -> RunConfig:
-    value = lookup(config, keys)
-    if value is None:
-        return run
-    if value == "auto":
-        assign(config, keys, getattr(run, name))
-        return run
-    return agree(run, name, value, ".".join(keys))
+def own_compile(config: dict, run: RunConfig) -> RunConfig:
+    """compile.enabled, a key of old releases, is --compile; DeepSpeed's own block has no effect here."""
+    block = config.get("compile", {})
+    value = block.pop("enabled", "auto")
+    if value != "auto":
+        run = agree(run, "compile", value, "compile.enabled")
+    for key in [key for key in block if f"compile.{key}" in KEYS]:
+        del block[key]
+    return run
 
 
 def own_batch(config: dict, run: RunConfig, ranks: int) -> RunConfig:
     """train_batch_size = rows per micro-batch × accumulation × ranks; two of the three decide the third."""
-    micro, steps = (lookup(config, (k,)) for k in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
+    micro, steps = (config.get(k) for k in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"))
     total = config.pop("train_batch_size", None)
     where = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"
     for value, key, name in ((micro, where[0], "batch_size"), (steps, where[1], "accumulation_steps")):
         if value not in (None, "auto"):
             run = agree(run, name, value, key)
     if total not in (None, "auto"):
-        if not isinstance(total, int) or isinstance(total, bool) or total < 1:
-            raise UserError(f"{run.deepspeed}: train_batch_size is {total!r}; it must be a positive whole number")
+        if not isinstance(total, int) or isinstance(total, bool) or not 0 < total < LARGEST:
+            raise UserError(f"{run.deepspeed}: train_batch_size is {show(total)}; it must be a positive whole number")
         rows = run.batch_size * ranks
         if "batch_size" in run.given and "accumulation_steps" not in run.given and total % rows == 0:
             run = agree(run, "accumulation_steps", total // rows, "train_batch_size")
         elif "batch_size" not in run.given and total % (run.accumulation_steps * ranks) == 0:
             run = agree(run, "batch_size", total // (run.accumulation_steps * ranks), "train_batch_size")
         if total != run.batch_size * run.accumulation_steps * ranks:
-            raise UserError(f"{run.deepspeed}: train_batch_size is {total}, but batch_size {run.batch_size} × "
+            raise UserError(f"{run.deepspeed}: train_batch_size is {show(total)}, but batch_size {run.batch_size} × "
                              f"accumulation_steps {run.accumulation_steps} × {ranks} ranks is "
                              f"{run.batch_size * run.accumulation_steps * ranks}")
     config["train_micro_batch_size_per_gpu"] = run.batch_size
@@ -223,147 +219,94 @@ def own_batch(config: dict, run: RunConfig, ranks: int) -> RunConfig:
     return run
 
 
-def own_betas(config: dict, run: RunConfig) -> RunConfig:
-    betas = lookup(config, ("optimizer", "params", "betas"))
-    if betas is None:
-        return run
-    if betas == "auto":
-        config["optimizer"]["params"]["betas"] = [run.adam_beta1, run.adam_beta2]
-        return run
-    if not isinstance(betas, list) or len(betas) != 2:
-        raise UserError(f"{run.deepspeed}: optimizer.params.betas is {betas!r}; it must be two numbers")
-    for i, name in enumerate(("adam_beta1", "adam_beta2")):
-        run = agree(run, name, betas[i], f"optimizer.params.betas[{i}]")
-    return run
-
-
 def own_precision(config: dict, run: RunConfig) -> RunConfig:
-    """fp16.enabled / bf16.enabled <-> --dtype."""
-    said = {}
+    """fp16.enabled / bf16.enabled <-> --dtype.  A block that is off and no other means fp32, as to DeepSpeed."""
+    said, path = {}, run.deepspeed
     for name in ("fp16", "bf16"):
-        block = config.setdefault(name, {"enabled": "auto"})
-        enabled = block.get("enabled", False)
-        if enabled not in (True, False, "auto"):
-            raise UserError(f"{run.deepspeed}: {name}.enabled is {enabled!r}; it must be true, false or \"auto\"")
-        said[name] = enabled
-    if said["fp16"] is True and said["bf16"] is True:
-        raise UserError(f"{run.deepspeed}: fp16 and bf16 are both enabled; keep one")
+        if name in config:
+            said[name] = config[name].get("enabled", False)
+            if said[name] not in (True, False, "auto"):
+                raise UserError(f"{path}: {name}.enabled is {show(said[name])}; it must be true, false or \"auto\"")
+    if [said.get(name) for name in ("fp16", "bf16")] == [True, True]:
+        raise UserError(f"{path}: fp16 and bf16 are both enabled; keep one")
     named = next((name for name in said if said[name] is True), None)
-    # Neither block says "auto" and neither is enabled: the file asks for fp32.
-    if named is None and "auto" not in said.values():
+    if named is None and said and "auto" not in said.values():
         named = "fp32"
     if named is None and said.get(run.dtype) is False:
-        raise UserError(f"--dtype {run.dtype} ({run.place('dtype')}) and {run.dtype}.enabled false in "
-                         f"{run.deepspeed}: give it once, or \"auto\" in the JSON")
+        if by_user(run, "dtype"):
+            raise UserError(f"dtype is {run.dtype} ({run.place('dtype')}) and {run.dtype}.enabled is false in {path}: "
+                            "give it once, or \"auto\" in the JSON")
+        named = "fp32"
     if named is not None:
-        if "dtype" in run.given and run.dtype != named:
-            raise UserError(f"dtype is {run.dtype} ({run.place('dtype')}) and {named} in {run.deepspeed}: "
-                             "give it once, or \"auto\" in the JSON")
-        run = run.replace(dtype=named, given={**run.given, "dtype": f"{named} in {run.deepspeed}"})
-    hf_defaults = {"loss_scale": 0, "loss_scale_window": 1000, "initial_scale_power": 16, "hysteresis": 2,
-                   "min_loss_scale": 1}
+        if by_user(run, "dtype") and run.dtype != named:
+            raise UserError(f"dtype is {run.dtype} ({run.place('dtype')}) and {named} in {path}: "
+                            "give it once, or \"auto\" in the JSON")
+        run = run.replace(dtype=named, given={**run.given, "dtype": f"{named} in {path}"})
     for name in ("fp16", "bf16"):
-        block = config[name]
-        block["enabled"] = run.dtype == name
-        for key, value in block.items():
-            if value == "auto" and key in hf_defaults:
-                block[key] = hf_defaults[key]
-        if block.get("auto_cast") == "auto":
-            block["auto_cast"] = False
+        config.setdefault(name, {})["enabled"] = run.dtype == name
     if run.dtype == "bf16":
         config["bf16"].setdefault("check_grad_overflow", True)
     return run
 
 
-def fill_optimizer(config: dict, run: RunConfig) -> None:
-    """Without an optimizer in the JSON: AdamW, torch's fused one, or DeepSpeed's CPU Adam for offloaded states."""
-    if "optimizer" in config:
-        if not isinstance(config["optimizer"].get("type"), str):
-            raise UserError(f"{run.deepspeed}: optimizer has no type")
-        config["optimizer"].setdefault("params", {})
-        # A JSON without lr leaves it to the flag.
-        config["optimizer"]["params"].setdefault("lr", run.learning_rate)
-        return
-    params = dict(lr=run.learning_rate, betas=[run.adam_beta1, run.adam_beta2], eps=run.adam_epsilon,
-                  weight_decay=run.weight_decay)
-    if not offloads_optimizer(config):
-        params |= dict(torch_adam=True, fused=True)
-    config["optimizer"] = {"type": "AdamW", "params": params}
-
-
-def optimizer_device(config: dict) -> str:
-    """Where the ZeRO block offloads optimizer states to: "cpu", "nvme" or "none"."""
+def fill_zero(path: str, config: dict, model: ModelConfig) -> None:
+    """Hugging Face's rules for "auto" buckets (transformers/integrations/deepspeed.py), and forms of old releases."""
     zero = config.get("zero_optimization", {})
-    named = (zero.get("offload_optimizer") or {}).get("device") or "none"
-    return "cpu" if named == "none" and zero.get("cpu_offload", False) else named
-
-
-def offloads_optimizer(config: dict) -> bool:
-    """True when the ZeRO block keeps optimizer states on the CPU or on NVMe."""
-    return optimizer_device(config) != "none"
-
-
-def fill_scheduler(config: dict, run: RunConfig, total_steps: int) -> None:
-    """A scheduler in the JSON is honoured; its "auto" values come from the flags, as in Hugging Face's Trainer."""
-    if "scheduler" not in config:
-        return
-    params = config["scheduler"].setdefault("params", {})
-    auto = {"total_num_steps": total_steps, "warmup_num_steps": max(1, round(run.warmup_ratio * total_steps)),
-            "warmup_min_lr": 0.0, "warmup_max_lr": run.learning_rate, "cos_min_ratio": run.min_lr_ratio}
-    for key, value in params.items():
-        if value == "auto" and key in auto:
-            params[key] = auto[key]
-
-
-def fill_buckets(config: dict, model: ModelConfig) -> None:
-    """Hugging Face's rules for "auto" buckets (transformers/integrations/deepspeed.py)."""
-    zero = config.get("zero_optimization", {})
+    if isinstance(zero, bool):
+        # Releases before 0.3 had true for stage 1.
+        zero = {"stage": 1} if zero else {}
+        config["zero_optimization"] = zero
     square = model.hidden_size * model.hidden_size
     auto = {"reduce_bucket_size": square, "stage3_prefetch_bucket_size": int(0.9 * square),
-            "stage3_param_persistence_threshold": 10 * model.hidden_size,
-            "stage3_gather_16bit_weights_on_model_save": False, "allgather_bucket_size": square}
+            "stage3_param_persistence_threshold": 10 * model.hidden_size, "allgather_bucket_size": square}
     for key, value in zero.items():
         if value == "auto" and key in auto:
             zero[key] = auto[key]
+    stage = zero.get("stage", 0)
+    if stage == "auto":
+        raise UserError(f"{path}: \"auto\" at zero_optimization.stage cannot be filled in; write 0, 1, 2 or 3")
+    if isinstance(stage, bool) or not isinstance(stage, (int, float)) or stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage is {show(stage)}; it must be 0, 1, 2 or 3")
     for block in ("offload_optimizer", "offload_param"):
-        if (zero.get(block) or {}).get("device") == "auto":
-            zero[block]["device"] = "none"
+        if not isinstance(zero.get(block, {}), (dict, type(None))):
+            raise UserError(f"{path}: zero_optimization.{block} is {show(zero[block])}; it must be an object such as "
+                            "{\"device\": \"cpu\"}")
+        # Stage 3's alone, and an optimizer's from stage 1 on: below, DeepSpeed would half obey.
+        if stage < (3 if block == "offload_param" else 1):
+            zero.pop(block, None)
 
 
-def find_auto(config, at: str = "") -> str | None:
-    """Where an "auto" is left, as a dotted path, or None."""
-    if config == "auto":
-        return at
-    if isinstance(config, dict):
-        for key, value in config.items():
-            found = find_auto(value, f"{at}.{key}" if at else key)
-            if found:
-                return found
-    return None
+def check_muon(path: str, config: dict, run: RunConfig) -> None:
+    """At stages 1 to 3 DeepSpeed clips Muon's update, not the gradient; stage 3 wants whole gradients."""
+    stage = stage_of(config)
+    if own_name(config["optimizer"]["type"]) != "muon" or stage == 0:
+        return
+    if run.grad_clip > 0:
+        raise UserError(f"{path}: optimizer Muon with gradient clipping {run.grad_clip:g} at stage {stage}: DeepSpeed "
+                        "would clip the orthogonal update, not the gradient; --grad_clip 0, or stage 0")
+    if stage == 3 and config["zero_optimization"].get("reduce_scatter", True):
+        raise UserError(f"{path}: optimizer Muon at stage 3 needs zero_optimization.reduce_scatter false")
 
 
-def check_zero(path: str, config: dict) -> None:
-    """DeepSpeed's own schemas for the blocks that have one."""
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-    from pydantic import ValidationError
-
-    schemas = {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config}
-    for key, schema in schemas.items():
-        try:
-            schema(**config.get(key, {}))
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            if first["type"] == "extra_forbidden":
-                close = difflib.get_close_matches(name.split(".")[-1], schema.model_fields, n=1)
-                raise UserError(f"{path}: unknown key {key}.{name}"
-                                 + (f"; did you mean {close[0]!r}?" if close else "")) from None
-            raise UserError(f"{path}: {key}.{name}: {first['msg']}") from None
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if config.get("zero_optimization", {}).get("contiguous_gradients") is False and stage == 2:
-        raise UserError(f"{path}: zero_optimization.contiguous_gradients false gave wrong gradients at stage 2 in "
-                         "DeepSpeed up to 0.19.6; leave it out")
+def notes(raw: dict, run: RunConfig) -> list[str]:
+    """What of a file has no effect, and who decided what it leaves open; a line each, for the start."""
+    lines = [f"{run.deepspeed}: {key} has no effect: {why}" for key, why in no_effect(raw).items()]
+    zero = raw.get("zero_optimization", {})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if isinstance(zero, bool):
+        lines.append(f"{run.deepspeed}: zero_optimization {str(zero).lower()} is an old form of stage {int(zero)}")
+        zero = {}
+    for block, least in (("offload_optimizer", 1), ("offload_param", 3)):
+        if (zero.get(block) or {}).get("device") in ("cpu", "nvme") and stage < least:
+            lines.append(f"{run.deepspeed}: zero_optimization.{block} has no effect: it begins with stage {least}")
+    if own_name(raw.get("optimizer", {}).get("type", "")) == "muon" and stage > 0:
+        lines.append(f"{run.deepspeed}: with Muon at stage {stage} grad_norm is null: DeepSpeed has the update's only")
+    rate = raw.get("optimizer", {}).get("params", {}).get("lr", "auto")
+    if "learning_rate" in run.unused and rate != "auto":
+        lines.append(f"{run.deepspeed}: optimizer.params.lr has no effect: the rates are set elsewhere in the file")
+    if not {"fp16", "bf16", "bfloat16"} & set(raw):
+        lines.append(f"{run.deepspeed} names no precision: {run.dtype}, from {run.place('dtype')}")
+    return lines
 
 
 def stage_of(config: dict) -> int:

@@ -22,6 +22,7 @@ import yaml
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
+from minimind_ds.paths import DS_CONFIGS
 
 # The keys of precision.DTYPES; this module does without torch, so that --help need not wait for it.
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -41,7 +42,8 @@ def flag(default, help, *, choices=None, resume=None, paths=None):
 class RunConfig:
     """Everything that decides a training run, besides the DeepSpeed JSON.  None means: chosen by the program."""
 
-    deepspeed: str | None = flag(None, "DeepSpeed JSON file, for example ds_configs/zero2.json (required)")
+    deepspeed: str | None = flag(None, "DeepSpeed JSON file, or a shipped one by its name: zero2 (required); in a "
+                                       "YAML also the block itself")
     preset: str | None = flag(None, "model size; default: the one that fits the machine", choices=tuple(PRESETS),
                               resume="must keep")
     tokenizer: str | None = flag(None, "Hugging Face tokenizer folder or SentencePiece .model; default: embedded")
@@ -109,9 +111,12 @@ class RunConfig:
     use_wandb: bool = flag(False, "log to Weights & Biases (WANDB_MODE=offline works)")
     wandb_project: str = flag("minimind_ds", "Weights & Biases project")
     use_tensorboard: bool = flag(False, "write TensorBoard files under save_dir/tensorboard")
-    # Not flags: fields of ModelConfig that change the preset (YAML `model:`), and where each value was given.
+    # Not flags: fields of ModelConfig that change the preset (YAML `model:`), where each value was given, flags that
+    # this run's optimizer and scheduler have no place for, and a YAML's DeepSpeed block.
     model: dict = field(default_factory=dict)
     given: dict = field(default_factory=dict, compare=False)
+    unused: tuple = field(default=(), compare=False)
+    deepspeed_block: dict | None = field(default=None, compare=False)
 
     def __post_init__(self):
         at_least = dict(max_seq_len=2, pack_len=2, batch_size=1, accumulation_steps=1, epochs=1, max_steps=0, keep=1,
@@ -185,7 +190,13 @@ class RunConfig:
         return dataclasses.replace(self, **changes)
 
     def to_yaml(self) -> str:
-        values = {k: v for k, v in dataclasses.asdict(self).items() if k != "given"}
+        """The run as a YAML that --config reads back from any folder, without the flags that had no place in it."""
+        left_out = ("given", "unused", "deepspeed_block", *self.unused)
+        values = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+        if self.deepspeed_block is not None:
+            values["deepspeed"] = self.deepspeed_block
+        elif self.deepspeed is not None:
+            values["deepspeed"] = os.path.abspath(self.deepspeed)
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -239,6 +250,8 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         if value is None:
             continue
+        if name == "deepspeed":
+            value = find_shipped(value, pathlib.Path())
         if name in values and values[name] != value:
             raise UserError(f"{name} is {value} on the command line and {values[name]} in {yaml_path}: give it once")
         values[name], given[name] = value, f"--{name}"
@@ -260,6 +273,14 @@ def auto_or_int(text: str) -> int | None:
         return None if text == "auto" else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
+
+
+def find_shipped(name: str, folder: pathlib.Path) -> str:
+    """The file that --deepspeed names: a path from `folder`, or the bare name of a shipped file, as zero2."""
+    shipped = DS_CONFIGS / f"{name}.json"
+    if pathlib.PurePath(name).name == name and not (folder / name).exists() and shipped.is_file():
+        return str(shipped)
+    return str(folder / name)
 
 
 def to_bool(text: str) -> bool:
@@ -293,10 +314,17 @@ def read_yaml(path: str) -> tuple[dict, dict]:
             continue
         if name not in by_name:
             raise UserError(f"{path}: unknown key {name!r}")
+        if name == "deepspeed" and isinstance(value, dict):
+            continue
         values[name] = check_type(path, by_name[name], value)
     # A null leaves the choice to the program, as leaving the line out does.
     values = {name: value for name, value in values.items() if value is not None}
-    return values, {name: f"{name} in {path}" for name in values}
+    given = {name: f"{name} in {path}" for name in values}
+    if isinstance(values.get("deepspeed"), dict):
+        values |= {"deepspeed": given["deepspeed"], "deepspeed_block": values["deepspeed"]}
+    elif "deepspeed" in values:
+        values["deepspeed"] = find_shipped(values["deepspeed"], pathlib.Path(path).parent)
+    return values, given
 
 
 def check_type(path: str, f: dataclasses.Field, value):

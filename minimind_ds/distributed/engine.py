@@ -76,7 +76,10 @@ def initialize(model: torch.nn.Module, config: dict):
         The DeepSpeed engine.  Its learning rate is set by the caller unless the JSON names a scheduler.
     """
     import deepspeed
+    from deepspeed.utils import logger
 
+    if asks_for_log(config):
+        logger.setLevel(logging.INFO)
     if config.get("zero_optimization", {}).get("stage", 0) == 0 and not (config["fp16"]["enabled"]
                                                                          or config["bf16"]["enabled"]):
         # deepspeed_compat.clip_gradients does it instead.
@@ -84,6 +87,11 @@ def initialize(model: torch.nn.Module, config: dict):
     trained = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=trained)
     deepspeed_compat.undo_warm_start(engine)
+    # Groups with a rate of their own (Muon's) keep it, as a share of the optimizer's.
+    peak, groups = config["optimizer"]["params"].get("lr") or 1.0, engine.optimizer.param_groups
+    # Muon over ZeRO: what DeepSpeed takes the norm of is the orthogonal update.
+    engine.has_gradient_norm = config["optimizer"]["type"].lower() != "muon" or engine.zero_optimization_stage() == 0
+    engine.lr_shares = [1.0 if "scheduler" in config else float(group["lr"]) / peak for group in groups]
     engine.basic_optimizer.skip_update = False
     engine.basic_optimizer.register_step_pre_hook(stop_on_non_finite)
     return engine
@@ -110,14 +118,34 @@ def stop_on_non_finite(optimizer, args, kwargs) -> None:
 
 
 def grad_norm(engine, scale: float) -> float | None:
-    """Global 2-norm of the gradients before clipping, as DeepSpeed worked it out in the last step."""
-    norm = engine.get_global_grad_norm()
+    """Global 2-norm of the gradients before clipping, as DeepSpeed took it in the last step; None if it did not."""
+    norm = engine.get_global_grad_norm() if engine.has_gradient_norm else None
     return None if norm is None else float(norm) / scale
 
 
+def asks_for_log(config: dict) -> bool:
+    """Whether a DeepSpeed configuration has settings whose only effect is in DeepSpeed's log."""
+    return (any(config.get(key, False) for key in ("wall_clock_breakdown", "memory_breakdown", "dump_state"))
+            or config.get("comms_logger", {}).get("enabled", False))
+
+
+def log_communication(config: dict) -> None:
+    """DeepSpeed's summary of the collectives of a run, where the configuration asks for one; collective."""
+    if config.get("comms_logger", {}).get("enabled", False):
+        from deepspeed import comm
+
+        comm.log_summary()
+
+
 def set_lr(engine, lr: float) -> None:
-    for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+    """The rate of every group: `lr`, times the group's share where the JSON gives it a rate of its own."""
+    for group, share in zip(engine.optimizer.param_groups, engine.lr_shares):
+        group["lr"] = lr * share
+
+
+def learning_rates(engine) -> list[float]:
+    """The rate of every group, as the coming update will use it."""
+    return [float(group["lr"]) for group in engine.optimizer.param_groups]
 
 
 def full_gradients(engine, stage: int) -> dict[str, torch.Tensor]:

@@ -113,7 +113,7 @@ def setting(path: str, run: RunConfig, options: argparse.Namespace) -> Setting:
     run, _ = choose(run.replace(deepspeed=path), read_world())
     config = run.model_config(load_tokenizer(run.tokenizer).vocab_size)
     run, adapters = choose_lora(run, config)
-    raw = deepspeed_json.read_json(path)
+    raw = deepspeed_json.read(run)
     deepspeed_json.check_keys(path, raw)
     dims = sequence_parallel.read_dims(path, raw, options.ranks)
     ds, run = deepspeed_json.resolve(raw, run, config, ranks=max(1, options.ranks // dims.sequence), total_steps=0)

@@ -149,6 +149,7 @@ def train(prepared: PreparedRun, live: LiveRun, start: Start) -> None:
                 raise
             live.finish_save()
             live.beat("the final weights")
+            engine.log_communication(prepared.ds)
             write_weights(prepared, live, step, metrics)
     finally:
         metrics.close()

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 from minimind_ds import kernels
-from minimind_ds.config import deepspeed_json
+from minimind_ds.config import deepspeed_check, deepspeed_json
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.precision import DTYPES
@@ -122,7 +122,7 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     run = parse_run_config(argv, program, PROGRAMS[program])
     if run.deepspeed is None:
         raise UserError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero2.json")
-    raw = deepspeed_json.read_json(run.deepspeed)
+    raw = deepspeed_json.read(run)
     deepspeed_json.check_keys(run.deepspeed, raw)
     run, notes = choose(run, world)
     tokenizer = load_tokenizer(run.tokenizer)
@@ -134,7 +134,9 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
     dims = sequence_parallel.read_dims(run.deepspeed, raw, world.size)
     ranks = max(1, world.size // dims.sequence)
-    ds, run = deepspeed_json.resolve(raw, run, model_config, ranks=ranks, total_steps=0)
+    facts = dict(ranks=ranks, device=world.device.type)
+    ds, run = deepspeed_json.resolve(raw, run, model_config, total_steps=0, **facts)
+    notes += deepspeed_json.notes(raw, run)
     sequence_parallel.check(dims, model_config, ranks=world.size, row_tokens=run.batch_size * run.row_len,
                    stage=deepspeed_json.stage_of(ds), path=run.deepspeed)
     if lora is not None and dims.experts > 1:
@@ -155,8 +157,8 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
                            start_weights, tuple(notes), lora,
                            KINDS[program])
     if "scheduler" in raw:
-        ds, _ = deepspeed_json.resolve(raw, run, model_config, ranks=ranks, total_steps=prepared.total_steps)
-        prepared = replace(prepared, ds=ds)
+        ds, run = deepspeed_json.resolve(raw, run, model_config, total_steps=prepared.total_steps, **facts)
+        prepared = replace(prepared, ds=ds, run=run)
     return prepared
 
 
@@ -212,9 +214,10 @@ def check_machine(run: RunConfig, ds: dict, world: World) -> None:
     if world.size % shards:
         raise UserError(f"{path}: zero_optimization.zero_hpz_partition_size {shards} does not divide the "
                          f"{world.size} ranks of this run; it is meant to be the ranks of one machine")
-    if deepspeed_json.offloads_optimizer(ds) and not all(map(shutil.which, ("g++", "ninja"))):
-        raise UserError(f"{path}: an offloaded optimizer is DeepSpeed's CPU Adam, which it builds at first use; that "
-                         "needs g++ and ninja on the PATH")
+    deepspeed_check.check_packages(path, ds)
+    if deepspeed_json.builds_optimizer(ds) and not all(map(shutil.which, ("g++", "ninja"))):
+        raise UserError(f"{path}: DeepSpeed builds this optimizer at first use, which needs g++ and ninja on the "
+                        "PATH; install them, or leave the optimizer block and offload_optimizer out")
     for block in ("offload_optimizer", "offload_param"):
         if (zero.get(block) or {}).get("device") == "nvme":
             check_nvme(f"{path}: zero_optimization.{block}", zero[block])

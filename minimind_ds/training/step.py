@@ -39,13 +39,15 @@ class Position(NamedTuple):
 class StepStats:
     """What one optimizer step did, the same on every rank.
 
-    loss: nats per labelled token over the step.  grad_norm: global 2-norm before clipping.  stop_requested: a rank was
+    loss: nats per labelled token over the step.  lr: of the first group, as the update used it; lr_groups: of every
+    group, where they differ.  grad_norm: global 2-norm before clipping.  stop_requested: a rank was
     asked to stop.  note: what was wrong with the loss.  slow_rank: the metrics' facts about a straggler, or nothing.
     """
 
     loss: float
     aux_loss: float
     lr: float
+    lr_groups: list[float] | None
     grad_norm: float | None
     tokens: int
     labelled_tokens: int
@@ -59,6 +61,7 @@ class StepStats:
     def line(self) -> dict:
         """The step's line of metrics.jsonl."""
         return {"loss": finite(self.loss), "aux_loss": finite(self.aux_loss), "lr": self.lr,
+                **({"lr_groups": self.lr_groups} if self.lr_groups else {}),
                 "grad_norm": finite(self.grad_norm), "tokens": self.tokens, "labelled_tokens": self.labelled_tokens,
                 "packing_fill": self.packing_fill, "tokens_per_s": self.tokens / self.step_s, "step_s": self.step_s,
                 **({"skipped": True} if self.skipped else {}), **({"note": self.note} if self.note else {}),
@@ -126,6 +129,8 @@ def train_step(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at:
     """
     run, world, ds_engine = prepared.run, prepared.world, live.engine
     began, optimizer = time.perf_counter(), ds_engine.basic_optimizer
+    # A scheduler of the JSON sets the next step's rate within the update.
+    rates = engine.learning_rates(ds_engine)
     facts, sums, timer = plan.facts(at.epoch_step), StepSums(world), ForwardTimer(world.device)
     live.beat(f"step {at.step}: forward and backward")
     scale = deepspeed_compat.norm_scale(ds_engine, prepared.stage)
@@ -153,8 +158,8 @@ def train_step(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at:
     optimizer.skip_update = False
     if not skipped:
         live.spikes.took(loss)
-    return StepStats(loss=loss, aux_loss=aux, lr=float(ds_engine.optimizer.param_groups[0]["lr"]), grad_norm=norm,
-                     tokens=facts.n_tokens, labelled_tokens=facts.n_labelled, packing_fill=facts.fill,
+    return StepStats(loss=loss, aux_loss=aux, lr=rates[0], lr_groups=rates if len(set(rates)) > 1 else None,
+                     grad_norm=norm, tokens=facts.n_tokens, labelled_tokens=facts.n_labelled, packing_fill=facts.fill,
                      step_s=time.perf_counter() - began, stop_requested=total.stop_requests > 0, skipped=skipped,
                      note=note, slow_rank=slowest(total.forward_s, live.hosts))
 

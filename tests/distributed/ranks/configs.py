@@ -1,0 +1,168 @@
+"""Real steps with optimizers and settings of users' DeepSpeed files, for tests/distributed/test_configs.py.
+
+    deepspeed --num_gpus 2 tests/distributed/ranks/configs.py OUT_DIR curves
+    deepspeed --num_gpus 2 tests/distributed/ranks/configs.py OUT_DIR files FILE...
+    deepspeed --num_gpus 1 tests/distributed/ranks/configs.py OUT_DIR values COUNT
+
+Rank 0 writes OUT_DIR/<mode>.json.
+"""
+
+import json
+import pathlib
+import random
+import sys
+
+import torch.distributed as dist
+import yaml
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+sys.path.insert(0, str(ROOT))
+
+from minimind_ds.config.errors import UserError  # noqa: E402
+from minimind_ds.distributed import engine  # noqa: E402
+from minimind_ds.distributed.world import read_world  # noqa: E402
+from minimind_ds.training.build import build_engine  # noqa: E402
+from minimind_ds.training.live import LiveRun  # noqa: E402
+from minimind_ds.training.loop import learning_rate, progress  # noqa: E402
+from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
+from tests.config.try_configs import prepared_with  # noqa: E402
+from tests.distributed.ranks.layouts import make_run  # noqa: E402
+
+STEPS = 4
+# name: (optimizer block, or None for the run's own; further top-level keys; keys of the ZeRO block; flags)
+COLUMNS = {
+    "AdamW": ({"type": "AdamW", "params": {}}, {}, {}, ()),
+    "AdamW of torch": ({"type": "AdamW", "params": {"torch_adam": True}}, {}, {}, ()),
+    "Adam with L2": ({"type": "Adam", "params": {"adam_w_mode": False}}, {}, {}, ()),
+    "SGD": ({"type": "SGD", "params": {"momentum": 0.9}}, {}, {}, ()),
+    "Adagrad": ({"type": "Adagrad", "params": {}}, {}, {}, ()),
+    "NAdam": ({"type": "NAdam", "params": {}}, {}, {}, ()),
+    "Lion on the CPU": ({"type": "Lion", "params": {}}, {}, {"offload_optimizer": {"device": "cpu"}}, ()),
+    "AdamW on the CPU": ({"type": "AdamW", "params": {}}, {}, {"offload_optimizer": {"device": "cpu"}}, ()),
+    "Muon": ({"type": "Muon", "params": {"muon_lr": 0.02}}, {}, {"reduce_scatter": False},
+             ("--grad_clip", "0")),
+    "Muon, clipped": ({"type": "Muon", "params": {}}, {}, {}, ()),
+    "Lamb": ({"type": "Lamb", "params": {}}, {}, {}, ()),
+    "prescaled": (None, {"prescale_gradients": True}, {"reduce_scatter": False}, ()),
+    "predivided": (None, {"gradient_predivide_factor": 4.0}, {"reduce_scatter": False}, ()),
+    "predivided by the ranks": (None, {"gradient_predivide_factor": 2.0}, {"reduce_scatter": False}, ()),
+    "prescaled, scattered": (None, {"prescale_gradients": True}, {}, ()),
+    "not contiguous": (None, {}, {"contiguous_gradients": False}, ()),
+    "round robin": (None, {}, {"round_robin_gradients": True, "overlap_comm": True}, ()),
+    "no sub-groups": (None, {}, {"sub_group_size": 0}, ()),
+    "summed": (None, {"gradient_allreduce_op": "sum"}, {}, ()),
+}
+CONTROL = (None, {}, {}, ())
+
+
+def curve(world, out: pathlib.Path, stage: int, column: tuple) -> dict:
+    """Losses and norms of some steps at a stage, or what prepare() says against it."""
+    optimizer, top, zero, flags = column
+    keys = {**top, "zero_optimization": {"stage": stage, **zero}, **({"optimizer": optimizer} if optimizer else {})}
+    try:
+        prepared = make_run(world, out, "dense", stage, 2, list(flags), keys=keys)
+    except UserError as error:
+        return {"refused": str(error)}
+    return trained(prepared, STEPS)
+
+
+def trained(prepared, steps: int) -> dict:
+    """Some steps of a run from its beginning, at the rates that the trainer's loop gives them."""
+    live, lines, run, rate = LiveRun(engine=build_engine(prepared)), [], prepared.run, None
+    for epoch in range(run.epochs):
+        plan = prepared.plan(epoch)
+        batches = fetch(prepared, epoch, plan, range(len(plan)))
+        for epoch_step in range(min(len(plan), steps - len(lines))):
+            if "scheduler" not in prepared.ds:
+                rate = learning_rate(progress(run, len(lines) + 1, epoch, epoch_step, len(plan)), run)
+                engine.set_lr(live.engine, rate)
+            lines.append(train_step(prepared, live, plan, Position(len(lines) + 1, epoch, epoch_step), batches).line())
+    held = [{key: value for key, value in group.items() if key != "params"}
+            for group in live.engine.optimizer.param_groups]
+    return {"lines": lines, "held": held, "rate": rate}
+
+
+def curves(world, out: pathlib.Path, names: list[str]) -> dict:
+    columns = {"control": CONTROL, **COLUMNS}
+    found = {}
+    for name in names or columns:
+        found[name] = [curve(world, out, stage, columns[name]) for stage in range(4)]
+        if world.rank == 0:
+            (out / "curves.json").write_text(json.dumps(found, default=str), encoding="utf-8")
+    return found
+
+
+def files(world, out: pathlib.Path, paths: list[str]) -> dict:
+    found = {}
+    for path in paths:
+        prepared = prepared_with(pathlib.Path(path), out, ranks=world.size, rank=world.rank, dtype=None)
+        found[path] = {**trained(prepared, 2), "notes": prepared.notes}
+    return found
+
+
+def draw(rng: random.Random) -> tuple[dict, list[str]]:
+    """A random DeepSpeed file and flags beside it; some contradict each other."""
+    def rarely(chance: float = 0.4) -> bool:
+        return rng.random() < chance
+
+    values = {"lr": (1e-3, 2e-3), "weight_decay": (0.0, 0.3), "betas": ([0.9, 0.999], [0.8, 0.95]),
+              "eps": (1e-8, 1e-6)}
+    kind = rng.choice(["AdamW", "Adam", "SGD", "Adagrad", "RMSprop", "NAdam", "Muon", None, None])
+    without = {"SGD": ("betas", "eps"), "Adagrad": ("betas",), "RMSprop": ("betas",)}.get(kind, ())
+    params = {key: rng.choice(["auto", *choices]) for key, choices in values.items()
+              if key not in without and rarely()}
+    if kind in ("AdamW", "Adam") and rarely():
+        params["torch_adam"] = True
+    if kind == "Muon" and rarely():
+        params["muon_lr"] = 0.02
+    config = {"zero_optimization": {"stage": rng.choice([0, 0, 1, 2, 3])}}
+    if kind:
+        config["optimizer"] = {"type": kind, "params": params}
+    schedule = rng.choice([None, None, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR", "OneCycle"])
+    if schedule == "OneCycle":
+        config["scheduler"] = {"type": schedule, "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-3}}
+    elif schedule:
+        config["scheduler"] = {"type": schedule, "params": {"warmup_num_steps": 3} if rarely() else {}}
+    if rarely():
+        config["gradient_clipping"] = rng.choice([0.0, 0.5, "auto"])
+    flags = []
+    for name, choices in {"learning_rate": (1e-3, 4e-3), "weight_decay": (0.0, 0.2), "adam_beta1": (0.7,),
+                          "adam_beta2": (0.95,), "adam_epsilon": (1e-6,), "grad_clip": (0.0, 0.5),
+                          "warmup_ratio": (0.0, 0.2)}.items():
+        if rarely(0.25):
+            flags += [f"--{name}", str(rng.choice(choices))]
+    return config, flags
+
+
+def values(world, out: pathlib.Path, rest: list[str]) -> dict:
+    """Of random combinations: what run.yaml says, what the optimizer holds after a step, and the step's own rate."""
+    rng, found = random.Random(0), []
+    for _ in range(int(rest[0])):
+        config, flags = draw(rng)
+        path = out / "drawn.json"
+        path.write_text(json.dumps(config), encoding="utf-8")
+        case = {"config": config, "flags": flags}
+        try:
+            prepared = prepared_with(path, out, *flags)
+        except UserError as error:
+            found.append({**case, "refused": str(error)})
+            continue
+        done = trained(prepared, 1)
+        found.append({**case, **done, "run": yaml.safe_load(prepared.run.to_yaml()), "resolved": prepared.ds})
+    return {"cases": found}
+
+
+def main(out: pathlib.Path, mode: str, rest: list[str]) -> None:
+    world = read_world()
+    engine.start(world)
+    found = {"curves": curves, "files": files, "values": values}[mode](world, out, rest)
+    if world.rank == 0:
+        (out / f"{mode}.json").write_text(json.dumps(found, default=str), encoding="utf-8")
+    dist.barrier()
+    engine.stop()
+
+
+if __name__ == "__main__":
+    # The launcher puts --local_rank somewhere among the arguments.
+    args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    main(pathlib.Path(args[0]), args[1], args[2:])

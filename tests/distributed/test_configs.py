@@ -1,0 +1,136 @@
+"""Optimizers and settings of users' DeepSpeed files, on real ranks: law 3's curves, and values as run.yaml has them.
+
+Muon's kernels are not compiled here: that takes minutes on a CPU.
+"""
+
+import json
+import math
+
+import pytest
+
+from tests.distributed.ranks.configs import COLUMNS
+
+pytestmark = pytest.mark.numeric
+
+STAGES = range(4)
+# What prepare() says against a column at each stage; None: it trains.
+REFUSED = {
+    "Lion on the CPU": ("for this machine's processor", None, None, None),
+    "Muon, clipped": (None, *["--grad_clip 0"] * 3),
+    "Lamb": ("for this machine's processor", *["needs whole matrices"] * 3),
+    "prescaled, scattered": (None, None, "reduce_scatter", "reduce_scatter"),
+    "summed": ("gradient_allreduce_op is 'sum'",) * 4,
+}
+# Their update is the control's, whatever becomes of the gradients on the way.
+AS_CONTROL = ("AdamW of torch", "prescaled", "predivided", "predivided by the ranks", "prescaled, scattered",
+              "not contiguous", "round robin", "no sub-groups")
+# Users' files that say something unlike all others.
+FILES = {
+    "one_cycle": {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
+                  "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2,
+                                                               "cycle_first_step_size": 2}},
+                  "zero_optimization": {"stage": 2}},
+    "loggers": {"comms_logger": {"enabled": True, "verbose": True, "prof_all": True}, "wall_clock_breakdown": True,
+                "zero_optimization": {"stage": 1}, "steps_per_print": 1, "memory_breakdown": True,
+                "flops_profiler": {"enabled": True, "profile_step": 1}},
+    "gradients_in_fp32": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"},
+                          "zero_optimization": {"stage": 2}},
+}
+
+
+@pytest.fixture(scope="module")
+def curves(tmp_path_factory, deepspeed):
+    out = tmp_path_factory.mktemp("curves")
+    deepspeed(2, "tests/distributed/ranks/configs.py", str(out), "curves", TORCHDYNAMO_DISABLE="1")
+    return json.loads((out / "curves.json").read_text())
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_one_curve_at_every_stage_or_a_refusal(curves, name):
+    first = None
+    for stage in STAGES:
+        case, refused = curves[name][stage], REFUSED.get(name, (None,) * 4)[stage]
+        if refused:
+            assert refused in case["refused"]
+            continue
+        assert "refused" not in case, case
+        control = curves["control"][0] if name in AS_CONTROL else first or case
+        first = first or case
+        for key in ("loss", "grad_norm"):
+            here, there = ([line[key] for line in one["lines"]] for one in (case, control))
+            if key == "grad_norm" and name == "Muon" and stage > 0:
+                # DeepSpeed has the norm of the orthogonal update only, which is another number.
+                assert here == [None] * len(here)
+                continue
+            # Law 3's bound; 2e-7 measured.
+            assert here == pytest.approx(there, rel=1e-5), (stage, key)
+
+
+def test_optimizers_differ_and_learn(curves):
+    """That the columns are no copies of the control."""
+    losses = {name: case[0]["lines"][-1]["loss"] for name, case in curves.items() if "lines" in case[0]}
+    other = [name for name in losses if name not in (*AS_CONTROL, "control", "AdamW", "AdamW on the CPU")]
+    assert len({round(losses[name], 4) for name in other}) == len(other), losses
+    assert all(abs(losses[name] / losses["control"] - 1) > 1e-3 for name in other), losses
+
+
+def test_muons_groups_keep_their_ratio_and_both_are_logged(curves):
+    for case in curves["Muon"]:
+        for line in case.get("lines", []):
+            muon, adam = sorted(line["lr_groups"], reverse=True)
+            # 0.02 beside --learning_rate 1e-2.
+            assert muon / adam == pytest.approx(2.0)
+
+
+def test_files_unlike_each_other_train_and_the_rate_in_the_metrics_is_the_steps_own(tmp_path, deepspeed):
+    for name, config in FILES.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    ended = deepspeed(2, "tests/distributed/ranks/configs.py", str(tmp_path), "files",
+                      *(str(tmp_path / f"{name}.json") for name in FILES))
+    found = {path.rpartition("/")[2].removesuffix(".json"): case
+             for path, case in json.loads((tmp_path / "files.json").read_text()).items()}
+    for case in found.values():
+        assert len(case["lines"]) == 2 and all(math.isfinite(line["loss"]) for line in case["lines"])
+    # The first step is taken at the cycle's lower end, the second half way up.
+    assert [line["lr"] for line in found["one_cycle"]["lines"]] == pytest.approx([1e-4, 5.05e-3], rel=1e-3)
+    # Their only effect is what they print.
+    for words in ("comm op: all_reduce", "flops profiler", "MA 0."):
+        assert words.lower() in (ended.stdout + ended.stderr).lower(), words
+
+
+def held_as_said(case: dict) -> None:
+    """That a run.yaml's numbers are those of every group."""
+    run, params = case["run"], case["resolved"]["optimizer"]["params"]
+    for group in case["held"]:
+        if case["rate"] is not None:
+            share = params.get("muon_lr", params["lr"]) / params["lr"] if group.get("use_muon") else 1
+            assert group["lr"] == pytest.approx(case["rate"] * share, rel=1e-12)
+            assert params["lr"] == run["learning_rate"]
+        if "weight_decay" in group:
+            assert group["weight_decay"] == run["weight_decay"]
+        if "betas" in group and "adam_beta1" in run:
+            assert list(group["betas"]) == [run["adam_beta1"], run["adam_beta2"]]
+        if "eps" in group:
+            assert group["eps"] == run["adam_epsilon"]
+    assert case["resolved"]["gradient_clipping"] == run["grad_clip"]
+    # No number of the optimizer's is missing from run.yaml, but those that a scheduler sets.
+    schedule = case["config"].get("scheduler", {}).get("type")
+    assert ("learning_rate" in run) == (schedule != "OneCycle")
+    if "betas" in params and schedule != "OneCycle":
+        assert {"adam_beta1", "adam_beta2"} <= set(run)
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
+def test_what_run_yaml_says_is_what_the_optimizer_holds(tmp_path, deepspeed, count):
+    deepspeed(1, "tests/distributed/ranks/configs.py", str(tmp_path), "values", str(count), TORCHDYNAMO_DISABLE="1")
+    cases = json.loads((tmp_path / "values.json").read_text())["cases"]
+    trained = [case for case in cases if "refused" not in case]
+    assert len(cases) == count and len(trained) >= count // 4
+    for case in trained:
+        held_as_said(case)
+        # A flag that was given is in run.yaml with its value.
+        for name, value in zip(case["flags"][::2], case["flags"][1::2]):
+            assert case["run"][name.removeprefix("--")] == float(value)
+    for case in cases:
+        if "refused" in case:
+            assert "drawn.json" in case["refused"] and "\n" not in case["refused"]
