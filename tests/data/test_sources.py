@@ -215,8 +215,10 @@ def test_a_split_text_is_learnt_token_by_token_each_once(tok, tmp_path):
         assert store.stats["split"] == sum(len(ids) > most for ids in whole.values())
 
 
-def test_every_token_of_real_documents_is_trained_once_with_split_and_the_loss_is_told_with_cut(shared, tmp_path):
-    tok, path = load_tokenizer(shared / "minimind_tokenizer"), shared / "data" / "pretrain_en.jsonl"
+@pytest.mark.parametrize("tokenizer, tokens", [(None, 550_779), ("minimind_tokenizer", 610_677)])
+def test_every_token_of_real_documents_is_trained_once_with_split_and_the_loss_is_told_with_cut(shared, tmp_path,
+                                                                                                tokenizer, tokens):
+    tok, path = load_tokenizer(tokenizer and shared / tokenizer), shared / "data" / "pretrain_en.jsonl"
     common = dict(kind="text", max_seq_len=768, cache_dir=tmp_path)
     store = open_or_build(path, tok, policy="split", **common)
     plan = epoch_plan(store.lengths, store.labelled, pack_len=4096, rows_per_step=4, seed=0, epoch=0)
@@ -226,7 +228,7 @@ def test_every_token_of_real_documents_is_trained_once_with_split_and_the_loss_i
     texts = [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
     every = sum(len(ids) for ids in tok.encode_batch(texts))
     # Each document's end is learnt, too.
-    assert learnt == plan.n_labelled.sum() == every + len(texts)
+    assert learnt == plan.n_labelled.sum() == every + len(texts) and every == tokens
     cut = open_or_build(path, tok, policy="cut", **common)
     assert cut.stats["labelled"] + cut.stats["lost_labelled"] == learnt
     said = what_is_lost(cut.stats, 768, "text")
