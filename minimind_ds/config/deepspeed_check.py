@@ -251,6 +251,10 @@ def check_rules(path: str, config: dict, dtype: str) -> None:
         if odd and stage >= 2 and scatters:
             raise UserError(f"{path}: DeepSpeed has no {key} at stage {stage} with reduce-scatter; leave it out, or "
                             "set zero_optimization.reduce_scatter to false")
+    if factor != 1 and stage == 3:
+        # Where the factor equals the ranks, DeepSpeed 0.19.8 leaves the division in: gradients are halved on two.
+        raise UserError(f"{path}: gradient_predivide_factor is not supported at stage 3, where DeepSpeed reduces "
+                        "gradients wrongly with some factors; leave it out")
     if zero.get("allgather_bucket_size", 2) % 2 and stage in (1, 2):
         raise UserError(f"{path}: zero_optimization.allgather_bucket_size is {zero['allgather_bucket_size']}; "
                         "DeepSpeed wants an even number")

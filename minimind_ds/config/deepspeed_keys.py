@@ -76,7 +76,7 @@ KEYS = {
     "communication_data_type": Key(PASSED_ON, DTYPE_NAMES),
     "seq_parallel_communication_data_type": Key(NO_EFFECT, DTYPE_NAMES, "rows over ranks are this toolkit's own"),
     "prescale_gradients": Key(PASSED_ON, bool, "at stages 2 and 3 with reduce_scatter false only"),
-    "gradient_predivide_factor": Key(PASSED_ON, NUMBER, "as prescale_gradients; above 0"),
+    "gradient_predivide_factor": Key(PASSED_ON, NUMBER, "above 0; not at stage 3, at 2 with reduce_scatter false"),
     "gradient_allreduce_op": Key(PASSED_ON, ("mean",), "\"sum\" would multiply gradients by the ranks"),
     "disable_allgather": Key(NO_EFFECT, bool, "DeepSpeed reads it and does nothing"),
     "data_types": Key(PASSED_ON, dict),

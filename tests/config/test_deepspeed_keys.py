@@ -152,6 +152,8 @@ REFUSALS = {
                                     "at stage 0 in fp32 only"),
     "summed gradients": ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op is 'sum'"),
     "scaled before a scatter": ({"prescale_gradients": True, "zero_optimization": {"stage": 2}}, "reduce_scatter"),
+    "divided before, at stage 3": ({"gradient_predivide_factor": 2.0,
+                                    "zero_optimization": {"stage": 3, "reduce_scatter": False}}, "at stage 3"),
     "divided by nothing": ({"gradient_predivide_factor": 0}, "must be above 0"),
     "ZenFlow": ({"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
     "superoffload": ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "super_offload"),

@@ -19,6 +19,8 @@ REFUSED = {
     "Muon, clipped": (None, *["--grad_clip 0"] * 3),
     "Lamb": ("for this machine's processor", *["needs whole matrices"] * 3),
     "prescaled, scattered": (None, None, "reduce_scatter", "reduce_scatter"),
+    "predivided": (None, None, None, "gradient_predivide_factor is not supported at stage 3"),
+    "predivided by the ranks": (None, None, None, "gradient_predivide_factor is not supported at stage 3"),
     "summed": ("gradient_allreduce_op is 'sum'",) * 4,
 }
 # Their update is the control's, whatever becomes of the gradients on the way.
