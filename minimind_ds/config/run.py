@@ -203,6 +203,7 @@ class RunConfig:
 DERIVED = {"head_dim": ("hidden_size", "num_attention_heads"), "intermediate_size": ("hidden_size",),
            "moe_intermediate_size": ("hidden_size", "intermediate_size")}
 FLAGS = [f for f in dataclasses.fields(RunConfig) if f.metadata]
+DEFAULTS = {f.name: f.default for f in FLAGS}
 MUST_STAY = tuple(f.name for f in FLAGS if f.metadata["resume"] == "must keep")
 MAY_CHANGE = tuple(f.name for f in FLAGS if f.metadata["resume"] == "may change")
 

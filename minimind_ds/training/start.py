@@ -17,7 +17,7 @@ from minimind_ds import checkpoint
 from minimind_ds.checkpoint import reshape
 from minimind_ds.config import deepspeed_json
 from minimind_ds.config.errors import UserError
-from minimind_ds.config.run import MAY_CHANGE, MUST_STAY
+from minimind_ds.config.run import DEFAULTS, MAY_CHANGE, MUST_STAY
 from minimind_ds.data.sources import content_change
 from minimind_ds.resilience import restarts
 from minimind_ds.training.live import LiveRun
@@ -140,7 +140,11 @@ def manifest_facts(prepared: PreparedRun, step: int, epoch: int, epoch_step: int
 
 
 def refuse_changes(then: dict, now: dict, path) -> None:
-    """Raises ValueError, naming the first of `now`'s facts that was another `then`."""
+    """Raises UserError, naming the first of `now`'s facts that was another `then`.
+
+    A flag that the checkpoint's release did not know had the effect of its default.
+    """
+    then = {**{name: DEFAULTS[name] for name in now if name in DEFAULTS}, **then}
     # The model first: of everything that differs it explains the most.
     for name in sorted(now, key=lambda n: not n.startswith("model.")):
         if name == "data" and then.get(name) != now[name]:
