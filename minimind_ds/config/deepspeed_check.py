@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import logging
+import math
 import netrc
 import os
 
@@ -23,6 +24,7 @@ from minimind_ds.config.deepspeed_keys import (
     PRECISION_OF,
     REFUSED,
     SCHEMAS,
+    STEPS,
     WHOLE,
     inner_keys,
     is_comment,
@@ -115,6 +117,8 @@ def fits(kind, value) -> bool:
         return any(value is None if k is None else fits(k, value) if isinstance(k, type)
                    else isinstance(value, str) and value.lower() == k for k in kind)
     number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
+    if kind == STEPS:
+        return value == math.inf or fits(POSITIVE, value)
     if kind in (POSITIVE, WHOLE):
         return number and value == int(value) and value >= (1 if kind == POSITIVE else 0)
     if kind == NUMBER:

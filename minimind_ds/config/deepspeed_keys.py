@@ -19,6 +19,8 @@ REFUSED = "refused unless switched off"
 
 # Types of values where DeepSpeed has no schema; a tuple lists the values.
 POSITIVE, WHOLE, NUMBER = "a positive whole number", "a whole number, 0 or more", "a number"
+# Accelerate writes Infinity for never.
+STEPS = "a positive whole number or Infinity"
 # No setting is larger; infinity and NaN are not below it.
 LARGEST = 2**63
 DTYPE_NAMES = ("fp32", "fp16", "bf16", None)
@@ -91,7 +93,7 @@ KEYS = {
     "expert_parallel.autoep_size": Key(OURS, POSITIVE),
     "expert_parallel.preset_model": Key(OURS, ("qwen3_moe", None)),
     "use_data_before_expert_parallelism": Key(NO_EFFECT, bool, "experts lie on neighbouring ranks"),
-    "steps_per_print": Key(PASSED_ON, POSITIVE, "never, where the file does not say"),
+    "steps_per_print": Key(PASSED_ON, STEPS, "never, where the file does not say"),
     "wall_clock_breakdown": Key(PASSED_ON, bool, "DeepSpeed's log is shown"),
     "memory_breakdown": Key(PASSED_ON, bool, "DeepSpeed's log is shown"),
     "dump_state": Key(PASSED_ON, bool, "DeepSpeed's log is shown"),
