@@ -265,6 +265,7 @@ import json, torch
 from minimind_ds.convert import minimind
 from minimind_ds.distributed import engine
 from minimind_ds.bench.throughput import cell, trl_loop
+from minimind_ds.distributed.world import read_world
 world = read_world()
 prepared = cell.prepare_cell({flags!r}, world)
 engine.start(world)

@@ -47,10 +47,13 @@ def make_run(world, out: pathlib.Path, model: str, stage: int, accumulation: int
     ds = json.loads((ROOT / "ds_configs" / f"zero{stage}.json").read_text(encoding="utf-8"))
     path = out / f"stage_{world.rank}.json"
     path.write_text(json.dumps({**ds, **(keys or {})}), encoding="utf-8")
+    # A scheduler that says its steps itself has no place for it.
+    scheduler = (keys or {}).get("scheduler", {"params": {"warmup_num_steps": "auto"}})
+    constant = ["--warmup_ratio", "0"] if scheduler["params"].get("warmup_num_steps") == "auto" else []
     return prepare("sft", ["--config", str(yaml), "--deepspeed", str(path), "--data_path", str(few(out, world.rank)),
                            "--save_dir", str(out / "run"), "--cache_dir", str(out / "cache"), "--dtype", dtype,
                            "--max_seq_len", "128", "--pack_len", "128", "--batch_size", "2", "--learning_rate", "1e-2",
-                           "--accumulation_steps", str(accumulation), "--warmup_ratio", "0", *extra], world)
+                           "--accumulation_steps", str(accumulation), *constant, *extra], world)
 
 
 def few(out: pathlib.Path, rank: int) -> pathlib.Path:

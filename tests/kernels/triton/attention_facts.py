@@ -183,7 +183,7 @@ def mutant(name, folder):
     assert old in source, f"the bug {name!r} no longer fits the source"
     path = folder / f"mutant_{list(MUTANTS).index(name)}.py"
     path.write_text(source.replace(old, new).replace('"minimind_ds::', f'"{path.stem}::'), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"minimind_ds.kernels.{path.stem}", path)
+    spec = importlib.util.spec_from_file_location(f"minimind_ds.kernels.triton.{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
