@@ -9,7 +9,7 @@ import json
 import pathlib
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.distributed as dist
 
@@ -57,7 +57,10 @@ def find_start(prepared: PreparedRun, live: LiveRun) -> Start:
     if prepared.world.rank == 0:
         try:
             live.folder_lock = hold(prepared.folder)
-            found = [look_for_start(prepared)]
+            start = look_for_start(prepared)
+            if not start.finished:
+                start = replace(start, notes=(*start.notes, *restarts.begin(prepared.folder, start.step)))
+            found = [start]
         except (UserError, OSError) as error:
             found = [error]
     dist.broadcast_object_list(found)
@@ -92,7 +95,7 @@ def look_for_start(prepared: PreparedRun) -> Start:
         return Start(step=done["step"], finished=True)
     path, manifest, notes = checkpoint.find(run.from_resume, folder)
     if path is None:
-        return Start(notes=(*notes, *restarts.begin(folder, 0)))
+        return Start(notes=tuple(notes))
     refuse_changes(manifest["identity"], identity(prepared), path)
     then, now = manifest["layout"], layout_facts(prepared)
     refuse_changes(then, {name: fact for name, fact in now.items() if name not in reshape.MAY_DIFFER}, path)
@@ -105,7 +108,7 @@ def look_for_start(prepared: PreparedRun) -> Start:
     notes = [*notes, *(f"{name} is {now!r} from here on; it was {then!r}" for name, (then, now) in changed.items())]
     return Start(path, manifest["step"], manifest["epoch"], manifest["epoch_step"],
                  layout=then if then != now else None, changed=changed or None,
-                 notes=(*notes, *restarts.begin(folder, manifest["step"])))
+                 notes=tuple(notes))
 
 
 def identity(prepared: PreparedRun) -> dict:

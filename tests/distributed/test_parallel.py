@@ -128,7 +128,7 @@ def test_keys_that_cannot_be_are_named(keys, ranks, word):
         sequence_parallel.read_dims("ds.json", keys, ranks)
 
 
-@pytest.mark.parametrize("degrees, config, facts, word", [
+@pytest.mark.parametrize("dims, config, facts, word", [
     (ParallelDims(3), {}, {}, "does not divide 8 heads over 4 key heads; 1, 2, 4, 8 do"),
     (ParallelDims(2), {}, {"row_tokens": 127}, "choose another --pack_len"),
     (ParallelDims(4), {}, {"ranks": 2}, "does not divide the 2 ranks"),

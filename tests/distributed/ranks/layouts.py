@@ -48,7 +48,8 @@ def make_run(world, out: pathlib.Path, model: str, stage: int, accumulation: int
     path = out / f"stage_{world.rank}.json"
     path.write_text(json.dumps({**ds, **(keys or {})}), encoding="utf-8")
     # A scheduler that says its steps itself has no place for it.
-    scheduler = (keys or {}).get("scheduler", {"params": {"warmup_num_steps": "auto"}})
+    used = pathlib.Path(extra[extra.index("--deepspeed") + 1]) if "--deepspeed" in extra else path
+    scheduler = json.loads(used.read_text(encoding="utf-8")).get("scheduler", {"params": {"warmup_num_steps": "auto"}})
     constant = ["--warmup_ratio", "0"] if scheduler["params"].get("warmup_num_steps") == "auto" else []
     return prepare("sft", ["--config", str(yaml), "--deepspeed", str(path), "--data_path", str(few(out, world.rank)),
                            "--save_dir", str(out / "run"), "--cache_dir", str(out / "cache"), "--dtype", dtype,
