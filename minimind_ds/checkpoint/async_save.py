@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minimind_ds.distributed.torch_compat import default_store
 from minimind_ds.io import fsync
 
 # Every rank saves the same checkpoints in the same order.
@@ -83,8 +84,7 @@ class AsyncSave:
         self.files, self.root, self.commit, self.what = files, root, commit, what
         self.rank, self.ranks, self.wrong = dist.get_rank(), dist.get_world_size(), None
         self.key = f"saving/{next(NUMBERS)}"
-        # Of its own: collectives use the other client of the store, which serves one call at a time.
-        self.store = dist.distributed_c10d._get_default_store().clone()
+        self.store = default_store()
         self.thread = threading.Thread(target=self.run, name="saving", daemon=True)
         self.thread.start()
 

@@ -17,18 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minimind_ds.distributed.torch_compat import Workaround
 from minimind_ds.distributed.world import current_device
-
-
-class Workaround(NamedTuple):
-    """wrong: what is wrong, or missing, upstream.  seen: releases tried.  remove: the condition under which it goes.
-    mended_in: the first release without the fault, once there is one."""
-
-    wrong: str
-    seen: str
-    remove: str
-    mended_in: str | None = None
-
 
 SEEN = "0.19.7, 0.19.8"
 WORKAROUNDS = {
@@ -37,6 +27,8 @@ WORKAROUNDS = {
     "start_no_programs": Workaround("runs a compiler to see whether operations could be built; stage 3 starts numactl "
                                     "at every bucket of gradients to count devices", SEEN,
                                     "both are remembered upstream"),
+    "compile_without_symbols": Workaround("C++ operations are compiled with symbols for debuggers: two thirds of the "
+                                          "time", SEEN, "-g is gone from the builder's arguments"),
     "undo_warm_start": Workaround("stage 0 in half precision takes one step on zero gradients when it is made, so "
                                   "Adam begins at count 1", SEEN, "the count is 0 after initialize"),
     "continue_betas": Workaround("C++ Adam keeps beta^step as a running product that no checkpoint holds", SEEN,
@@ -73,6 +65,15 @@ def start_no_programs(deepspeed) -> None:
     deepspeed.ops.__compatible_ops__ = {}
     accelerator = deepspeed.get_accelerator()
     accelerator.device_count = functools.cache(accelerator.device_count)
+
+
+def compile_without_symbols(deepspeed) -> None:
+    """CPU Adam's builder compiles without symbols for debuggers."""
+    adam = deepspeed.get_accelerator().get_op_builder("CPUAdamBuilder")
+    if adam is None or hasattr(adam, "without_symbols"):
+        return
+    arguments = adam.cxx_args
+    adam.cxx_args, adam.without_symbols = lambda builder: [*arguments(builder), "-g0"], True
 
 
 def undo_warm_start(engine) -> None:
@@ -112,9 +113,6 @@ def continue_betas(ds_engine) -> None:
         else:
             optimizer.multi_tensor_adam(1, optimizer._dummy_overflow_buf, [[grad], [p], [exp_avg], [exp_avg_sq]],
                                         *facts, step, optimizer.adam_w_mode, True, 0.0)
-
-
-
 
 
 def clip_gradients(engine, max_norm: float) -> float | None:

@@ -17,7 +17,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from minimind_ds.distributed import build_lock, deepspeed_compat
+from minimind_ds.distributed import deepspeed_compat, torch_compat
 from minimind_ds.distributed.world import World, current_device, export
 
 TIMEOUT_MINUTES = 30
@@ -45,7 +45,8 @@ def start(world: World, hang_minutes: float = 0.0) -> None:
     import deepspeed
     from deepspeed.utils import logger
 
-    build_lock.install()
+    torch_compat.lock_builds()
+    deepspeed_compat.compile_without_symbols(deepspeed)
     logger.setLevel(logging.ERROR)
     # DeepSpeed still calls collectives by names that torch has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

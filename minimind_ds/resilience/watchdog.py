@@ -21,6 +21,8 @@ import time
 
 import torch.distributed as dist
 
+from minimind_ds.distributed.torch_compat import default_store
+
 # How long the notes of the other ranks are waited for, and at the end the writing of this one's.
 ASK_S, TELL_S = 20.0, 2.0
 # In the store when a rank wants to see the stacks of all.
@@ -43,8 +45,7 @@ class Watchdog:
     def __init__(self, rank: int, ranks: int, limit_s: float, look_s: float = 5.0):
         self.rank, self.ranks, self.limit_s, self.look_s = rank, ranks, limit_s, min(look_s, limit_s / 4)
         self.host, self.over, self.noted = socket.gethostname(), threading.Event(), threading.Event()
-        # A copy of its own: a store's client serves one call at a time, and collectives use the other.
-        self.store = dist.distributed_c10d._get_default_store().clone() if ranks > 1 else None
+        self.store = default_store() if ranks > 1 else None
         self.doing, self.since = "starting", time.monotonic()
 
     def __enter__(self) -> Watchdog:

@@ -1,6 +1,6 @@
 """The laws, measured: each function gives the differences found, on the installed DeepSpeed and the user's own JSON.
 
-What runs is the trainer itself (train.train_step, train.run_plan, checkpoint.save) around a small model; what it is
+What runs is the trainer itself (training.loop, checkpoint.folder) around a small model; what it is
 compared with is written here, without it.  In fp32 the bounds are those of rounding; in half precision they are what
 rounding every activation costs.
 

@@ -12,24 +12,30 @@ from importlib.metadata import version
 import pytest
 from packaging.version import Version
 
-from minimind_ds.distributed import deepspeed_compat
+from minimind_ds.distributed import deepspeed_compat, torch_compat
 from tests.conftest import ROOT
 
-
-def oldest_supported() -> Version:
-    return Version(re.search(r'"deepspeed>=([\d.]+)', (ROOT / "setup.py").read_text()).group(1))
-
-
-def test_every_reach_has_its_entry_and_every_entry_its_function():
-    functions = {name for name, value in vars(deepspeed_compat).items()
-                 if inspect.isfunction(value) and value.__module__ == deepspeed_compat.__name__}
-    assert functions == set(deepspeed_compat.WORKAROUNDS)
+COMPAT = {"deepspeed": deepspeed_compat, "torch": torch_compat}
+ENTRIES = [(package, name) for package, module in COMPAT.items() for name in module.WORKAROUNDS]
 
 
-@pytest.mark.parametrize("name", deepspeed_compat.WORKAROUNDS)
-def test_a_workaround_that_no_supported_release_needs_is_gone(name):
-    entry = deepspeed_compat.WORKAROUNDS[name]
-    assert entry.mended_in is None or oldest_supported() < Version(entry.mended_in), f"{name} can go: {entry.wrong}"
+def oldest_supported(package: str) -> Version:
+    return Version(re.search(rf'"{package}>=([\d.]+)', (ROOT / "setup.py").read_text()).group(1))
+
+
+@pytest.mark.parametrize("package", COMPAT)
+def test_every_reach_has_its_entry_and_every_entry_its_function(package):
+    module = COMPAT[package]
+    functions = {name for name, value in vars(module).items()
+                 if inspect.isfunction(value) and value.__module__ == module.__name__}
+    assert functions == set(module.WORKAROUNDS)
+
+
+@pytest.mark.parametrize("package, name", ENTRIES)
+def test_a_workaround_that_no_supported_release_needs_is_gone(package, name):
+    entry = COMPAT[package].WORKAROUNDS[name]
+    assert entry.mended_in is None or oldest_supported(package) < Version(entry.mended_in), \
+        f"{name} can go: {entry.wrong}"
 
 
 def upstream_mended(name: str, mended: bool) -> None:

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from minimind_ds.distributed import build_lock
-from minimind_ds.distributed.build_lock import BuildLock
+from minimind_ds.distributed import torch_compat
+from minimind_ds.distributed.torch_compat import BuildLock
 from tests.conftest import ROOT, environment
 
 FORK = multiprocessing.get_context("fork")
@@ -79,8 +79,8 @@ def test_torch_s_own_lock_is_waited_for_but_not_for_ever(tmp_path, monkeypatch, 
     ours.release()
 
     assert theirs.try_acquire()
-    monkeypatch.setattr(build_lock, "TELL_S", 0.05)
-    monkeypatch.setattr(build_lock, "FOREIGN_S", 0.3)
+    monkeypatch.setattr(torch_compat, "TELL_S", 0.05)
+    monkeypatch.setattr(torch_compat, "FOREIGN_S", 0.3)
     assert ours.try_acquire()
     said = capsys.readouterr().err
     assert said.count("waiting for another process that compiles") == 1 and str(path) in said
@@ -93,11 +93,11 @@ def test_where_files_cannot_be_locked_it_is_as_torch_s_but_for_old_files(tmp_pat
 
     def refuse(*_):
         raise OSError(getattr(errno, error), "no locks here")
-    monkeypatch.setattr(build_lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(torch_compat.fcntl, "flock", refuse)
     path = tmp_path / "lock"
     one, other = BuildLock(str(path)), BuildLock(str(path))
     assert one.take() and not other.take()
-    os.utime(path, (time.time() - 2 * build_lock.FOREIGN_S,) * 2)
+    os.utime(path, (time.time() - 2 * torch_compat.FOREIGN_S,) * 2)
     assert other.take()
     other.release()
 
@@ -105,10 +105,11 @@ def test_where_files_cannot_be_locked_it_is_as_torch_s_but_for_old_files(tmp_pat
 @pytest.mark.by_exec("asserts what is loaded")
 @pytest.mark.parametrize("first", ["", "import torch.utils.cpp_extension; "])
 def test_an_engine_s_process_compiles_under_it(first):
-    code = (f"{first}from minimind_ds.distributed import build_lock, engine, world; engine.start(world.read_world()); "
+    code = (f"{first}from minimind_ds.distributed import engine, torch_compat, world; "
+            "engine.start(world.read_world()); "
             "import torch.utils.cpp_extension as c; "
             # torch 2.14 and later lock the file themselves.
-            "assert c.FileBaton is build_lock.BuildLock if hasattr(c, 'FileBaton') else c.FileLock; "
+            "assert c.FileBaton is torch_compat.BuildLock if hasattr(c, 'FileBaton') else c.FileLock; "
             "from deepspeed.accelerator import get_accelerator; "
             "args = get_accelerator().create_op_builder('CPUAdamBuilder').cxx_args(); "
             "assert '-O3' in args and args[-1] == '-g0' and args.count('-g0') == 1, args; engine.stop()")

@@ -1,4 +1,4 @@
-"""LoRA under every ZeRO stage, for tests/model/test_lora.py: the real training step, checkpoints and the final file.
+"""LoRA under every ZeRO stage, for test_lora_stages.py: the real training step, checkpoints and the final file.
 
     deepspeed --num_gpus 2 tests/distributed/ranks/lora.py OUT_DIR ACCUMULATION STAGES
 

@@ -1,10 +1,6 @@
-"""How DeepSpeed's operations are compiled: by one process at a time, and one that is killed holds up nobody.
+"""Every reach into private parts of torch: the lock of a build, and the store of the process group.
 
-torch keeps others from a build's folder by a file that the builder deletes in the end; after a power cut or SIGKILL it
-stays, and every later start waits for it without end and without a word.  Here the file is locked, too, which the
-operating system undoes when the process ends.  torch 2.14 and later do that themselves.
-
-    python -m pytest tests/distributed/test_op_build.py
+    python -m pytest tests/distributed/test_op_build.py tests/distributed/test_compat.py
 """
 
 from __future__ import annotations
@@ -16,18 +12,40 @@ import pathlib
 import socket
 import sys
 import time
+from typing import NamedTuple
 
+import torch.distributed as dist
+
+
+class Workaround(NamedTuple):
+    """wrong: what is wrong, or missing, upstream.  seen: releases tried.  remove: the condition under which it goes.
+    mended_in: the first release without the fault, once there is one."""
+
+    wrong: str
+    seen: str
+    remove: str
+    mended_in: str | None = None
+
+
+WORKAROUNDS = {
+    "lock_builds": Workaround("a build's lock is a file that stays when its process is killed, and every later start "
+                              "waits for it without a word", "2.10 to 2.13", "2.14 is the oldest torch supported",
+                              mended_in="2.14"),
+    "default_store": Workaround("a thread of its own needs a client of its own of the group's store, which has no "
+                                "accessor", "2.10 to 2.15", "a public accessor"),
+}
 # A file that says nothing is torch's own, of a process that may be anywhere; a build takes two minutes.
 FOREIGN_S = 600.0
 # How long to wait in silence.
 TELL_S = 5.0
 MARK = b"locked by minimind_ds"
-ARGUMENTS: dict = {}
 
 
 class BuildLock:
     """In the place of torch.utils.file_baton.FileBaton, of which it has what cpp_extension uses.
 
+    torch keeps others from a build's folder by a file that the builder deletes in the end.  Here the file is locked,
+    too, and the operating system takes the lock back when the process ends, however it ends.
     Whoever waited has the lock in the end and builds as well: nothing is left to do, unless the other was killed.
     """
 
@@ -89,10 +107,8 @@ class BuildLock:
         self.held = None
 
 
-def install() -> None:
-    """For all that this process compiles; deepspeed is imported."""
-    import deepspeed
-
+def lock_builds() -> None:
+    """All that this process compiles is locked by BuildLock, where torch does not lock it itself."""
     with contextlib.suppress(ImportError):
         from torch.utils import file_baton
 
@@ -101,11 +117,8 @@ def install() -> None:
     # Without it, torch locks the file itself.
     if hasattr(loaded, "FileBaton"):
         loaded.FileBaton = BuildLock
-    adam = deepspeed.get_accelerator().get_op_builder("CPUAdamBuilder")
-    if adam is not None and adam.cxx_args is not without_symbols:
-        ARGUMENTS[adam], adam.cxx_args = adam.cxx_args, without_symbols
 
 
-def without_symbols(builder) -> list[str]:
-    """The compiler's arguments as DeepSpeed has them, less symbols for debuggers: two thirds of the time."""
-    return [*ARGUMENTS[type(builder)](builder), "-g0"]
+def default_store() -> dist.Store:
+    """A new client of the process group's store: one client serves one call at a time, and collectives use another."""
+    return dist.distributed_c10d._get_default_store().clone()
