@@ -26,9 +26,10 @@ import starts
 
 PRELOAD = ("deepspeed", "transformers", "psutil", "safetensors.torch", "tokenizers", "sentencepiece", "yaml",
            "deepspeed.runtime.zero.stage3", "deepspeed.launcher.multinode_runner")
+# DeepSpeed's engine loads them (2.5 s); frozen, triton would report leaks at the end of each program.
+AFTER_FREEZE = ("triton", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
 THREADS = "threads do not survive a fork"
-PATH = sys.path[1:]
-SET_BY_LIBRARIES: dict[str, str] = {}
+PATH, SET_BY_LIBRARIES = sys.path[1:], {}
 
 
 def serve(connection: socket.socket) -> None:
@@ -43,9 +44,8 @@ def serve(connection: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.collect()
     gc.freeze()
-    # DeepSpeed's engine loads it; frozen, it would report leaks at the end of each program.
-    if importlib.util.find_spec("triton"):
-        importlib.import_module("triton")
+    for name in filter(importlib.util.find_spec, AFTER_FREEZE):
+        importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, THREADS
     while True:
         request, stdio, _, _ = socket.recv_fds(connection, 1 << 20, 3)

@@ -22,7 +22,7 @@ print(json.dumps({"argv": sys.argv, "cwd": os.getcwd(), "environment": dict(os.e
                   "name": __name__, "session": os.getsid(0) == os.getpid(), "parent": os.getppid(),
                   "stdin": sys.stdin.read(), "descriptors": sorted(os.listdir("/proc/self/fd"))[:3],
                   "handlers": handlers, "blocked": [int(n) for n in signal.pthread_sigmask(signal.SIG_BLOCK, [])],
-                  "threads": threading.active_count(), "compiler": "torch._dynamo" in sys.modules,
+                  "threads": threading.active_count(),
                   "ours": sorted(n for n in sys.modules if n.split(".")[0] in ("tests", "starts", "minimind_ds")),
                   "drawn": [*torch.rand(4).tolist(), *numpy.random.rand(4), random.random()],
                   "buffered": type(sys.stdout.buffer).__name__}))

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or do not exist.
+"""Atomic checkpoints: complete or absent.
 
 A checkpoint is written aside, every file is fsynced and hashed into a manifest, the folder is renamed into place, and
 only then does `latest` point to it.  Loading checks every size and hash first; a torn or altered checkpoint is named
@@ -81,7 +81,7 @@ def together(error: Exception | None, doing: str, kind: type = RuntimeError) -> 
 def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> AsyncSave:
     """Begin a checkpoint; collective.  It is there when the result's `finish` has returned.
 
-    Its state is DeepSpeed's own files; or the whole state (whole.py), where experts are shared out.
+    Its state is DeepSpeed's own files; or the whole state (full_state.py), where experts are shared out.
 
     Args:
         engine: the DeepSpeed engine; it may train on as soon as this returns.

@@ -26,7 +26,7 @@ from minimind_ds.config.errors import UserError
 from minimind_ds.distributed import deepspeed_compat
 from minimind_ds.distributed.world import current_device
 
-# Of the layout (train.layout_facts), what may differ between the halves of a run.
+# Of the layout (resume.layout_facts), what may differ between the halves of a run.
 MAY_DIFFER = ("ranks", "ZeRO stage", "offload", "batch_size", "accumulation_steps", "sequence_parallel_size",
               "expert_parallel.autoep_size")
 

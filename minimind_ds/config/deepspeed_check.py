@@ -34,7 +34,7 @@ from minimind_ds.config.deepspeed_keys import (
 )
 from minimind_ds.config.errors import UserError
 
-# Of a value that "auto" may stand for: DeepSpeed's integration in Hugging Face drops it, and the default rules.
+# Types that accept "auto": Hugging Face's integration drops the key, and DeepSpeed's default applies.
 AUTO_FITS = (bool, POSITIVE, WHOLE, NUMBER, dict)
 
 

@@ -45,7 +45,7 @@ __all__ = ["builds_optimizer", "check_keys", "describe", "notes", "offloads_opti
 # Files of peers are below 10 kB and 8 levels.
 MOST_BYTES, MOST_LEVELS = 2**18, 32
 
-# DeepSpeed's own keys for sequence and expert parallelism, which this toolkit carries out itself (parallel.py).
+# DeepSpeed's keys for sequence and expert parallelism, which this toolkit carries out itself.
 PARALLEL_KEYS = ("sequence_parallel_size", "data_parallel_size", "expert_parallel")
 
 
@@ -58,7 +58,7 @@ def read(run: RunConfig) -> dict:
 
 
 def read_json(path: str) -> dict:
-    """A DeepSpeed JSON file -> dict; comments and trailing commas are no matter, as to DeepSpeed.
+    """A DeepSpeed JSON file -> dict; comments and trailing commas are allowed, as in DeepSpeed.
 
     Raises:
         UserError: not there, too large, not JSON (with the line), not an object, or a key written twice.
@@ -66,7 +66,7 @@ def read_json(path: str) -> dict:
     def no_doubles(pairs):
         twice = [key for key, times in collections.Counter(key for key, _ in pairs).items() if times > 1]
         if twice:
-            raise UserError(f"{path}: key {show(twice[0])} stands there twice")
+            raise UserError(f"{path}: key {show(twice[0])} appears twice")
         return dict(pairs)
 
     try:
@@ -119,7 +119,7 @@ def check_levels(path: str, config) -> None:
         objects = [item for item in level if isinstance(item, dict)]
         odd = [key for item in objects for key in item if not isinstance(key, str)]
         if odd:
-            raise UserError(f"{path}: key {show(odd[0])} is no text")
+            raise UserError(f"{path}: key {show(odd[0])} is not a string")
         level = [part for item in level if isinstance(item, (dict, list))
                  for part in (item.values() if isinstance(item, dict) else item)]
         if not level:

@@ -40,7 +40,7 @@ class Key(NamedTuple):
 
 
 OLD = "DeepSpeed has removed it"
-STEPS = "the plan of an epoch is fixed by data, seed and rows per step"
+FIXED_PLAN = "the plan of an epoch is fixed by data, seed and rows per step"
 MASTERS = "checkpoints and exports hold fp32 masters"
 
 # Top-level keys, and inner ones (with dots) where DeepSpeed has no schema or this trainer differs from it.
@@ -144,8 +144,8 @@ KEYS = {
     "managed_gradient_accumulation": Key(REFUSED, bool, "the trainer decides where a step ends"),
     "hybrid_engine": Key(REFUSED, dict, "it serves reinforcement learning"),
     "autotuning": Key(NO_EFFECT, dict, "only the launcher's --autotuning starts it; launch/benchmark.py sweeps"),
-    "data_efficiency": Key(REFUSED, dict, STEPS),
-    "curriculum_learning": Key(REFUSED, dict, STEPS),
+    "data_efficiency": Key(REFUSED, dict, FIXED_PLAN),
+    "curriculum_learning": Key(REFUSED, dict, FIXED_PLAN),
     "progressive_layer_drop": Key(REFUSED, dict, OLD),
     "weight_quantization": Key(REFUSED, dict, "weights are trained in full precision"),
     "quantize_training": Key(REFUSED, dict, OLD),

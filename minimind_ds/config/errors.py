@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import traceback
 
-REPORT = ("This is a bug in minimind_ds, not a mistake of yours: please report it with the lines above, the command "
+REPORT = ("This is a bug in minimind_ds, not your mistake: please report it with the lines above, the command "
           "and the versions of torch and deepspeed.")
 
 

@@ -23,14 +23,14 @@ from minimind_ds.data.conversation import DataError
 from minimind_ds.data.tokenise import FILES, JOURNAL, Encoder, Part, Progress, write_chunks
 from minimind_ds.io import fsync
 
-# Tokens are hashed in blocks of so many bytes.
+# Tokens are hashed in blocks of this many bytes.
 BLOCK_BYTES = 1 << 20
 # How often a process that waits for the builder looks how far it is.
 LOOK_S = 0.2
 
 
 def hash_files(folder: Path) -> str:
-    """Of what training sees.  A checkpoint's identity holds it, so that it must not change with FORMAT."""
+    """Hash of the arrays that training reads.  Checkpoints store it as the data's identity: independent of FORMAT."""
     digest = hashlib.sha256()
     for name in FILES:
         if name != "lines.bin":
@@ -100,7 +100,7 @@ def build(folder: Path, part: Path | None, write: Callable[[Path], None]) -> Non
     except (KeyboardInterrupt, OSError):
         raise
     except BaseException:
-        # What is wrong with the data stays wrong.
+        # Bad data fails again: nothing is kept of it.
         keep = False
         raise
     finally:

@@ -17,7 +17,7 @@ from typing import Any
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.data.json_text import MAX_LINE_BYTES, DataError, decode_line
-from minimind_ds.data.readers import Source, open_source
+from minimind_ds.data.readers import RecordFile, open_source
 from minimind_ds.data.shapes import parse_conversation, parse_text, record_shape, without_nulls
 from minimind_ds.data.turns import Conversation, Message, ToolCall, only_last, parse_messages
 
@@ -42,7 +42,7 @@ class Records:
     the item that was last given.  position: bytes of the file that are read, about.
     """
 
-    def __init__(self, source: Source, kind: str, skip: bool, markers: Iterable[str]):
+    def __init__(self, source: RecordFile, kind: str, skip: bool, markers: Iterable[str]):
         self.source, self.kind, self.skip = source, kind, skip
         self.path, self.form = source.path, source.form
         self.markers = marker_pattern(markers)

@@ -1,4 +1,4 @@
-"""JSON that others wrote: what is refused is refused with a reason of one line, printable anywhere.
+"""Parses untrusted JSON; every error is one printable line.
 
     python -c "from minimind_ds.data.json_text import parse; print(parse('{\\"a\\": 1}', 'it'))"
 """

@@ -1,9 +1,9 @@
 """Which rows make up which step, who takes which of them, and the micro-batches themselves.
 
 The plan of an epoch depends on the data, the seed, the epoch and the rows per global step, and on nothing else
-(DESIGN law 3): ranks, accumulation and batch size only say how a step's rows are dealt out.  Labelled tokens are
-counted in the plan, so no rank has to ask another.  A position in the data is (epoch, step): to resume, make the plan
-again and start at that step.
+(law 3 of docs/ARCHITECTURE.md): ranks, accumulation and batch size only say how a step's rows are divided.  Labelled
+tokens are counted in the plan, so no rank has to ask another.  A position in the data is (epoch, step): to resume,
+make the plan again and start at that step.
 
     python -c "from minimind_ds.data.loader import epoch_plan as p; plan = p([5, 3, 2, 4], [2, 1, 1, 2], pack_len=8,
         rows_per_step=2, seed=0, epoch=0); print(plan.rows(0), plan.facts(0))"
@@ -25,7 +25,7 @@ from minimind_ds.data.packing import PackedBatch, Rows, check_lengths, lay_out, 
 from minimind_ds.data.store import TokenStore
 
 # What attending to one more key costs, in units of a token's share of the matrix products: for MiniMind-3
-# 12 * layers * hidden / 2 over 6 * parameters.  It only balances ranks; nothing hangs on its digits.
+# 12 * layers * hidden / 2 over 6 * parameters.  It only balances ranks; its exact value does not matter.
 ATTENTION_COST = 1e-4
 
 
@@ -176,7 +176,7 @@ class Prefetcher(Iterator[PackedBatch]):
             for batch in batches:
                 if not self._put(batch.pin_memory() if pin else batch):
                     return
-        # Whatever it is belongs to whoever waits for the batch.
+        # Raised again where the batch is awaited.
         except BaseException as err:
             error = err
         self._put(_End(error))

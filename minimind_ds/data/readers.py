@@ -63,7 +63,7 @@ BROKEN_OFF = 16
 
 
 @dataclass
-class Source:
+class RecordFile:
     """An opened file.  Iterating gives (number, line, record): number counts lines from 1 where unit is "line", else
     records; line is 0 where there are none; a record that is bytes is a line still to be decoded.
 
@@ -73,7 +73,7 @@ class Source:
     path: Path
     form: str
     unit: str
-    read: Callable[[Source], Iterator[tuple[int, int, Any]]]
+    read: Callable[[RecordFile], Iterator[tuple[int, int, Any]]]
     file: BinaryIO | None = None
     done: int = 0
 
@@ -84,7 +84,7 @@ class Source:
 
     @property
     def position(self) -> int:
-        """Bytes that are read, about."""
+        """Approximate number of bytes read so far."""
         return self.done + (self.file.tell() if self.file and not self.file.closed else 0)
 
     def place(self, number: int, line: int = 0) -> str:
@@ -92,7 +92,7 @@ class Source:
         return f"{self.path} {self.unit} {number}" + (f" (line {line})" if line and self.unit == "record" else "")
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path) -> RecordFile:
     """Find out what a file is, and make ready to read it.
 
     Raises:
@@ -124,7 +124,7 @@ def open_source(path: str | Path) -> Source:
         return _by_content(path, head, " in gzip")
 
 
-def _by_content(path: Path, head: bytes, inside: str) -> Source:
+def _by_content(path: Path, head: bytes, inside: str) -> RecordFile:
     for start, (what, remedy) in NO_DATA.items():
         if head.startswith(start):
             raise DataError(f"{path} is {what}{inside}, not data: {remedy}")
@@ -136,7 +136,7 @@ def _by_content(path: Path, head: bytes, inside: str) -> Source:
         form = "Parquet" if head.startswith(PARQUET) else "Arrow"
         if importlib.util.find_spec("pyarrow") is None:
             raise DataError(f"{path} is {form}, which is read with pyarrow: pip install -e '.[parquet]'")
-        return Source(path, form, "record", lambda source: _rows([path], source))
+        return RecordFile(path, form, "record", lambda source: _rows([path], source))
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     form, scan = "JSON lines", _lines
     if text.startswith(b"["):
@@ -144,13 +144,13 @@ def _by_content(path: Path, head: bytes, inside: str) -> Source:
     elif text.startswith(b"{") and _goes_over_lines(path, gzip.open if inside else open):
         form, scan = "JSON objects", _objects
 
-    def read(source: Source):
+    def read(source: RecordFile):
         with path.open("rb") as source.file:
             with gzip.open(source.file) if inside else contextlib.nullcontext(source.file) as file:
                 yield from scan(file, path)
             source.done = source.file.tell()
 
-    return Source(path, form + inside, "line" if scan is _lines else "record", read)
+    return RecordFile(path, form + inside, "line" if scan is _lines else "record", read)
 
 
 def _goes_over_lines(path: Path, opened: Callable[..., BinaryIO]) -> bool:
@@ -304,7 +304,7 @@ def _named(path: Path, window: Window, number: Callable[[], int]) -> Iterator[No
         raise DataError(f"{path} record {number()} (line {window.line}): {err}") from None
 
 
-def _folder(path: Path) -> Source:
+def _folder(path: Path) -> RecordFile:
     """What `datasets` saved to disk; other folders hold files, each of which is read by itself."""
     files = dataset_files(path)
     if not files:
@@ -312,7 +312,7 @@ def _folder(path: Path) -> Source:
     sources = [open_source(file) for file in files]
     if any(source.form != "Arrow" for source in sources):
         raise DataError(f"{path}: not all files that its state.json names are Arrow")
-    return Source(path, "datasets", "record", lambda source: _rows(files, source))
+    return RecordFile(path, "datasets", "record", lambda source: _rows(files, source))
 
 
 def dataset_files(folder: str | Path) -> list[Path]:
@@ -339,7 +339,7 @@ def dataset_files(folder: str | Path) -> list[Path]:
             raise DataError(f"{folder} is no folder that datasets saved: its state.json is damaged") from None
 
 
-def _rows(paths: list[Path], source: Source) -> Iterator[tuple[int, int, dict]]:
+def _rows(paths: list[Path], source: RecordFile) -> Iterator[tuple[int, int, dict]]:
     import pyarrow
 
     number = 0

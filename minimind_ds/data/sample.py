@@ -2,8 +2,8 @@
 
 One renderer writes MiniMind's chat format as pieces, for training and for chat prompts alike.  Each piece is either a
 control token or text, and says whether the assistant wrote it; labels follow from that and from nothing else
-(DESIGN law 1).  Ids and labels equal those of MiniMind's own SFTDataset wherever the data does not spell control
-tokens and lets every answer be learnt.  Where it does spell them:
+(law 1 of docs/ARCHITECTURE.md).  Ids and labels equal those of MiniMind's own SFTDataset wherever the data does not
+spell control tokens and lets every answer be learnt.  Where it does spell them:
 
 - system, user and tool text, tool definitions, names and arguments of calls: text stays text;
 - the assistant's own content and reasoning: <think>, </think>, <tool_call> and </tool_call> become the control tokens,

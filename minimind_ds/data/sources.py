@@ -1,6 +1,6 @@
 """Several files as one set of samples: what names them, how often each is seen, and where a sample came from.
 
-A file of share 2 is seen twice an epoch, one of share 0.5 by halves: samples are dealt round and round in a seeded
+A file of share 2 is seen twice an epoch, one of share 0.5 by halves: samples are taken cyclically in a seeded
 order, so that after any number of epochs each was seen as often as its share says, give or take one.
 
     python -c "import minimind_ds.data.sources as s; print(s.expand(['examples/*.jsonl']))"

@@ -133,7 +133,7 @@ class TokenStore:
             raise UserError(f"the held-out fraction is {fraction}; it must be between 0 and 1")
         if len(self) < 2:
             raise UserError(f"{self.path} has {len(self)} sample; a held-out split needs at least 2")
-        # Shuffled over all lines, used or not, so that a line's side does not hang on what became of another.
+        # Shuffled over all lines, used or not, so that a line's side does not depend on other lines.
         n_lines = self.stats["lines"]
         rank_N = np.argsort(np.argsort(random_keys(n_lines, seed, 6), kind="stable"), kind="stable")[self.lines - 1]
         held_N = rank_N < fraction * n_lines

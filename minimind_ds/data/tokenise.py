@@ -36,7 +36,7 @@ from minimind_ds.data.words import WordCache
 
 # Text of a chunk, and of all chunks that wait for a worker or for the disk, in characters; records of a chunk.
 CHUNK_BYTES, WAITING_BYTES, CHUNK_RECORDS = 1 << 20, 32 << 20, 2000
-# A worker process takes seconds to start: one for so many bytes of the file.
+# A worker process takes seconds to start: one for each of this many bytes of the file.
 BYTES_PER_WORKER = 16 << 20
 SAY_EVERY_S = 30
 FILES = {"tokens.bin": None, "offsets.bin": np.int64, "labelled.bin": np.int32, "lines.bin": np.int64}
@@ -268,7 +268,7 @@ class Progress:
                         dynamic_ncols=True, disable=not (shown and sys.stderr.isatty()))
 
     def at(self, position: int) -> None:
-        """So many bytes of the file are done."""
+        """Reports how many bytes of the file are done."""
         if self.first is None:
             self.first = self.bar.initial = position
         self.bar.update(position - self.bar.n)

@@ -1,9 +1,9 @@
 """Text <-> token ids, from a Hugging Face tokenizer folder or a SentencePiece .model, and the training of the latter.
 
 The one promise beyond speed: `encode` takes what people typed, and nothing typed ever becomes a control token
-(DESIGN law 1).  Control tokens are ids asked for by name, `special_id("<|im_end|>")`, and only the chat renderer
-asks.  A tokenizer folder is data: tokenizer.json is read by the `tokenizers` library, no code and no chat template
-from the folder is run here.
+(law 1 of docs/ARCHITECTURE.md).  Control tokens are ids asked for by name, `special_id("<|im_end|>")`, and only the
+chat renderer asks.  A tokenizer folder is data: tokenizer.json is read by the `tokenizers` library, no code and no
+chat template from the folder is run here.
 
     python -c "from minimind_ds import load_tokenizer as l; t = l(); print(t.name, t.encode('Hello 你好'))"
 """

@@ -49,7 +49,7 @@ class ToolCall:
 class Message:
     """One turn.  `reasoning` None means the record gives none, so a </think> in `content` is taken apart.
 
-    learn: False for an assistant turn that is context only, by its own word or its place.
+    learn: False for an assistant turn that is context only, because it says so or because of its position.
     """
 
     role: str

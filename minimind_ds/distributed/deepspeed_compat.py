@@ -68,12 +68,15 @@ def start_no_programs(deepspeed) -> None:
 
 
 def compile_without_symbols(deepspeed) -> None:
-    """CPU Adam's builder compiles without symbols for debuggers."""
+    """All C++ optimizers of this accelerator are compiled without symbols for debuggers."""
     adam = deepspeed.get_accelerator().get_op_builder("CPUAdamBuilder")
-    if adam is None or hasattr(adam, "without_symbols"):
+    if adam is None:
         return
-    arguments = adam.cxx_args
-    adam.cxx_args, adam.without_symbols = lambda builder: [*arguments(builder), "-g0"], True
+    # Lion, Adagrad and the CPU's FusedAdam have it from the same class.
+    base = next(kind for kind in adam.__mro__ if "cxx_args" in vars(kind))
+    if not hasattr(base.cxx_args, "__wrapped__"):
+        base.cxx_args = functools.wraps(base.cxx_args)(
+            lambda builder, own=base.cxx_args: [*own(builder), "-g0"])
 
 
 def undo_warm_start(engine) -> None:

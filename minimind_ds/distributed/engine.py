@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: find this process's rank, open the process group, wrap the model, take one honest step.
+"""The DeepSpeed engine: find this process's rank, open the process group, wrap the model, step the optimizer.
 
 DeepSpeed divides a loss by the accumulation steps and averages gradients over ranks; the trainer normalises by the
 labelled tokens of the whole step instead (minimind_ds/model/loss.py), so `backward` here switches the first off and
@@ -71,7 +71,7 @@ def initialize(model: torch.nn.Module, config: dict):
 
     Args:
         model: on any device; every rank holds the same weights.
-        config: a DeepSpeed configuration without "auto" (ds_config.resolve).
+        config: a DeepSpeed configuration without "auto" (deepspeed_json.resolve).
 
     Returns:
         The DeepSpeed engine.  Its learning rate is set by the caller unless the JSON names a scheduler.

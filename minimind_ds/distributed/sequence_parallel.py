@@ -99,7 +99,7 @@ def install(model: nn.Module, dims: ParallelDims) -> None:
 
 
 def groups_of(size: int):
-    """This rank's group of `size` neighbours; every rank makes all groups, as torch wants it."""
+    """This rank's group of `size` neighbours; every rank makes all groups, as torch.distributed.new_group requires."""
     if size == 1:
         return None
     mine = None

@@ -34,7 +34,7 @@ WORKAROUNDS = {
     "default_store": Workaround("a thread of its own needs a client of its own of the group's store, which has no "
                                 "accessor", "2.10 to 2.15", "a public accessor"),
 }
-# A file that says nothing is torch's own, of a process that may be anywhere; a build takes two minutes.
+# An unmarked lock file is torch's own: stale after this long.  A build takes two minutes.
 FOREIGN_S = 600.0
 # How long to wait in silence.
 TELL_S = 5.0
@@ -99,7 +99,7 @@ class BuildLock:
         return still_there and (new or old or os.pread(file, len(MARK), 0) == MARK)
 
     def wait(self) -> None:
-        """Of torch's interface; try_acquire has waited."""
+        """Part of FileBaton's interface; try_acquire has waited already."""
 
     def release(self) -> None:
         self.path.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SL
 
 @dataclass(frozen=True)
 class World:
-    """This process's rank among `size`, its place on its machine, its device, and where rank 0 is to be met.
+    """This process's rank among `size`, its place on its machine, its device, and rank 0's address.
 
     `port` is None where no launcher named one.
     """

@@ -272,7 +272,8 @@ class MiniMindForCausalLM(nn.Module):
         parse_kernels(kernels)
         self.config, self.balance, self.kernels = config, balance, kernels
         self.gradient_checkpointing = False
-        # What parallel.install changes where ranks share rows: attention over all their tokens, counts over all ranks.
+        # sequence_parallel.install changes these where ranks share rows: attention over all their tokens, counts over
+        # all ranks.
         self.attend, self.total_counts = attention, None
         self.model = Decoder(config)
         self.rotary = Rotary(config)
@@ -282,7 +283,7 @@ class MiniMindForCausalLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         # For its dtype alone.  Under ZeRO-3 reading another module's parameter inside forward gathers it, at a moment
-        # that differs between ranks; a tuple is no such reading.
+        # that differs between ranks; a tuple does not.
         self.like = (self.model.norm.weight,)
         self.reset_parameters()
 
@@ -322,7 +323,7 @@ class MiniMindForCausalLM(nn.Module):
                                  selection, self.attend, self.total_counts)
         remember = not (self.gradient_checkpointing and self.training)
         hidden_TC, balances, counts = self.model(batch.input_ids.flatten(), context, remember)
-        # A batch that brings the labelled positions spares a GPU the question how many there are.
+        # A batch that brings the labelled positions avoids a GPU synchronization to count them.
         labelled_N = getattr(batch, "labelled_index", None)
         if labelled_N is None:
             labelled_N = (labels_T != IGNORE).nonzero().flatten()

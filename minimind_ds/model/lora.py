@@ -86,7 +86,7 @@ class AdaptedLinear(Linear):
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Module name -> (out, in) of every Linear in the layers; the experts' stacked weights are none."""
+    """Module name -> (out, in) of every Linear in the layers; the experts' stacked weights are excluded."""
     return {name.removesuffix(".weight"): shape for name, shape in minimind.expected_shapes(config).items()
             if name.startswith("model.layers.") and len(shape) == 2}
 

@@ -36,7 +36,7 @@ def rotary_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 class Rotary(nn.Module):
     """cos and sin by position.
 
-    The tables are no buffers: casting a module to bf16 would round them, and a position of 4,097 has no bf16.  They
+    The tables are not buffers: casting a module to bf16 would round them, and 4,097 is not exact in bf16.  They
     are made where and when they are first needed.
     """
 

@@ -1,4 +1,4 @@
-"""What one rank holds, counted tensor by tensor; planner.states says beforehand what it should be.
+"""What one rank holds, counted tensor by tensor; memory_model.states says beforehand what it should be.
 
     python -m pytest tests/plan/test_memory.py
 """

@@ -1,6 +1,6 @@
 """What a run needs on each rank, worked out before it starts: states, activations, buckets, bytes sent, rows that fit.
 
-States follow the ZeRO papers and what DeepSpeed 0.19 adds (memory.py counts them in a run).  Activations are the
+States follow the ZeRO papers and what DeepSpeed 0.19 adds (counted.py counts them in a run).  Activations are the
 tensors that the forward pass saves for backward, written down operation by operation for the backend `sdpa`, which
 `--kernels auto` takes on a CPU; tests/plan/test_planner.py counts them in real runs.  For the `triton` backend the
 formula is an estimate that no GPU has confirmed.
@@ -67,7 +67,7 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch, on this rank."""
+        """Tokens of a micro-batch on this rank."""
         return self.rows * self.row_len // self.dims.sequence
 
 

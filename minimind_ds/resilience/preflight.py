@@ -69,7 +69,7 @@ def main(world: World, *, save_dir: str, cache_dir: str | None, limits: dict) ->
 
 
 def leave(store, world: World, answered: int) -> None:
-    """Rank 0 serves the store: it goes last."""
+    """Rank 0 hosts the store, so it leaves last."""
     store.add("left", 1)
     deadline = time.monotonic() + 10
     while world.rank == 0 and store.add("left", 0) < answered and time.monotonic() < deadline:

@@ -84,7 +84,7 @@ def begin(folder: pathlib.Path, step: int) -> list[str]:
 
 
 class Attempt:
-    """Around the training: notes how it ended.  Does nothing but on rank 0."""
+    """Around the training: notes how it ended.  Active on rank 0 only."""
 
     def __init__(self, folder: pathlib.Path, rank: int):
         self.folder, self.rank = folder, rank

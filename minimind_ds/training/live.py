@@ -1,4 +1,4 @@
-"""What lives while a prepared run trains: the engine, the request to stop, the watchdog, the pending checkpoint.
+"""The mutable state of a training run: the engine, the request to stop, the watchdog, the pending checkpoint.
 
     live = LiveRun(engine=build_engine(prepared))
 """

@@ -39,11 +39,12 @@ from minimind_ds.resilience.signals import STOPPED, Stopped
 from minimind_ds.resilience.watchdog import Watchdog, lost_contact
 from minimind_ds.training.build import build_engine
 from minimind_ds.training.live import LiveRun
+from minimind_ds.training.lr_schedule import learning_rate, progress
 from minimind_ds.training.metrics import Metrics
 from minimind_ds.training.prepare import PreparedRun, prepare
-from minimind_ds.training.start import (
-    Start,
-    find_start,
+from minimind_ds.training.resume import (
+    ResumePoint,
+    find_resume_point,
     identity,
     layout_facts,
     load_checkpoint,
@@ -63,7 +64,7 @@ def main(program: str, argv: list[str]) -> int:
         prepared = prepare(program, argv, world)
         engine.start(world, prepared.run.hang_minutes)
         live = LiveRun()
-        start = find_start(prepared, live)
+        start = find_resume_point(prepared, live)
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in DISK:
             raise
@@ -115,7 +116,7 @@ def user_error(error: UserError | OSError, world: World) -> int:
     return 2 if isinstance(error, UserError) else 1
 
 
-def train(prepared: PreparedRun, live: LiveRun, start: Start) -> None:
+def train(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:
     """Run the plan from `start` to its end, then write the weights."""
     run, world = prepared.run, prepared.world
     if start.finished:
@@ -170,7 +171,7 @@ def write_weights(prepared: PreparedRun, live: LiveRun, step: int, metrics: Metr
     live.watchdog.finish()
 
 
-def write_run_folder(prepared: PreparedRun, start: Start) -> None:
+def write_run_folder(prepared: PreparedRun, start: ResumePoint) -> None:
     """run.yaml, ds_config.json and the tokenizer; a run that starts over first removes the one before it."""
     prepared.done_path.unlink(missing_ok=True)
     if start.path is None and checkpoint.folder_of(prepared.folder).exists():
@@ -201,7 +202,7 @@ def describe_data(prepared: PreparedRun) -> list[str]:
     return lines + [f"{path}: {said}" if len(lost) > 1 else said for path, said in lost if said]
 
 
-def summary(prepared: PreparedRun, start: Start) -> list[str]:
+def summary(prepared: PreparedRun, start: ResumePoint) -> list[str]:
     """What the run is, for its first lines of output."""
     run, config, plan, adapters = prepared.run, prepared.model_config, prepared.first_plan, prepared.lora
     parameters = sum(math.prod(shape) for shape in minimind.expected_shapes(config).values())
@@ -226,7 +227,7 @@ def summary(prepared: PreparedRun, start: Start) -> list[str]:
     return lines
 
 
-def run_plan(prepared: PreparedRun, live: LiveRun, start: Start, metrics: Metrics) -> int:
+def run_plan(prepared: PreparedRun, live: LiveRun, start: ResumePoint, metrics: Metrics) -> int:
     """Every step from `start` to the end; returns the number of the last one.
 
     Raises:
@@ -274,18 +275,3 @@ def save_or_stop(prepared: PreparedRun, live: LiveRun, to: Position, stopping: b
     if stopping:
         live.finish_save()
         raise Stopped(step)
-
-
-def progress(run, step: int, epoch: int, epoch_step: int, epoch_steps: int) -> float:
-    """How much of the run is done after this step, in (0, 1], by epochs or by max_steps, whichever ends it first."""
-    by_epochs = (epoch + (epoch_step + 1) / epoch_steps) / run.epochs
-    return max(by_epochs, step / run.max_steps) if run.max_steps else by_epochs
-
-
-def learning_rate(done: float, run) -> float:
-    """Linear warm-up, then a cosine down to min_lr_ratio of the peak.  `done`: the share of the run, up to 1."""
-    if done < run.warmup_ratio:
-        return run.learning_rate * done / run.warmup_ratio
-    fallen = (done - run.warmup_ratio) / max(1 - run.warmup_ratio, 1e-9)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(fallen, 1.0)))
-    return run.learning_rate * (run.min_lr_ratio + (1 - run.min_lr_ratio) * cosine)

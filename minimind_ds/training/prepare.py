@@ -83,8 +83,8 @@ class PreparedRun:
         return deepspeed_json.optimizer_device(self.ds) != "nvme"
 
     @property
-    def rows_ranks(self) -> int:
-        """How many ranks, or groups of ranks that share rows, the rows of a step are dealt to."""
+    def data_parallel_size(self) -> int:
+        """Ranks, or groups of ranks that share rows, that the rows of a step are divided among."""
         return self.world.size // self.dims.sequence
 
     @property
@@ -95,7 +95,9 @@ class PreparedRun:
 
     def plan(self, epoch: int) -> loader.EpochPlan:
         """An epoch's plan, made when the epoch begins: the start of a run does not wait for all of them."""
-        return self.first_plan if epoch == 0 else plan_epoch(self.stores[epoch], self.run, self.rows_ranks, epoch)
+        if epoch == 0:
+            return self.first_plan
+        return plan_epoch(self.stores[epoch], self.run, self.data_parallel_size, epoch)
 
     @property
     def folder(self) -> pathlib.Path:

@@ -28,7 +28,7 @@ class SpikeDetector:
         self.losses = collections.deque(losses, maxlen=WINDOW)
         self.skipped = 0
 
-    def judge(self, loss: float) -> str | None:
+    def check(self, loss: float) -> str | None:
         """None for a loss like the others, else what is wrong with it."""
         if not math.isfinite(loss):
             return "is not finite"
@@ -40,8 +40,8 @@ class SpikeDetector:
                     f"{len(self.losses)} before")
         return None
 
-    def took(self, loss: float) -> None:
-        """The step was taken."""
+    def record(self, loss: float) -> None:
+        """Records the loss of a step that was applied."""
         self.losses.append(loss)
         self.skipped = 0
 

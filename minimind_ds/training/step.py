@@ -102,21 +102,21 @@ def fetch(prepared: PreparedRun, epoch: int, plan: loader.EpochPlan, steps: rang
     run, store, pad_id = prepared.run, prepared.stores[epoch], prepared.tokenizer.pad_id
     for epoch_step in steps:
         for micro in range(run.accumulation_steps):
-            rows = my_rows(prepared, plan, epoch_step, micro)
-            yield my_share(prepared, loader.load_micro_batch(store, rows, run.row_len, pad_id))
+            rows = local_rows(prepared, plan, epoch_step, micro)
+            yield local_shard(prepared, loader.load_micro_batch(store, rows, run.row_len, pad_id))
 
 
-def my_share(prepared: PreparedRun, batch: PackedBatch) -> PackedBatch:
+def local_shard(prepared: PreparedRun, batch: PackedBatch) -> PackedBatch:
     """What this rank holds of a micro-batch that it may share with its neighbours."""
     n = prepared.dims.sequence
     return batch if n == 1 else batch.share(prepared.world.rank % n, n)
 
 
-def my_rows(prepared: PreparedRun, plan: loader.EpochPlan, epoch_step: int, micro: int) -> list[list[int]]:
+def local_rows(prepared: PreparedRun, plan: loader.EpochPlan, epoch_step: int, micro: int) -> list[list[int]]:
     """The samples of one of this rank's micro-batches; ranks that share rows have the same."""
     run = prepared.run
     return plan.micro_batch_rows(epoch_step, prepared.world.rank // prepared.dims.sequence, micro,
-                                 ranks=prepared.rows_ranks, accumulation=run.accumulation_steps,
+                                 ranks=prepared.data_parallel_size, accumulation=run.accumulation_steps,
                                  batch_size=run.batch_size)
 
 
@@ -147,7 +147,7 @@ def train_step(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at:
             total = sums.reduce(stop_asked=live.stop.asked is not None, forward_s=live.forward_s)
             loss, aux = total.ce_sum / max(facts.n_labelled, 1), total.aux_sum / max(facts.n_tokens, 1)
             live.forward_s = timer.take()
-            optimizer.skip_update, note = judge(prepared, live, plan, at, loss if math.isfinite(aux) else aux,
+            optimizer.skip_update, note = check_loss(prepared, live, plan, at, loss if math.isfinite(aux) else aux,
                                                 sums.micro_losses)
             norm = deepspeed_compat.clip_gradients(ds_engine, run.grad_clip)
             live.beat(f"step {at.step}: update")
@@ -157,7 +157,7 @@ def train_step(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at:
     skipped = optimizer.skip_update or not ds_engine.was_step_applied()
     optimizer.skip_update = False
     if not skipped:
-        live.spikes.took(loss)
+        live.spikes.record(loss)
     return StepStats(loss=loss, aux_loss=aux, lr=rates[0], lr_groups=rates if len(set(rates)) > 1 else None,
                      grad_norm=norm, tokens=facts.n_tokens, labelled_tokens=facts.n_labelled, packing_fill=facts.fill,
                      step_s=time.perf_counter() - began, stop_requested=total.stop_requests > 0, skipped=skipped,
@@ -169,20 +169,20 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def judge(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at: Position, loss: float,
+def check_loss(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at: Position, loss: float,
           micro_losses: list[torch.Tensor]) -> tuple[bool, str | None]:
     """Whether this step's update is to be skipped, and what is wrong with its loss; the same on every rank.
 
     Raises:
         NonFinite: the run is to stop for it, or too many steps in a row were skipped.
     """
-    wrong, run = live.spikes.judge(loss), prepared.run
+    wrong, run = live.spikes.check(loss), prepared.run
     if wrong is None:
         return False, None
     if math.isfinite(loss):
         policy, note = run.on_spike, f"the loss of step {at.step} {wrong}; {samples_of(prepared, plan, at)}"
     else:
-        policy, note = run.on_non_finite, blame(prepared, plan, at, micro_losses)
+        policy, note = run.on_non_finite, locate_non_finite(prepared, plan, at, micro_losses)
     if policy == "stop":
         raise NonFinite(note)
     if policy == "skip" and not live.spikes.skip():
@@ -216,9 +216,10 @@ def named(prepared: PreparedRun, at: Position, rows: list) -> str:
     return prepared.stores[at.epoch].where(i for part in rows for row in part for i in row)
 
 
-def blame(prepared: PreparedRun, plan: loader.EpochPlan, at: Position, micro_losses: list[torch.Tensor]) -> str:
+def locate_non_finite(prepared: PreparedRun, plan: loader.EpochPlan, at: Position,
+                      micro_losses: list[torch.Tensor]) -> str:
     """Names the samples of the micro-batches whose loss is not finite; collective."""
-    mine = [my_rows(prepared, plan, at.epoch_step, micro) for micro, loss_sum in enumerate(micro_losses)
+    mine = [local_rows(prepared, plan, at.epoch_step, micro) for micro, loss_sum in enumerate(micro_losses)
             if not torch.isfinite(loss_sum)]
     everyone = [None] * prepared.world.size
     dist.all_gather_object(everyone, mine)
@@ -236,8 +237,8 @@ def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
         for epoch_step in range(len(plan)):
             live.beat(f"evaluation of {name}, step {epoch_step + 1} of {len(plan)}")
             for micro in range(run.accumulation_steps):
-                rows = my_rows(prepared, plan, epoch_step, micro)
-                batch = my_share(prepared, loader.load_micro_batch(store, rows, run.row_len,
+                rows = local_rows(prepared, plan, epoch_step, micro)
+                batch = local_shard(prepared, loader.load_micro_batch(store, rows, run.row_len,
                                                                    prepared.tokenizer.pad_id))
                 out = live.engine(batch.to(world.device))
                 sums[number] += torch.tensor([float(out.loss_sum), out.n_labelled], device=world.device)

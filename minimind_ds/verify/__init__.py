@@ -33,7 +33,7 @@ from minimind_ds.training.prepare import PROGRAMS, PreparedRun, prepare
 from . import data, sensitivity
 from .checks import Check, worst_over_ranks
 from .laws import LAWS
-from .reduced_run import ReducedRun, bench
+from .reduced_run import ReducedRun, make_reduced_run
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> int:
         prepared, kind = prepare_run(rest, world)
         say = print_on(world)
         engine.start(world)
-        cut = bench(prepared, options.tokens)
+        cut = make_reduced_run(prepared, options.tokens)
     except UserError as error:
         return user_error(error, world)
     except KeyboardInterrupt:

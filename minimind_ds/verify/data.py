@@ -140,7 +140,7 @@ def statistics(prepared: PreparedRun, kind: str) -> dict:
         twice += ids.tobytes() in seen
         seen.add(ids.tobytes())
         unstopped += stop not in labels
-        # Cut while the assistant was speaking: the last token is learnt, and is no end of an answer.
+        # Cut while the assistant was speaking: the last token is learnt and does not end an answer.
         full = len(ids) >= prepared.run.max_seq_len and len(ids) > 1
         cut_answers += bool(full and kind == "conversations" and answer_is_open(ids, prepared.tokenizer))
     return {"path": str(prepared.run.data_path), "samples": len(store), "tokens": int(lengths.sum()),

@@ -81,7 +81,7 @@ def leaked_key(backend: str):
 
 
 def shifted_labels():
-    """The oldest mistake: labels that the loss is to shift, in a loss that does not."""
+    """Labels not shifted, for a loss that does not shift them."""
     read = TokenStore.read
 
     def shifted(store, indices):

@@ -87,7 +87,7 @@ def trained(prepared: PreparedRun, steps: int) -> tuple[list[dict], dict[str, Te
 
 
 def forget(ds_engine) -> None:
-    """Engines are large, and hold themselves in circles."""
+    """Frees the engine, which is large and in reference cycles."""
     ds_engine.destroy()
     gc.collect()
 
@@ -211,13 +211,13 @@ def resume_law(b: ReducedRun) -> list[Check]:
                    keep_dropout=True)
     whole, resumed = Lines(), Lines()
     live = LiveRun(engine=loop.build_engine(prepared))
-    loop.run_plan(prepared, live, loop.Start(), whole)
+    loop.run_plan(prepared, live, loop.ResumePoint(), whole)
     live.finish_save()
     ends = [engine.full_weights(live.engine, prepared.stage)]
     forget(live.engine)
     path = checkpoint.folder_of(folder) / checkpoint.name_of(STEPS // 2)
     facts = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    start = loop.Start(path, facts["step"], facts["epoch"], facts["epoch_step"])
+    start = loop.ResumePoint(path, facts["step"], facts["epoch"], facts["epoch_step"])
     live = LiveRun(engine=loop.build_engine(prepared))
     loop.load_checkpoint(prepared, live.engine, start)
     loop.run_plan(prepared, live, start, resumed)

@@ -100,7 +100,7 @@ class ReducedRun:
         stores = [self.store] * STEPS
         return dataclasses.replace(
             prepared, run=run, ds=ds, model_config=dataclasses.replace(self.config, **dropout), stores=stores,
-            eval_sets=(), first_plan=plan_epoch(self.store, run, prepared.rows_ranks, 0),
+            eval_sets=(), first_plan=plan_epoch(self.store, run, prepared.data_parallel_size, 0),
             lora=adapters,
             start_weights=None if self.cut else prepared.start_weights, notes=())
 
@@ -115,13 +115,13 @@ class ReducedRun:
         return [[self.store[index] for index in row] for row in plan.rows(0)]
 
 
-def bench(prepared: PreparedRun, tokens: int) -> ReducedRun:
+def make_reduced_run(prepared: PreparedRun, tokens: int) -> ReducedRun:
     """tokens: of a law's step, about; 0: what fits this machine."""
     kind = prepared.world.device.type
     config, cut = cut_down(prepared.model_config, MOST_PARAMETERS[kind])
     store = choose_samples(prepared.stores[0], tokens=tokens or TOKENS[kind], longest=LONGEST[kind],
                            seed=prepared.run.seed)
-    rows = ROWS * prepared.rows_ranks
+    rows = ROWS * prepared.data_parallel_size
     # Rows that fill about two steps, whose length can be cut over the ranks that share a row.
     enough = max(int(store.lengths.max()), math.ceil(int(store.lengths.sum()) / (2 * rows)))
     multiple = 8 * prepared.dims.sequence

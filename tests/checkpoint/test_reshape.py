@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from minimind_ds.checkpoint import reshape
 from minimind_ds.distributed.world import World
-from minimind_ds.training.start import look_for_start
-from minimind_ds.training.step import my_rows
+from minimind_ds.training.resume import look_for_resume_point
+from minimind_ds.training.step import local_rows
 from tests.distributed.ranks.reshape import BEFORE, COMPILED, SPLITS, run_of
 
 pytestmark = pytest.mark.numeric
@@ -106,7 +106,7 @@ def test_each_sample_of_the_epoch_is_seen_once_over_the_two_halves(tmp_path, the
             steps = range(cut) if half == "write" else range(cut, len(prepared.first_plan))
             for step in steps:
                 for micro in range(SPLITS[half][ranks][1]):
-                    seen.update(i for row in my_rows(prepared, prepared.first_plan, step, micro) for i in row)
+                    seen.update(i for row in local_rows(prepared, prepared.first_plan, step, micro) for i in row)
     assert seen == Counter(range(len(prepared.stores[0].lengths)))
 
 
@@ -161,7 +161,7 @@ def test_another_precision_and_other_rows_per_step_are_refused(resumed, tmp_path
     prepared = run_of(World(0, ranks, 0, ranks, CPU), tmp_path, "resume", "frozen", 3, dtype=dtype,
                  resume=str(resumed[0] / "frozen_2_2"))
     with pytest.raises(ValueError, match=said):
-        look_for_start(prepared)
+        look_for_resume_point(prepared)
 
 
 @pytest.fixture(scope="module")

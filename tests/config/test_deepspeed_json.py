@@ -133,7 +133,7 @@ def test_what_is_wrong_in_the_json_is_named(tmp_path, config, expected):
 @pytest.mark.parametrize("text, expected", [
     ("{\"a\": 1,\n\"b\": }", "line 2: not valid JSON"),
     ("[1]", "holds one JSON object"),
-    ("{\"fp16\": {}, \"fp16\": {}}", "key 'fp16' stands there twice"),
+    ("{\"fp16\": {}, \"fp16\": {}}", "key 'fp16' appears twice"),
 ])
 def test_a_file_that_is_not_a_json_object_is_an_error(tmp_path, text, expected):
     path = tmp_path / "ds.json"

@@ -1,4 +1,4 @@
-"""The epoch plan and the micro-batches (DESIGN law 3): what is trained on when hangs on no layout.
+"""The epoch plan and the micro-batches (law 3): what is trained on, and when, depends on no layout.
 
     python -m pytest tests/data/test_loader.py
 """

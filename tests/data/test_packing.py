@@ -1,4 +1,4 @@
-"""Packing (DESIGN law 2): no sample lost, split or doubled, rows full, samples alone in them.
+"""Packing (law 2): no sample lost, split or doubled, rows full, samples alone in them.
 
     python -m pytest tests/data/test_packing.py
 """

@@ -111,6 +111,8 @@ def test_an_engine_s_process_compiles_under_it(first):
             # torch 2.14 and later lock the file themselves.
             "assert c.FileBaton is torch_compat.BuildLock if hasattr(c, 'FileBaton') else c.FileLock; "
             "from deepspeed.accelerator import get_accelerator; "
-            "args = get_accelerator().create_op_builder('CPUAdamBuilder').cxx_args(); "
-            "assert '-O3' in args and args[-1] == '-g0' and args.count('-g0') == 1, args; engine.stop()")
+            "of = get_accelerator().create_op_builder; "
+            "every = [of(f'{name}Builder').cxx_args() for name in ('CPUAdam', 'CPULion', 'CPUAdagrad', 'FusedAdam')]; "
+            "assert all('-O3' in args and args[-1] == '-g0' and args.count('-g0') == 1 for args in every), every; "
+            "engine.stop()")
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=True, timeout=600)

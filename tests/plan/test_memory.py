@@ -10,7 +10,7 @@ RANKS = 2
 def expected(n_parameters: int, *, stage: int, ranks: int, half: bool) -> dict[str, float]:
     """Bytes of n_parameters under ZeRO (arXiv:1910.02054, section 5), AdamW and fp32 masters.
 
-    Written apart from planner.states on purpose: it is what proves the plan, not a part of it.  In fp32 stage 0
+    Written apart from memory_model.states on purpose: it is what proves the plan, not a part of it.  In fp32 stage 0
     updates the parameters themselves; the other stages keep masters apart.
     """
     width, masters = (2, 4) if half else (4, 0 if stage == 0 else 4)

@@ -122,14 +122,14 @@ def test_a_second_run_in_the_same_folder_is_refused_but_the_jobs_own_next_start_
 
 
 def test_a_spike_is_judged_by_the_last_steps_and_too_many_skips_in_a_row_end():
-    guard = SpikeDetector(2.0 + 0.01 * (i % 5) for i in range(LEAST - 1))
-    assert guard.judge(99.0) is None
-    guard.took(2.02)
-    assert guard.judge(2.1) is None and "standard deviations above" in guard.judge(2.2)
-    assert guard.judge(float("nan")) == guard.judge(float("inf")) == "is not finite"
-    assert all(guard.skip() for _ in range(MOST_SKIPPED)) and not guard.skip()
-    guard.took(2.0)
-    assert guard.skip()
+    detector = SpikeDetector(2.0 + 0.01 * (i % 5) for i in range(LEAST - 1))
+    assert detector.check(99.0) is None
+    detector.record(2.02)
+    assert detector.check(2.1) is None and "standard deviations above" in detector.check(2.2)
+    assert detector.check(float("nan")) == detector.check(float("inf")) == "is not finite"
+    assert all(detector.skip() for _ in range(MOST_SKIPPED)) and not detector.skip()
+    detector.record(2.0)
+    assert detector.skip()
 
 
 def test_the_window_after_a_resume_is_that_of_the_steps_taken_before(tmp_path):

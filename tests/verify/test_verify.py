@@ -75,7 +75,7 @@ def bench_of(tmp_path, *flags, **model) -> tuple[reduced_run.ReducedRun, str]:
     yaml.write_text("preset: debug\nmodel: " + json.dumps({**TINY, **model}), encoding="utf-8")
     prepared, kind = verify.prepare_run(["--config", str(yaml), *ZERO[2], "--save_dir", str(tmp_path / "run"),
                                     "--cache_dir", str(tmp_path), *flags], read_world())
-    return reduced_run.bench(prepared, 200), kind
+    return reduced_run.make_reduced_run(prepared, 200), kind
 
 
 @pytest.mark.parametrize("dtype", SEEN)

@@ -66,7 +66,7 @@ def examine(name: str, contender: Contender, case: Case) -> tuple[dict, Trial | 
 
 
 def missing_compiler(reason: str) -> bool:
-    """torch.compile without a C++ compiler: a lack of the machine, not of ours."""
+    """torch.compile without a C++ compiler: missing on this machine, no failure of ours."""
     return "compiler" in reason
 
 

@@ -65,7 +65,7 @@ def run_group(part: str, name: str, file: pathlib.Path, *, small: bool, without:
 def attempt(item) -> dict:
     try:
         return item.work()
-    # Whatever it is belongs into the record: the next check has to run.
+    # Any error is recorded, so that the next check runs.
     except Exception as error:  # noqa: BLE001
         traceback.print_exc()
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:600]

@@ -162,7 +162,7 @@ def memory_facts(prepared: PreparedRun, ds_engine, everyone: list[dict]) -> dict
 
 
 def planned(prepared: PreparedRun) -> dict[str, float]:
-    """States by kind as planner.states has them, on device and host together, as memory.held counts them.
+    """States by kind as memory_model.states has them, on device and host together, as counted.held counts them.
 
     Without buckets: stages 1 and 2 have let go of them before the update, when `held` is counted.
     """
@@ -171,7 +171,7 @@ def planned(prepared: PreparedRun) -> dict[str, float]:
 
 
 def matmul_rate(prepared: PreparedRun) -> float:
-    """FLOP/s of one rank's square matrix product, all ranks at it at once: the roof for MFU."""
+    """FLOP/s of one rank's square matrix product while all ranks run theirs: the peak that MFU refers to."""
     device = prepared.world.device
     dtype = DTYPES[prepared.run.dtype]
     if device.type == "cpu" and kernels.why_slow(device, dtype):

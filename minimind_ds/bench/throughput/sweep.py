@@ -192,7 +192,7 @@ def run_cell(cell: Cell, folder: pathlib.Path, timeout: float) -> dict:
 
 
 def clean_environment() -> dict[str, str]:
-    """For processes that are ranks of nothing yet."""
+    """The environment without any launcher's variables."""
     env = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
     # ninja of this environment first, for what DeepSpeed compiles.
     env["PATH"] = str(pathlib.Path(sys.executable).parent) + os.pathsep + env.get("PATH", "")

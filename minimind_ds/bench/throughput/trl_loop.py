@@ -1,6 +1,6 @@
 """Hugging Face TRL's SFTTrainer on our rows, a step at a time, to be timed in turns with our own step.
 
-Imports trl: benchmark/trl_ratio.py looks first whether it is there.
+Imports trl: bench/throughput/trl_ratio.py looks first whether it is there.
 
     python launch/benchmark.py --compare trl --preset debug
 """
@@ -174,8 +174,8 @@ def rows_of(prepared: PreparedRun, steps: int) -> list[dict]:
     found = []
     for at in range(min(steps, full_steps(prepared))):
         for micro in range(run.accumulation_steps):
-            for rank in range(prepared.rows_ranks):
-                for row in plan.micro_batch_rows(at, rank, micro, ranks=prepared.rows_ranks,
+            for rank in range(prepared.data_parallel_size):
+                for row in plan.micro_batch_rows(at, rank, micro, ranks=prepared.data_parallel_size,
                                                  accumulation=run.accumulation_steps, batch_size=run.batch_size):
                     ids, labels = store.read(np.array(row))
                     own = np.concatenate([[IGNORE], labels[:-1]])

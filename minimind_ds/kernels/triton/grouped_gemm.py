@@ -1,6 +1,6 @@
-"""The kernels of triton_moe.py: products of rows sorted by expert with their experts' weights, and back.
+"""The kernels of experts.py: products of rows sorted by expert with their experts' weights, and back.
 
-A program takes a block of rows from the table that triton_sort.py made (all of one expert, or none) and a block of
+A program takes a block of rows from the table that sort.py made (all of one expert, or none) and a block of
 columns.  `order` says which choice t * K + k stands where: x and dy are gathered through it, results are scattered.
 Programs go through SWIZZLE row blocks for each column block, so that weights are read while they are in the cache.
 Offsets that can pass 2^31 are 64-bit; what lies within a block, or within one expert's weights, is 32-bit.  `depth`,

@@ -1,4 +1,4 @@
-"""Which program does what: tiles over the documents of a packed row, made where `cu_seqlens` is, without a wait.
+"""Which program does what: tiles over the documents of a packed row, made without a host-device synchronization.
 
     TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/attention_facts.py -k schedule
 """

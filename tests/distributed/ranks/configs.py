@@ -23,7 +23,7 @@ from minimind_ds.distributed import engine  # noqa: E402
 from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.training.build import build_engine  # noqa: E402
 from minimind_ds.training.live import LiveRun  # noqa: E402
-from minimind_ds.training.loop import learning_rate, progress  # noqa: E402
+from minimind_ds.training.lr_schedule import learning_rate, progress  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
 from tests.config.try_configs import prepared_with  # noqa: E402
 from tests.distributed.ranks.layouts import make_run  # noqa: E402

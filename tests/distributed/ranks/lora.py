@@ -20,7 +20,7 @@ from minimind_ds import checkpoint  # noqa: E402
 from minimind_ds.convert import minimind, weight_files  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
 from minimind_ds.distributed.world import read_world  # noqa: E402
-from minimind_ds.training import loop, start  # noqa: E402
+from minimind_ds.training import loop, resume  # noqa: E402
 from minimind_ds.training.live import LiveRun  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
 from tests.distributed.ranks.layouts import MODELS, fresh_engine, make_run  # noqa: E402
@@ -108,7 +108,7 @@ def refusals(world, out: pathlib.Path, flags: list[str]) -> list[str]:
     said = []
     for then, now in ((ours, full), (full, ours), (ours, other)):
         try:
-            start.refuse_changes(start.identity(then), start.identity(now), "CHECKPOINT")
+            resume.refuse_changes(resume.identity(then), resume.identity(now), "CHECKPOINT")
         except ValueError as error:
             said.append(str(error))
     return said
@@ -131,7 +131,7 @@ def main(out: pathlib.Path, accumulation: int, stages: list[int]) -> None:
     if world.size > 1:
         prepared = make_run(world, out, "moe", 3, accumulation, [*flags, "--max_steps", "3", "--save_interval", "0"])
         live = LiveRun()
-        loop.train(prepared, live, start.find_start(prepared, live))
+        loop.train(prepared, live, resume.find_resume_point(prepared, live))
     if world.rank == 0:
         (out / "facts.json").write_text(json.dumps(facts))
     dist.barrier()

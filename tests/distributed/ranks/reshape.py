@@ -32,7 +32,7 @@ from minimind_ds.model.decoder import MiniMindForCausalLM  # noqa: E402
 from minimind_ds.training.build import build_engine  # noqa: E402
 from minimind_ds.training.live import LiveRun  # noqa: E402
 from minimind_ds.training.loop import main  # noqa: E402
-from minimind_ds.training.start import layout_facts, load_checkpoint, look_for_start, manifest_facts  # noqa: E402
+from minimind_ds.training.resume import layout_facts, load_checkpoint, look_for_resume_point, manifest_facts  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
 from tests.distributed.ranks.layouts import make_run  # noqa: E402
 
@@ -174,7 +174,7 @@ def write(world, out: pathlib.Path, models: str) -> dict:
 
 def load(prepared, ds_engine):
     """As loop.train does."""
-    start = look_for_start(prepared)
+    start = look_for_resume_point(prepared)
     assert start.step == start.epoch_step == BEFORE
     load_checkpoint(prepared, ds_engine, start)
     return start

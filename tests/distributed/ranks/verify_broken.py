@@ -21,7 +21,7 @@ from minimind_ds import verify  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
 from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.verify import faults  # noqa: E402
-from minimind_ds.verify.reduced_run import bench  # noqa: E402
+from minimind_ds.verify.reduced_run import make_reduced_run  # noqa: E402
 
 TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 96}
@@ -40,7 +40,8 @@ def main(out: pathlib.Path, cases: list[dict]) -> None:
         prepared, kind = verify.prepare_run(rest, world)
         name, *how = case["breaks"] or [None]
         with getattr(faults, name)(*how) if name else contextlib.nullcontext():
-            report = verify.verify(prepared, kind, bench(prepared, options.tokens), options, verify.print_on(world))
+            reduced = make_reduced_run(prepared, options.tokens)
+            report = verify.verify(prepared, kind, reduced, options, verify.print_on(world))
         if world.rank == 0:
             (out / f"{case['name']}.json").write_text(json.dumps(report))
     dist.barrier()

@@ -1,4 +1,5 @@
-"""Proof of Triton kernels on a machine without a GPU: honest.py runs them, aot.py compiles them for real targets.
+"""Proof of Triton kernels on a machine without a GPU: an interpreter (minimind_ds/bench/kernels/interpreter.py) runs
+them, aot.py compiles them for real targets.
 
 TRITON_INTERPRET is read when a kernel is decorated, so what is interpreted and what is compiled need processes of
 their own: files named *_facts.py are pytest files that hold in the interpreter, and `hold` runs one.

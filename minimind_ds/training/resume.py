@@ -1,4 +1,4 @@
-"""Where a run begins: anew, after the newest whole checkpoint, or at its end; and what must not have changed since.
+"""Where a run goes on: at its beginning, after the newest complete checkpoint, or at its end.
 
     deepspeed launch/sft.py --deepspeed ds_configs/zero2.json --from_resume auto
 """
@@ -29,7 +29,7 @@ LEASE_S, LOOK_S = 180.0, 5.0
 
 
 @dataclass(frozen=True)
-class Start:
+class ResumePoint:
     """Where a run begins: after `step` steps, at step `epoch_step` of `epoch`; `path` is the checkpoint or None.
 
     layout: the checkpoint's, if it has to be reshaped into this run's.  changed: settings that may differ from the
@@ -46,7 +46,7 @@ class Start:
     notes: tuple[str, ...] = ()
 
 
-def find_start(prepared: PreparedRun, live: LiveRun) -> Start:
+def find_resume_point(prepared: PreparedRun, live: LiveRun) -> ResumePoint:
     """Where to begin, decided on rank 0, which holds the run folder from here on, and agreed on by all.
 
     Raises:
@@ -56,8 +56,8 @@ def find_start(prepared: PreparedRun, live: LiveRun) -> Start:
     found = [None]
     if prepared.world.rank == 0:
         try:
-            live.folder_lock = hold(prepared.folder)
-            start = look_for_start(prepared)
+            live.folder_lock = acquire_run_lock(prepared.folder)
+            start = look_for_resume_point(prepared)
             if not start.finished:
                 start = replace(start, notes=(*start.notes, *restarts.begin(prepared.folder, start.step)))
             found = [start]
@@ -69,7 +69,7 @@ def find_start(prepared: PreparedRun, live: LiveRun) -> Start:
     return found[0]
 
 
-def hold(folder: pathlib.Path):
+def acquire_run_lock(folder: pathlib.Path):
     """The run folder, for this process; the result is checkpoint.lock's.
 
     A file server drops a lost node's lock when its lease runs out: a job that was started again by itself waits for
@@ -87,15 +87,15 @@ def hold(folder: pathlib.Path):
             time.sleep(LOOK_S)
 
 
-def look_for_start(prepared: PreparedRun) -> Start:
+def look_for_resume_point(prepared: PreparedRun) -> ResumePoint:
     run, folder = prepared.run, prepared.folder
     if run.from_resume == "auto" and prepared.done_path.exists():
         done = json.loads(prepared.done_path.read_text(encoding="utf-8"))
         refuse_changes(done["identity"], identity(prepared), folder)
-        return Start(step=done["step"], finished=True)
+        return ResumePoint(step=done["step"], finished=True)
     path, manifest, notes = checkpoint.find(run.from_resume, folder)
     if path is None:
-        return Start(notes=tuple(notes))
+        return ResumePoint(notes=tuple(notes))
     refuse_changes(manifest["identity"], identity(prepared), path)
     then, now = manifest["layout"], layout_facts(prepared)
     refuse_changes(then, {name: fact for name, fact in now.items() if name not in reshape.MAY_DIFFER}, path)
@@ -106,7 +106,7 @@ def look_for_start(prepared: PreparedRun) -> Start:
     changed = {name: [before[name], value] for name, value in may_change(prepared).items()
                if before.get(name, value) != value}
     notes = [*notes, *(f"{name} is {now!r} from here on; it was {then!r}" for name, (then, now) in changed.items())]
-    return Start(path, manifest["step"], manifest["epoch"], manifest["epoch_step"],
+    return ResumePoint(path, manifest["step"], manifest["epoch"], manifest["epoch_step"],
                  layout=then if then != now else None, changed=changed or None,
                  notes=tuple(notes))
 
@@ -115,7 +115,7 @@ def identity(prepared: PreparedRun) -> dict:
     """What must not change between the halves of a run: the model, the data and everything the curve depends on."""
     run = prepared.run
     facts = {name: getattr(run, name) for name in MUST_STAY}
-    facts["rows per step"] = run.batch_size * run.accumulation_steps * prepared.rows_ranks
+    facts["rows per step"] = run.batch_size * run.accumulation_steps * prepared.data_parallel_size
     facts["tokenizer"] = prepared.tokenizer.fingerprint
     facts["data"] = prepared.stores[0].content
     facts["LoRA"] = prepared.lora.identity() if prepared.lora else None
@@ -123,7 +123,7 @@ def identity(prepared: PreparedRun) -> dict:
 
 
 def may_change(prepared: PreparedRun) -> dict:
-    """Settings of a run that a resume may change, out loud."""
+    """Settings of a run that a resume may change; each change is reported."""
     return {name: getattr(prepared.run, name) for name in MAY_CHANGE}
 
 
@@ -159,7 +159,7 @@ def refuse_changes(then: dict, now: dict, path) -> None:
                              "keeps both")
 
 
-def share_start(prepared: PreparedRun, live: LiveRun, start: Start) -> None:
+def share_start(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:
     """What every rank has to know and only one can: the losses before a resume, each rank's host; collective."""
     world = prepared.world
     shared = [taken_losses(prepared.folder / "metrics.jsonl", start.step) if world.rank == 0 else None]
@@ -168,7 +168,7 @@ def share_start(prepared: PreparedRun, live: LiveRun, start: Start) -> None:
     dist.all_gather_object(live.hosts, socket.gethostname())
 
 
-def load_checkpoint(prepared: PreparedRun, ds_engine, start: Start) -> None:
+def load_checkpoint(prepared: PreparedRun, ds_engine, start: ResumePoint) -> None:
     """DeepSpeed's own loading where its files fit this layout, ours where they do not; collective."""
     if start.layout is None and prepared.dims.experts == 1:
         checkpoint.load(ds_engine, start.path)
