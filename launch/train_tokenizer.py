@@ -1,6 +1,6 @@
 """Train a tokenizer on your own text: a SentencePiece model with MiniMind's control tokens.
 
-Reads the same JSONL files as training does (conversations of any recognised shape, or {"text": ...}) and learns from
+Reads the same files as training does (conversations of any recognised shape, or {"text": ...}) and learns from
 the text exactly as it will be tokenised, role names and tool headings included.  The same files in the same order give
 the same bytes.
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data_path", nargs="+", required=True, help="JSONL files, one or more")
+    parser.add_argument("--data_path", nargs="+", required=True, help="data files (docs/DATA.md), one or more")
     parser.add_argument("--out", required=True, help="the .model file to write")
     parser.add_argument("--vocab_size", type=int, default=6400, help="pieces, control tokens included (default 6400)")
     parser.add_argument("--on_bad_record", choices=("stop", "skip"), default="stop",
