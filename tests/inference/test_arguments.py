@@ -4,14 +4,16 @@
 """
 
 import argparse
+import dataclasses
 import importlib.util
 
 import pytest
 import torch
 
-from minimind_ds import ModelConfig, load_tokenizer
+from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, load_tokenizer
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.inference import arguments
+from minimind_ds.inference.chat import load_model
 from tests.conftest import ROOT
 
 CONFIG = ModelConfig(hidden_size=32, num_hidden_layers=2)
@@ -71,9 +73,17 @@ def test_pretrained_weights_of_a_bare_name_continue_plain_text(chat):
     assert theirs[0] == 0 and theirs[1] == plain[1] and "(--raw)" in theirs[2]
 
 
-def test_yarn_is_switched_on_for_inference(chat):
-    code, out, _ = chat("--weight", "run", "--inference_rope_scaling")
-    assert code == 0 and out != chat("--weight", "run")[1]
+def test_inference_rope_scaling_is_minimind_s_yarn(home, chat):
+    assert chat("--weight", "run", "--inference_rope_scaling")[0] == 0
+    ids = torch.arange(3, 99)
+    run = str(home / "run")
+    plain, scaled = (load_model(run, dtype=torch.float32, inference_rope_scaling=on)[0](ids[None]).logits[0]
+                     for on in (False, True))
+    ours = MiniMindForCausalLM(dataclasses.replace(CONFIG, inference_rope_scaling=True), kernels="reference")
+    ours.load_weights(weight_files.load_weights(run, CONFIG))
+    batch = collate([[Sample(ids, torch.full_like(ids, -100))]], len(ids))
+    torch.testing.assert_close(scaled, ours.eval()(batch, return_logits=True).logits[0], rtol=1e-4, atol=1e-4)
+    assert (plain - scaled).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("flags, said", [
