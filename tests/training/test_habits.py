@@ -14,7 +14,8 @@ from minimind_ds.config.model import ModelConfig
 from minimind_ds.config.run import parse_run_config
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.distributed.world import World
-from minimind_ds.training.prepare import choose, find_start_weights
+from minimind_ds.training.prepare import choose, find_start_weights, prepare
+from minimind_ds.training.start import look_for_start
 from tests.conftest import ROOT, cache_dir, environment
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -36,18 +37,13 @@ def write_weights(path, config=SMALL):
         weight_files.save_safetensors(path, state, config)
 
 
-def program(tmp_path, *flags):
-    words = ["--deepspeed", "zero0", "--cache_dir", cache_dir(), "--dtype", "float32", "--batch-size", "2",
-             "--max_seq_len", "64", "--pack_len", "128", *flags]
-    return subprocess.run([sys.executable, str(ROOT / "launch" / "sft.py"), *map(str, words)], cwd=tmp_path, text=True,
-                          env=environment(), capture_output=True, timeout=600)
-
-
-def test_a_run_from_pretrain_takes_its_weights_and_rate_and_zero_does_not_delete_it(tmp_path):
+def test_a_run_from_pretrain_takes_its_weights_and_rate_and_zero_does_not_delete_it(tmp_path, monkeypatch):
     write_weights(tmp_path / "out" / "pretrain_32.pth")
-    flags = [*SIZES, "--from_weight", "pretrain", "--save_dir", "runs/sft", "--max_steps", "2", "--save_interval", "2",
-             "--from_resume", "0", "--warmup_ratio", "0.5"]
-    done = program(tmp_path, *flags)
+    flags = ["--deepspeed", "zero0", "--cache_dir", cache_dir(), "--dtype", "float32", "--batch-size", "2",
+             "--max_seq_len", "64", "--pack_len", "128", *SIZES, "--from_weight", "pretrain", "--save_dir", "runs/sft",
+             "--max_steps", "2", "--save_interval", "2", "--from_resume", "0", "--warmup_ratio", "0.5"]
+    done = subprocess.run([sys.executable, str(ROOT / "launch" / "sft.py"), *flags], cwd=tmp_path, env=environment(),
+                          text=True, capture_output=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "--from_weight pretrain: starts from out/pretrain_32.pth" in done.stdout
     assert "learning rate 1e-05, the default of full SFT that starts from weights" in done.stdout
@@ -57,10 +53,10 @@ def test_a_run_from_pretrain_takes_its_weights_and_rate_and_zero_does_not_delete
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([1e-5, 1e-6])
     before = sorted(folder.rglob("*"))
-    again = program(tmp_path, *flags)
-    said = [line for line in again.stderr.splitlines() if line.startswith("error: ")]
-    assert again.returncode == 2 and len(said) == 1, again.stderr[-3000:]
-    assert "--from_resume none starts over and deletes step_00000002" in said[0] and "Traceback" not in again.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--from_resume none starts over and deletes step_00000002 and the lines"):
+        look_for_start(prepare("sft", flags, ALONE))
+    assert look_for_start(prepare("sft", [*flags, "--from_resume", "1"], ALONE)).finished
     assert sorted(folder.rglob("*")) == before
 
 
