@@ -16,11 +16,12 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from minimind_ds.config.errors import UserError, one_line, report_bugs  # noqa: E402
 from minimind_ds.config.model import PRESETS  # noqa: E402
 from minimind_ds.config.precision import DTYPES  # noqa: E402
+from minimind_ds.config.spellings import OneLineParser  # noqa: E402
 from minimind_ds.convert import export  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weight",
                         help="a run folder, its .safetensors file, a MiniMind .pth or a Hugging Face folder")
     parser.add_argument("--lora", help="LoRA adapters to merge into the weights: a run folder, its .safetensors file "

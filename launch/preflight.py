@@ -19,20 +19,21 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 from minimind_ds.config.errors import UserError, one_line, report_bugs  # noqa: E402
+from minimind_ds.config.spellings import OneLineParser, number, translate  # noqa: E402
 from minimind_ds.distributed.world import read_world
 from minimind_ds.resilience import preflight  # noqa: E402
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = OneLineParser(description=__doc__, allow_abbrev=False,
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--save_dir", default="out", help="the run folder (default: %(default)s)")
     parser.add_argument("--cache_dir", help="where tokenised data is kept; default: ~/.cache/minimind_ds")
     for name, (value, meaning) in preflight.LIMITS.items():
-        parser.add_argument(f"--{name}", type=float, default=value, help=meaning + " (default: %(default)s)")
-    args, _ = parser.parse_known_args()
-    world = read_world()
+        parser.add_argument(f"--{name}", type=number, default=value, help=meaning + " (default: %(default)s)")
     try:
+        args, _ = parser.parse_known_args(translate(sys.argv[1:])[0])
+        world = read_world()
         return preflight.main(world, save_dir=args.save_dir, cache_dir=args.cache_dir,
                               limits={name: getattr(args, name) for name in preflight.LIMITS})
     except UserError as error:

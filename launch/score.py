@@ -20,16 +20,14 @@ import torch  # noqa: E402
 
 from minimind_ds.config.errors import UserError, one_line, report_bugs  # noqa: E402
 from minimind_ds.config.precision import DTYPES  # noqa: E402
-from minimind_ds.config.run import OneLineParser  # noqa: E402
-from minimind_ds.inference import chat, score  # noqa: E402
+from minimind_ds.config.spellings import OneLineParser  # noqa: E402
+from minimind_ds.inference import arguments, chat, score  # noqa: E402
 
 
 def parser() -> OneLineParser:
     p = OneLineParser(prog="python launch/score.py", description=__doc__.split("\n")[0])
-    p.add_argument("--weight", required=True, help="run folder, its .safetensors file, or exported folder")
+    arguments.add(p)
     p.add_argument("--data_path", required=True, help="conversations (docs/DATA.md); the last answer is expected")
-    p.add_argument("--lora", help="LoRA adapters of these weights: run folder, .safetensors file or MiniMind .pth")
-    p.add_argument("--tokenizer", help="another tokenizer than the one beside the weights")
     p.add_argument("--limit", type=int, default=0, help="use the first so many records; 0: all (default: 0)")
     p.add_argument("--batch_size", type=int, default=64, help="prompts answered together (default: 64)")
     p.add_argument("--show_wrong", type=int, default=0, help="print so many wrong answers (default: 0)")
@@ -46,10 +44,12 @@ def main(argv: list[str]) -> int:
         for name, least in (("limit", 0), ("batch_size", 1), ("show_wrong", 0)):
             if getattr(args, name) < least:
                 raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+        chosen = arguments.choose(args)
         questions = score.read_questions(args.data_path, args.limit)
         dtype = DTYPES[args.dtype] if args.dtype else None
-        model, tok = chat.load_model(args.weight, args.tokenizer, dtype=dtype, device=args.device,
-                                    lora=args.lora)
+        model, tok = chat.load_model(**chosen.arguments, dtype=dtype, device=args.device)
+        for note in chosen.notes:
+            print(note, file=sys.stderr)
         result = score.score(model, tok, questions, batch_size=args.batch_size)
     except UserError as error:
         print(one_line(error), file=sys.stderr)

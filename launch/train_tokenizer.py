@@ -1,6 +1,6 @@
 """Train a tokenizer on your own text: a SentencePiece model with MiniMind's control tokens.
 
-Reads the same JSONL files as training does (conversations of any recognised shape, or {"text": ...}) and learns from
+Reads the same files as training does (conversations of any recognised shape, or {"text": ...}) and learns from
 the text exactly as it will be tokenised, role names and tool headings included.  The same files in the same order give
 the same bytes.
 
@@ -18,6 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from minimind_ds.config.errors import UserError, one_line, report_bugs  # noqa: E402
+from minimind_ds.config.spellings import OneLineParser  # noqa: E402
 from minimind_ds.data.conversation import file_kind, read_records  # noqa: E402
 from minimind_ds.data.sample import render  # noqa: E402
 from minimind_ds.data.tokenizer import Tokenizer, train_tokenizer  # noqa: E402
@@ -40,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data_path", nargs="+", required=True, help="JSONL files, one or more")
+    parser = OneLineParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data_path", nargs="+", required=True, help="data files (docs/DATA.md), one or more")
     parser.add_argument("--out", required=True, help="the .model file to write")
     parser.add_argument("--vocab_size", type=int, default=6400, help="pieces, control tokens included (default 6400)")
     parser.add_argument("--on_bad_record", choices=("stop", "skip"), default="stop",

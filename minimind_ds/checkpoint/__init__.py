@@ -12,6 +12,7 @@ from .folder import (
     load_rng,
     lock,
     name_of,
+    peek,
     retain,
     rng_state,
     save,
@@ -22,4 +23,4 @@ from .folder import (
 )
 
 __all__ = ["TAG", "NoCheckpoint", "commit", "discard", "find", "folder_of", "keep_metrics", "load", "load_rng", "lock",
-           "name_of", "retain", "rng_state", "save", "set_rng_state", "together", "verify", "write_state"]
+           "name_of", "peek", "retain", "rng_state", "save", "set_rng_state", "together", "verify", "write_state"]

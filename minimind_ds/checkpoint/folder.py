@@ -257,6 +257,17 @@ def find(asked: str, run_dir: pathlib.Path) -> tuple[pathlib.Path | None, dict |
     return None, None, []
 
 
+def peek(asked: str, run_dir: pathlib.Path) -> dict:
+    """The identity of the run that `asked` ('auto' or a path) would go on with, read without a check; {} if none."""
+    root = run_dir if asked == "auto" else pathlib.Path(asked)
+    for path in (root / "DONE", root / "manifest.json", *sorted(folder_of(root).glob("step_*/manifest.json"))):
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8"))["identity"])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return {}
+
+
 def load(engine, path: pathlib.Path) -> None:
     """Load a verified checkpoint of the same layout into the engine; collective."""
     loaded, _ = engine.load_checkpoint(str(path), tag=TAG)

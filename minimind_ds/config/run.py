@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import math
 import os
 import pathlib
-import sys
 import types
 import typing
 from dataclasses import dataclass, field
 
 import yaml
 
+from minimind_ds.config import rates, spellings
+from minimind_ds.config.deepspeed_keys import LARGEST
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
+from minimind_ds.config.spellings import OneLineParser, auto_or_int, to_bool
 from minimind_ds.paths import DS_CONFIGS
 
 # The keys of precision.DTYPES; this module does without torch, so that --help need not wait for it.
@@ -47,9 +51,10 @@ class RunConfig:
     preset: str | None = flag(None, "model size; default: the one that fits the machine", choices=tuple(PRESETS),
                               resume="must keep")
     tokenizer: str | None = flag(None, "Hugging Face tokenizer folder or SentencePiece .model; default: embedded")
-    data_path: str | list | None = flag(None, "training data: files, globs and folders, one or more; in YAML also a "
-                                              "list of {path, share}; default: the bundled sample", paths="shares")
-    eval_path: str | list | None = flag(None, "held-out data: files, globs and folders", paths="plain")
+    data_path: str | list | None = flag(None, "training data: files (JSON lines, JSON, these as .gz, Parquet, Arrow), "
+                                              "globs and folders, one or more; in YAML also a list of {path, share}; "
+                                              "default: the bundled sample", paths="shares")
+    eval_path: str | list | None = flag(None, "held-out data, as data_path's", paths="plain")
     eval_fraction: float = flag(0.0, "share of the training samples to hold out when there is no eval_path, 0 to 0.5",
                                 resume="must keep")
     eval_interval: int = flag(0, "optimizer steps between evaluations; 0: at the end of each epoch")
@@ -62,7 +67,8 @@ class RunConfig:
     accumulation_steps: int = flag(1, "micro-batches per optimizer step")
     epochs: int = flag(2, "passes over the data", resume="must keep")
     max_steps: int = flag(0, "stop after this many optimizer steps; 0: run all epochs", resume="must keep")
-    learning_rate: float = flag(5e-4, "peak learning rate", resume="must keep")
+    learning_rate: float | None = flag(None, "peak learning rate; default: 5e-4, 1e-5 for full SFT that starts from "
+                                             "weights, 1e-4 for LoRA", resume="must keep")
     min_lr_ratio: float = flag(0.1, "last learning rate as a share of the peak", resume="must keep")
     warmup_ratio: float = flag(0.03, "share of the run in which the learning rate rises from 0", resume="must keep")
     weight_decay: float = flag(0.01, "AdamW's decoupled weight decay", resume="must keep")
@@ -70,14 +76,16 @@ class RunConfig:
     adam_beta2: float = flag(0.999, "AdamW's decay of the second moment", resume="must keep")
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon", resume="must keep")
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", resume="must keep")
-    from_weight: str = flag("none", "weights to start from: none, a run folder, .safetensors, .pth or HF folder")
+    from_weight: str = flag("none", "weights to start from: none, a run folder, .safetensors, .pth or HF folder; a "
+                                    "bare name as MiniMind's: pretrain is pretrain_768.pth in save_dir or out")
     lora_rank: int = flag(0, "train adapters of this rank beside frozen --from_weight; 0: train all weights")
     lora_alpha: float | None = flag(None, "the adapters' output is scaled by lora_alpha / lora_rank; default: "
                                           "lora_rank, a factor of 1 as MiniMind's")
     lora_targets: str | None = flag(None, "comma list of projections to adapt, for example q_proj,k_proj,v_proj; "
                                           "default: the square ones as MiniMind, q_proj,o_proj in MiniMind-3")
     lora_dropout: float = flag(0.0, "dropout probability on the adapters' input")
-    from_resume: str = flag("auto", "auto: the newest whole checkpoint of save_dir, if any; none: start over; PATH")
+    from_resume: str = flag("auto", "auto: the newest whole checkpoint of save_dir, if any; none: start over; PATH; "
+                                    "0: start, unless save_dir holds checkpoints")
     save_dir: str = flag("out", "run folder")
     save_weight: str | None = flag(None, "name of the weights file; default: the program's (sft or pretrain)")
     save_interval: int = flag(100, "optimizer steps between checkpoints; 0: none")
@@ -119,6 +127,12 @@ class RunConfig:
     deepspeed_block: dict | None = field(default=None, compare=False)
 
     def __post_init__(self):
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not abs(value) < LARGEST:
+                finite = isinstance(value, int) or math.isfinite(value)
+                what = f"below {LARGEST:.1e}" if finite else "a finite number"
+                raise UserError(f"{self.place(name)} is {value}; it must be {what}")
         at_least = dict(max_seq_len=2, pack_len=2, batch_size=1, accumulation_steps=1, epochs=1, max_steps=0, keep=1,
                         log_interval=1, save_interval=0, eval_interval=0, num_workers=0, grad_clip=0, weight_decay=0,
                         learning_rate=0, seed=0, lora_rank=0)
@@ -216,6 +230,9 @@ def value_type(f: dataclasses.Field) -> type:
     return hint
 
 
+NUMBERS = tuple(f.name for f in FLAGS if value_type(f) in (int, float))
+
+
 def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig:
     """Command line (and the YAML it names) -> RunConfig.
 
@@ -228,8 +245,9 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
         ValueError: unknown YAML key, wrong type, or a value given twice with two values.
         SystemExit: argparse's, code 2, after one line on stderr.
     """
-    parser = OneLineParser(prog=f"deepspeed launch/{program}.py", allow_abbrev=False,
-                           description="Flags may also stand in a YAML file given with --config.")
+    parser = OneLineParser(prog=f"deepspeed launch/{program}.py", allow_abbrev=False, epilog=spellings.epilog(),
+                           description="Flags may also stand in a YAML file given with --config.",
+                           hints=spellings.HINTS, same=spellings.SAME)
     parser.add_argument("--config", metavar="RUN.YAML", help="YAML file with any of the flags below")
     # The launcher adds --local_rank; the rank itself is read from the environment.
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
@@ -242,9 +260,14 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
         if f.metadata["paths"]:
             extra = {"nargs": "+"}
         kind = auto_or_int if f.name == "num_workers" else kind
+        kind = functools.partial(spellings.meant, f.name) if f.name in spellings.VALUES else kind
         parser.add_argument(f"--{f.name}", type=kind, default=None, help=shown.replace("%", "%%"), **extra)
-    args = vars(parser.parse_args(argv))
+    for name, (kind, text) in spellings.SHAPE.items():
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    words, written = spellings.translate(argv)
+    args = vars(parser.parse_args(words))
     args.pop("local_rank")
+    shape = {name: args.pop(name) for name in spellings.SHAPE}
     yaml_path = args.pop("config")
     values, given = read_yaml(yaml_path) if yaml_path else ({}, {})
     for name, value in args.items():
@@ -255,25 +278,12 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
             value = find_shipped(value, pathlib.Path())
         if name in values and values[name] != value:
             raise UserError(f"{name} is {value} on the command line and {values[name]} in {yaml_path}: give it once")
-        values[name], given[name] = value, f"--{name}"
-    return RunConfig(**{**defaults, **values}, given=given)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """argparse with its error on a single line."""
-
-    def error(self, message):
-        # Every rank parses the same line; one of them says so.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {message} (--help lists the flags)", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def auto_or_int(text: str) -> int | None:
-    try:
-        return None if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
+        values[name], given[name] = value, written[name]
+    spellings.choose_model({name: value for name, value in shape.items() if value is not None}, values, given)
+    run = RunConfig(**{**defaults, **values}, given=given)
+    if run.learning_rate is None:
+        run = run.replace(learning_rate=rates.usual(program, run.from_weight, run.lora_rank))
+    return run
 
 
 def find_shipped(name: str, folder: pathlib.Path) -> str:
@@ -282,14 +292,6 @@ def find_shipped(name: str, folder: pathlib.Path) -> str:
     if pathlib.PurePath(name).name == name and not (folder / name).exists() and shipped.is_file():
         return str(shipped)
     return str(folder / name)
-
-
-def to_bool(text: str) -> bool:
-    if text.lower() in ("1", "true", "yes", "on"):
-        return True
-    if text.lower() in ("0", "false", "no", "off"):
-        return False
-    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 def read_yaml(path: str) -> tuple[dict, dict]:
@@ -307,19 +309,23 @@ def read_yaml(path: str) -> tuple[dict, dict]:
                          f"{getattr(error, 'problem', None) or 'cannot be parsed'}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a run file is a list of `flag: value` lines")
-    by_name = {f.name: f for f in FLAGS}
-    for name, value in values.items():
+    by_name, read = {f.name: f for f in FLAGS}, {}
+    for key, value in values.items():
+        name = spellings.ours(str(key))
+        if name in read:
+            raise UserError(f"{path}: {key} is {name}, which stands there too: give it once")
+        if name in spellings.SHAPE:
+            raise UserError(f"{path}: {name} belongs in the block `model:`")
         if name == "model":
             if not isinstance(value, dict):
                 raise UserError(f"{path}: model is not a block of `field: value` lines")
-            continue
-        if name not in by_name:
-            raise UserError(f"{path}: unknown key {name!r}")
-        if name == "deepspeed" and isinstance(value, dict):
-            continue
-        values[name] = check_type(path, by_name[name], value)
+        elif name not in by_name:
+            raise UserError(f"{path}: unknown key {key!r}{spellings.instead(name, by_name, sign='')}")
+        elif name != "deepspeed" or not isinstance(value, dict):
+            value = check_type(path, by_name[name], value)
+        read[name] = value
     # A null leaves the choice to the program, as leaving the line out does.
-    values = {name: value for name, value in values.items() if value is not None}
+    values = {name: value for name, value in read.items() if value is not None}
     given = {name: f"{name} in {path}" for name in values}
     if isinstance(values.get("deepspeed"), dict):
         values |= {"deepspeed": given["deepspeed"], "deepspeed_block": values["deepspeed"]}
@@ -329,7 +335,7 @@ def read_yaml(path: str) -> tuple[dict, dict]:
 
 
 def check_type(path: str, f: dataclasses.Field, value):
-    kind = value_type(f)
+    kind, value = value_type(f), spellings.meant(f.name, value)
     if (value is None and f.default is None) or (f.name == "num_workers" and value == "auto"):
         return None
     if f.metadata["paths"]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -25,14 +26,15 @@ from minimind_ds.io import write_file
 from minimind_ds.model import lora as adapters
 
 
-def load(weight: str | Path, preset: str | None = None,
-         lora: str | Path | None = None) -> tuple[dict[str, Tensor], ModelConfig]:
+def load(weight: str | Path, preset: str | None = None, lora: str | Path | None = None, *,
+         shape: ModelConfig | None = None) -> tuple[dict[str, Tensor], ModelConfig]:
     """Weights under our names and their configuration.
 
     Args:
         weight: as weight_files.load_weights takes it.
         preset: the model's shape, for files that do not carry their own (.pth); its vocabulary may differ.
         lora: adapters to merge into the weights, as lora.load_adapters takes them.
+        shape: instead of a preset.
 
     Raises:
         ValueError: what weight_files.load_weights or lora.load_adapters refuses; adapters of another base; an unknown
@@ -40,10 +42,16 @@ def load(weight: str | Path, preset: str | None = None,
     """
     if preset is not None and preset not in PRESETS:
         raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
-    config = weight_files.read_config(weight) or (PRESETS[preset] if preset else None)
+    config = weight_files.read_config(weight)
+    state = weight_files.read_state(weight)
     if config is None:
-        raise UserError(f"{weight} does not carry its model's configuration: name a preset")
-    state = weight_files.load_weights(weight, config)
+        config = PRESETS[preset] if preset else shape
+        if config is None:
+            raise UserError(f"{weight} does not carry its model's configuration: name a preset")
+        embedding = state.get("model.embed_tokens.weight")
+        if embedding is not None and embedding.dim() == 2:
+            config = dataclasses.replace(config, vocab_size=embedding.shape[0])
+    state = minimind.from_minimind(state, config, str(weight))
     if lora is None:
         return state, config
     matrices, facts, _ = adapters.load_adapters(lora, config)

@@ -7,9 +7,11 @@ Nothing is loaded that could run code: safetensors, or torch.load(weights_only=T
 
 from __future__ import annotations
 
+import glob
 import json
 import pickle
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +34,37 @@ MOE_FIELDS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "no
 def file_name(save_weight: str, config: ModelConfig) -> str:
     """The name of a run's final weights, as MiniMind names its own."""
     return f"{save_weight}_{config.hidden_size}{'_moe' if config.use_moe else ''}.safetensors"
+
+
+def is_bare(name: str) -> bool:
+    """Whether this is a name as MiniMind gives weights, such as full_sft, and not a path: nothing of it is there."""
+    path = Path(name)
+    return path.name == name and path.suffix not in (".pth", ".safetensors") and not path.exists()
+
+
+def find_bare(flag: str, names: Sequence[str], folders: Sequence[str | Path], config: ModelConfig) -> Path:
+    """The weights that MiniMind means by a name: full_sft is full_sft_768.pth, full_sft_768_moe.pth for experts; ours
+    end in .safetensors, and come first.
+
+    Args:
+        flag: where the name was given, for the message.
+        names: what was given, then what it may stand for.
+        folders: looked through in this order.
+        config: of the model; its sizes are part of the files' names.
+
+    Raises:
+        ValueError: none of them holds such weights; the line names those of other sizes.
+    """
+    folders = list(dict.fromkeys(map(Path, folders)))
+    wanted = [Path(file_name(name, config)).with_suffix(end) for name in names for end in (".safetensors", ".pth")]
+    for path in (folder / file for folder in folders for file in wanted):
+        if path.is_file():
+            return path
+    others = [path for folder in folders for path in sorted(folder.glob(f"{glob.escape(names[0])}_*"))
+              if path.suffix in (".safetensors", ".pth")]
+    also = f"; there is {', '.join(map(str, others))}: name its size, or the path" if others else "; name a path"
+    raise UserError(f"{flag} {names[0]}: no such file or folder, and no {' or '.join(map(str, wanted))} in "
+                    f"{' or '.join(map(str, folders))}{also}")
 
 
 def save_safetensors(path: str | Path, state: dict[str, Tensor], config: ModelConfig):
@@ -113,10 +146,15 @@ def load_weights(path: str | Path, config: ModelConfig) -> dict[str, Tensor]:
     theirs = read_config(path)
     if theirs is not None:
         check_same_model(path, theirs, config)
+    return minimind.from_minimind(read_state(path), config, str(path))
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Weights under the names of their files.  Raises ValueError on what cannot be read."""
     state = {}
     for file in find(path):
         state |= read_safetensors(file) if file.suffix == ".safetensors" else read_pth(file)
-    return minimind.from_minimind(state, config, str(path))
+    return state
 
 
 def check_same_model(path: str | Path, theirs: ModelConfig, ours: ModelConfig):

@@ -157,7 +157,7 @@ class TokenStore:
 def open_or_build(path: str | Path, tok: Tokenizer, *, kind: str, max_seq_len: int, cache_dir: str | Path,
                   policy: str = "cut", on_bad_record: str = "stop", options: dict | None = None,
                   workers: int | None = 0, progress: bool = False) -> TokenStore:
-    """The tokenised form of a JSONL file, from the cache if it is there.  Safe to call from many processes at once.
+    """The tokenised form of a data file, from the cache if it is there.  Safe to call from many processes at once.
 
     Args:
         kind: "conversations" or "text".

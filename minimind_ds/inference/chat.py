@@ -9,6 +9,8 @@ heard here is what an exported folder says.  The prompt is rendered by the same 
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 import sys
 import time
@@ -40,10 +42,10 @@ class Sampling:
     max_new_tokens: int = 512
 
     def __post_init__(self):
-        for name, good, what in (("temperature", self.temperature >= 0, "at least 0"),
+        for name, good, what in (("temperature", 0 <= self.temperature < math.inf, "at least 0, and finite"),
                                  ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
                                  ("top_k", self.top_k >= 0, "at least 0"),
-                                 ("repetition_penalty", self.repetition_penalty > 0, "above 0"),
+                                 ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0, and finite"),
                                  ("max_new_tokens", self.max_new_tokens >= 1, "at least 1")):
             if not good:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be {what}")
@@ -59,19 +61,25 @@ class Sampling:
 
 
 def load_model(weight: str, tokenizer: str | None = None, *, dtype: torch.dtype | None = None,
-               device: str = "cpu", lora: str | None = None) -> tuple[PreTrainedModel, Tokenizer]:
-    """A run folder, its weights file or an exported folder -> a transformers model in eval mode, and its tokenizer.
+               device: str = "cpu", lora: str | None = None, shape: ModelConfig | None = None,
+               inference_rope_scaling: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
+    """A run folder, its weights file, a MiniMind .pth or an exported folder -> a transformers model in eval mode, and
+    its tokenizer.
 
     Args:
         tokenizer: another than the one beside the weights.
         dtype: None keeps the precision of the file.
         lora: adapters to merge into the weights.
+        shape: the model's, for a .pth, which does not carry it; its vocabulary may differ.
+        inference_rope_scaling: positions beyond those trained, as MiniMind's flag of this name.
 
     Raises:
         ValueError: nothing there, several weights, weights, adapters or a configuration that do not fit, no
             tokenizer, one of another vocabulary, or no such device.
     """
-    state, config = export.load(weight, lora=lora)
+    state, config = export.load(weight, lora=lora, shape=shape)
+    if inference_rope_scaling:
+        config = dataclasses.replace(config, inference_rope_scaling=True)
     where = tokenizer or export.find_tokenizer(weight)
     if where is None:
         raise UserError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer")
@@ -181,6 +189,7 @@ class Chat:
     """A conversation with a model.  `history` question-answer pairs go with each new question; 0: none.
 
     raw: continue plain text instead, each by itself, as pretraining showed it: a begin token, then the text.
+    show_speed: tell each answer's tokens a second.
     """
 
     model: PreTrainedModel
@@ -190,6 +199,7 @@ class Chat:
     history: int = 8
     open_thinking: bool = False
     raw: bool = False
+    show_speed: bool = True
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     def messages(self, question: str, kept: int) -> list[dict]:
@@ -248,7 +258,8 @@ def answer(chat: Chat, question: str):
         print("[stopped]", file=sys.stderr)
         return
     say("\n")
-    print(f"[{len(stream.ids)} tokens, {stream.tokens_per_second():.1f} tokens/s]", file=sys.stderr)
+    if chat.show_speed:
+        print(f"[{len(stream.ids)} tokens, {stream.tokens_per_second():.1f} tokens/s]", file=sys.stderr)
 
 
 def converse(chat: Chat, lines: Callable[[str], str] = input):

@@ -18,7 +18,8 @@ from minimind_ds import kernels
 from minimind_ds.config import deepspeed_json
 from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.precision import DTYPES
-from minimind_ds.config.run import OneLineParser, RunConfig, parse_run_config
+from minimind_ds.config.run import RunConfig, parse_run_config
+from minimind_ds.config.spellings import OneLineParser
 from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.distributed import sequence_parallel
 from minimind_ds.distributed.engine import start, stop
@@ -54,10 +55,10 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, rest = p.parse_known_args(argv)
     if options.ranks < 1:
         raise UserError(f"--ranks is {options.ranks}; it must be at least 1")
-    if options.memory < 0 or not 0 <= options.labelled <= 1:
-        name = "memory" if options.memory < 0 else "labelled"
+    if not 0 <= options.memory < float("inf") or not 0 <= options.labelled <= 1:
+        name = "labelled" if 0 <= options.memory < float("inf") else "memory"
         raise UserError(f"--{name} is {getattr(options, name)}; it must be "
-                         + ("at least 0" if name == "memory" else "between 0 and 1"))
+                         + ("at least 0, and finite" if name == "memory" else "between 0 and 1"))
     return options, rest
 
 

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from minimind_ds import kernels
-from minimind_ds.config import deepspeed_check, deepspeed_json
+from minimind_ds import checkpoint, kernels
+from minimind_ds.config import deepspeed_check, deepspeed_json, rates
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.precision import DTYPES
@@ -127,6 +127,8 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     raw = deepspeed_json.read(run)
     deepspeed_json.check_keys(run.deepspeed, raw)
     run, notes = choose(run, world)
+    run, found = find_start_weights(run)
+    notes += found
     tokenizer = load_tokenizer(run.tokenizer)
     model_config = run.model_config(tokenizer.vocab_size)
     run, lora = choose_lora(run, model_config)
@@ -138,7 +140,7 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     ranks = max(1, world.size // dims.sequence)
     facts = dict(ranks=ranks, device=world.device.type)
     ds, run = deepspeed_json.resolve(raw, run, model_config, total_steps=0, **facts)
-    notes += deepspeed_json.notes(raw, run)
+    notes += rates.notes(program, run) + deepspeed_json.notes(raw, run)
     sequence_parallel.check(dims, model_config, ranks=world.size, row_tokens=run.batch_size * run.row_len,
                    stage=deepspeed_json.stage_of(ds), path=run.deepspeed)
     if lora is not None and dims.experts > 1:
@@ -181,9 +183,24 @@ def choose(run: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
     if run.from_resume != "auto" and restarts.has_own_checkpoint(pathlib.Path(run.save_dir)):
         notes.append(f"started again by itself: from this job's own checkpoint, not --from_resume {run.from_resume}")
         run = run.replace(from_resume="auto")
+    if "learning_rate" not in run.given and run.from_resume not in ("none", "0"):
+        # Defaults change between releases; a run goes on with the rate that it began with.
+        began = checkpoint.peek(run.from_resume, pathlib.Path(run.save_dir)).get("learning_rate")
+        run = run.replace(learning_rate=began if isinstance(began, (int, float)) else run.learning_rate)
     if run.cache_dir is None:
         run = run.replace(cache_dir=str(cache_folder()))
     return run, notes
+
+
+def find_start_weights(run: RunConfig) -> tuple[RunConfig, list[str]]:
+    """--from_weight as a path, and a note where it was a bare name, as MiniMind's: weights of this model's size."""
+    name = run.from_weight
+    if name == "none" or not weight_files.is_bare(name):
+        return run, []
+    # The vocabulary, which the tokenizer tells later, is no part of a file's name.
+    config = run.model_config(vocab_size=1)
+    path = weight_files.find_bare(run.place("from_weight"), [name], (run.save_dir, "out"), config)
+    return run.replace(from_weight=str(path)), [f"{run.place('from_weight')} {name}: starts from {path}"]
 
 
 def choose_lora(run: RunConfig, config: ModelConfig) -> tuple[RunConfig, Lora | None]:

@@ -93,7 +93,9 @@ def look_for_resume_point(prepared: PreparedRun) -> ResumePoint:
         done = json.loads(prepared.done_path.read_text(encoding="utf-8"))
         refuse_changes(done["identity"], identity(prepared), folder)
         return ResumePoint(step=done["step"], finished=True)
-    path, manifest, notes = checkpoint.find(run.from_resume, folder)
+    if run.from_resume == "0":
+        refuse_to_delete(folder)
+    path, manifest, notes = checkpoint.find("none" if run.from_resume == "0" else run.from_resume, folder)
     if path is None:
         return ResumePoint(notes=tuple(notes))
     refuse_changes(manifest["identity"], identity(prepared), path)
@@ -109,6 +111,15 @@ def look_for_resume_point(prepared: PreparedRun) -> ResumePoint:
     return ResumePoint(path, manifest["step"], manifest["epoch"], manifest["epoch_step"],
                  layout=then if then != now else None, changed=changed or None,
                  notes=tuple(notes))
+
+
+def refuse_to_delete(folder: pathlib.Path) -> None:
+    """Raises UserError where starting over, as MiniMind's --from_resume 0 does, would cost checkpoints."""
+    held = sorted(path.name for path in checkpoint.folder_of(folder).glob("step_*"))
+    if held:
+        raise UserError(f"--from_resume 0, and {folder} holds checkpoints: --from_resume none starts over and deletes "
+                        f"{', '.join(held)} and the lines of metrics.jsonl; --from_resume 1 goes on from the newest; "
+                        "another --save_dir keeps both")
 
 
 def identity(prepared: PreparedRun) -> dict:

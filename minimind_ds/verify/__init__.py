@@ -21,7 +21,8 @@ from importlib.metadata import version
 import torch.distributed as dist
 
 from minimind_ds.config.errors import UserError
-from minimind_ds.config.run import OneLineParser, parse_run_config
+from minimind_ds.config.run import parse_run_config
+from minimind_ds.config.spellings import OneLineParser
 from minimind_ds.data.conversation import file_kind
 from minimind_ds.data.sources import expand
 from minimind_ds.distributed import engine

@@ -322,10 +322,10 @@ def test_a_file_that_does_not_fit_is_answered_in_one_line(tmp_path):
     ("debug", ["--lora_dropout", "0.1"], "--lora_dropout is 0.1 without --lora_rank"),
     ("debug", ["--lora_rank", "4", "--from_weight", "W", "--lora_alpha", "0"], "--lora_alpha is 0.0; .* above 0"),
     ("debug", ["--lora_rank", "4", "--from_weight", "W", "--lora_dropout", "1"], "--lora_dropout is 1.0; .*below 1"),
-    ("debug", ["--lora_rank", "4", "--from_weight", "W", "--lora_targets", "q_proj,lm_head"],
+    ("debug", ["--lora_rank", "4", "--from_weight", "W.pth", "--lora_targets", "q_proj,lm_head"],
      "'lm_head': no such projection in the layers; choose from q_proj, k_proj, v_proj, o_proj, gate_proj"),
-    ("debug", ["--lora_rank", "4", "--from_weight", "W", "--lora_targets", ","], "',': no such projection"),
-    ("debug-moe", ["--lora_rank", "4", "--from_weight", "W", "--lora_targets", "q_proj,up_proj"],
+    ("debug", ["--lora_rank", "4", "--from_weight", "W.pth", "--lora_targets", ","], "',': no such projection"),
+    ("debug-moe", ["--lora_rank", "4", "--from_weight", "W.pth", "--lora_targets", "q_proj,up_proj"],
      "up_proj: experts are stacked .* choose from q_proj, k_proj, v_proj, o_proj, gate$"),
     ("debug", ["--lora_rank", "4", "--from_weight", "ADAPTERS"], "holds LoRA adapters, not a whole model"),
 ])

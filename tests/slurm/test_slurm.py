@@ -342,7 +342,7 @@ def test_a_job_that_loses_its_first_node_where_its_script_and_rank_0_are_goes_on
 
 @pytest.mark.slow
 def test_a_job_that_fails_at_one_step_three_times_stops_with_the_reason(cluster):
-    loop = Batch(cluster, "loop", *ONE_TASK, flags=("--learning_rate", "1e30"))
+    loop = Batch(cluster, "loop", *ONE_TASK, flags=("--learning_rate", "1e18"))
     ended = loop.wait("FAILED")
     assert ended["ExitCode"] == "2:0" and ended["Restarts"] == "3"
     assert re.search(r"error: .*: training failed 3 times at step \d+, the last time with: NonFinite: .*not tried",

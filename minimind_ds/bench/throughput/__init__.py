@@ -15,6 +15,7 @@ import traceback
 from minimind_ds.bench.throughput import report, sweep
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
+from minimind_ds.config.spellings import OneLineParser, number
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import World, read_world
 from minimind_ds.paths import DS_CONFIGS
@@ -56,8 +57,7 @@ def main(doc: str, argv: list[str]) -> int:
 
 def parse(doc: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """-> (our flags, launch/sft.py's)."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--compare", choices=["padded", "plain", "ddp", "moe", "trl"],
                       help="ratios, in turns in one process")
@@ -78,7 +78,7 @@ def parse(doc: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--steps", type=int, help="steps that are counted (default: 5; --compare: 3; --profile: 2)")
     parser.add_argument("--out", type=pathlib.Path, help="folder of the sweep (default: out/benchmark); with "
                                                          "--compare: also write the JSON document to this file")
-    parser.add_argument("--timeout", type=float, default=900, help="seconds a cell may take (default: %(default)s)")
+    parser.add_argument("--timeout", type=number, default=900, help="seconds a cell may take (default: %(default)s)")
     parser.add_argument("--retry", action="store_true", help="run cells again that are recorded without a result")
     parser.add_argument("--dtypes", default="fp32,bf16", help="of --compare padded (default: %(default)s)")
     parser.add_argument("--padded_rows", type=int, default=8, help="rows of the padded batch (default: %(default)s)")

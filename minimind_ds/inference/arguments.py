@@ -1,0 +1,116 @@
+"""The weights that chat.py and score.py load, by our flags or by those of MiniMind's eval_llm.py.
+
+    python launch/chat.py --weight out/sft
+    python launch/chat.py --load_from path/to/minimind/model --weight full_sft --hidden_size 768
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from minimind_ds.config.errors import UserError
+from minimind_ds.config.model import PRESETS, ModelConfig
+from minimind_ds.config.run import RunConfig
+from minimind_ds.config.spellings import SHAPE, choose_model
+from minimind_ds.convert import weight_files
+
+# What eval_llm.py takes where no --weight is named.
+USUAL = "full_sft"
+
+
+class Chosen(NamedTuple):
+    """What was asked for: load_model's arguments, lines for the user, and whether the weights are a pretraining's."""
+
+    arguments: dict
+    notes: list[str]
+    pretrained: bool
+
+
+def add(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--weight", help="run folder, its .safetensors file, exported folder or MiniMind .pth; a bare name "
+                                    "as MiniMind's: full_sft is full_sft_768 in --save_dir")
+    p.add_argument("--lora", "--lora_weight", help="LoRA adapters of these weights: run folder, .safetensors file, "
+                                                   "MiniMind .pth or a bare name; None: none")
+    p.add_argument("--tokenizer", help="another tokenizer than the one beside the weights")
+    p.add_argument("--load_from", help="as MiniMind's: a Hugging Face folder, or for its own weights (--weight) the "
+                                       "folder of their tokenizer")
+    p.add_argument("--save_dir", default="out", help="where weights of a bare name are (default: out)")
+    p.add_argument("--preset", choices=tuple(PRESETS), help="the model's shape, for a .pth, which does not carry it")
+    for name, (kind, text) in SHAPE.items():
+        p.add_argument(f"--{name}", type=kind, help=f"{text.partition(';')[0]}, for a .pth and for bare names")
+    p.add_argument("--inference_rope_scaling", action="store_true",
+                   help="positions beyond those trained (YaRN), as MiniMind's flag")
+
+
+def choose(args: argparse.Namespace) -> Chosen:
+    """The files that the flags mean.
+
+    Raises:
+        ValueError: none named, none there, weights named twice, or a shape that is missing or not the weights' own.
+    """
+    weight, tokenizer = load_from(args)
+    told = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
+    bare = weight_files.is_bare(weight)
+    shape, notes = shape_of(args.preset, told, usual=bare), []
+
+    def named(flag: str, name: str, *others: str) -> str:
+        path = weight_files.find_bare(flag, [name, *others], [args.save_dir], shape or PRESETS["minimind-3"])
+        notes.append(f"{flag} {name}: {path}")
+        return str(path)
+
+    path = named("--weight", weight) if bare else weight
+    carried = weight_files.read_config(path)
+    if carried is None and shape is None:
+        raise UserError(f"{path} does not carry its model's configuration: name --preset, or --hidden_size, "
+                        "--num_hidden_layers and --use_moe as in MiniMind")
+    if carried is not None:
+        check_shape(path, carried, told, args.preset)
+        shape = carried
+    lora = None if args.lora == "None" else args.lora
+    if lora and weight_files.is_bare(lora):
+        lora = named("--lora", lora, f"{lora}_lora")
+    arguments = dict(weight=path, tokenizer=tokenizer, lora=lora, shape=shape,
+                     inference_rope_scaling=args.inference_rope_scaling)
+    return Chosen(arguments, notes, bare and "pretrain" in weight)
+
+
+def load_from(args: argparse.Namespace) -> tuple[str, str | None]:
+    """--load_from -> what --weight and --tokenizer mean with it."""
+    if args.load_from is None:
+        if args.weight is None:
+            raise UserError("--weight is missing: name a run folder, a weights file or an exported folder")
+        return args.weight, args.tokenizer
+    folder = Path(args.load_from)
+    if (folder / "config.json").is_file():
+        if args.weight is not None:
+            raise UserError(f"--weight {args.weight} and --load_from {folder}, a Hugging Face folder, both name "
+                            "weights: give one")
+        return str(folder), args.tokenizer
+    if folder.is_dir():
+        return args.weight or USUAL, args.tokenizer or str(folder)
+    if args.load_from == "model":
+        return args.weight or USUAL, args.tokenizer
+    raise UserError(f"--load_from {folder}: no such folder; name a Hugging Face folder, or the folder of a tokenizer "
+                    "for MiniMind's own weights")
+
+
+def shape_of(preset: str | None, told: dict, usual: bool) -> ModelConfig | None:
+    """The model that a preset or MiniMind's flags describe; with neither its default, if `usual`, or None."""
+    values, given = ({"preset": preset}, {"preset": "--preset"}) if preset else ({}, {})
+    choose_model(told or ({"use_moe": False} if usual and not preset else {}), values, given)
+    if not values:
+        return None
+    return RunConfig(preset=values["preset"], model=values.get("model", {})).model_config(vocab_size=1)
+
+
+def check_shape(path: str, carried: ModelConfig, told: dict, preset: str | None) -> None:
+    """Raises ValueError where the weights' own configuration is another than the one that was told."""
+    asked = {"--preset " + preset: PRESETS[preset]} if preset else {}
+    wanted = {name: (getattr(config, name), flag) for flag, config in asked.items() for name in SHAPE}
+    wanted |= {name: (value, f"--{name}") for name, value in told.items()}
+    for name, (value, flag) in wanted.items():
+        if getattr(carried, name) != value:
+            raise UserError(f"{path}: its {name} is {getattr(carried, name)}, with {flag} it would be {value}; leave "
+                            "the flag out")
