@@ -15,7 +15,7 @@ from minimind_ds.config.run import parse_run_config
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.distributed.world import World
 from minimind_ds.training.prepare import choose, find_start_weights, prepare
-from minimind_ds.training.start import look_for_start
+from minimind_ds.training.resume import look_for_resume_point
 from tests.conftest import ROOT, cache_dir, environment
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -55,8 +55,8 @@ def test_a_run_from_pretrain_takes_its_weights_and_rate_and_zero_does_not_delete
     before = sorted(folder.rglob("*"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="--from_resume none starts over and deletes step_00000002 and the lines"):
-        look_for_start(prepare("sft", flags, ALONE))
-    assert look_for_start(prepare("sft", [*flags, "--from_resume", "1"], ALONE)).finished
+        look_for_resume_point(prepare("sft", flags, ALONE))
+    assert look_for_resume_point(prepare("sft", [*flags, "--from_resume", "1"], ALONE)).finished
     assert sorted(folder.rglob("*")) == before
 
 
