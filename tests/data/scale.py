@@ -33,7 +33,7 @@ def make(path: pathlib.Path, conversations: int, sources: list[pathlib.Path], se
     with path.open("w", encoding="utf-8") as file:
         for number in range(conversations):
             turns, size = [], 0
-            wanted = dice.uniform(0, 0.7) * MEAN_BYTES
+            wanted = dice.uniform(0, 1.8) * MEAN_BYTES
             while size < wanted or len(turns) < 2:
                 for turn in dice.choice(bundled):
                     content = f"{turn['content']} ({number * 7919 % 1_000_003})"
