@@ -26,16 +26,18 @@ from minimind_ds.paths import DS_CONFIGS
 
 # The keys of precision.DTYPES; this module does without torch, so that --help need not wait for it.
 PRECISIONS = ("bf16", "fp16", "fp32")
-MOST_SHARE = 1000
+MOST_SHARE, MOST_ROWS = 1000, 4096
 
 
-def flag(default, help, *, choices=None, resume=None, paths=None):
+def flag(default, help, *, choices=None, resume=None, paths=None, alone=None):
     """A RunConfig field: `help` ends up in --help, with its unit and default.
 
+    alone: the value of the flag without one.
     resume: whether a resumed run "must keep" the value or "may change" it and says so; None: it does not matter.
     paths: one or more files; "shares": each with a share, in YAML.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "resume": resume, "paths": paths})
+    return field(default=default, metadata={"help": help, "choices": choices, "resume": resume, "paths": paths,
+                                            "alone": alone})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,10 @@ class RunConfig:
                                        "YAML also the block itself")
     preset: str | None = flag(None, "model size; default: the one that fits the machine", choices=tuple(PRESETS),
                               resume="must keep")
-    tokenizer: str | None = flag(None, "Hugging Face tokenizer folder or SentencePiece .model; default: embedded")
+    tokenizer: str | None = flag(None, "Hugging Face tokenizer folder or SentencePiece .model; default: "
+                                       "--from_weight's own, or else the embedded one")
+    tokenizer_mismatch: str = flag("refuse", "what another tokenizer than --from_weight's does",
+                                   choices=("refuse", "allow"))
     data_path: str | list | None = flag(None, "training data: files, globs and folders, one or more; in YAML also a "
                                               "list of {path, share}; default: the bundled sample", paths="shares")
     eval_path: str | list | None = flag(None, "held-out data: files, globs and folders", paths="plain")
@@ -71,6 +76,8 @@ class RunConfig:
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon", resume="must keep")
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", resume="must keep")
     from_weight: str = flag("none", "weights to start from: none, a run folder, .safetensors, .pth or HF folder")
+    grow_vocab: int = flag(0, "adds rows to --from_weight's for the ids they lack, up to a multiple of this number "
+                              "if one is given, for example 64; 0: off", alone=1)
     lora_rank: int = flag(0, "train adapters of this rank beside frozen --from_weight; 0: train all weights")
     lora_alpha: float | None = flag(None, "the adapters' output is scaled by lora_alpha / lora_rank; default: "
                                           "lora_rank, a factor of 1 as MiniMind's")
@@ -121,7 +128,7 @@ class RunConfig:
     def __post_init__(self):
         at_least = dict(max_seq_len=2, pack_len=2, batch_size=1, accumulation_steps=1, epochs=1, max_steps=0, keep=1,
                         log_interval=1, save_interval=0, eval_interval=0, num_workers=0, grad_clip=0, weight_decay=0,
-                        learning_rate=0, seed=0, lora_rank=0)
+                        learning_rate=0, seed=0, lora_rank=0, grow_vocab=0)
         for name, least in at_least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= least:
                 raise UserError(f"{self.place(name)} is {getattr(self, name)}; it must be at least {least}")
@@ -129,6 +136,7 @@ class RunConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{self.place(name)} is {getattr(self, name)}; it must be between 0 and 1")
         self.check_lora()
+        self.check_grow_vocab()
         if self.eval_fraction > 0.5:
             raise UserError(f"{self.place('eval_fraction')} is {self.eval_fraction}; more than half is not training")
         if self.packing and self.pack_len < self.max_seq_len:
@@ -150,6 +158,19 @@ class RunConfig:
             raise UserError(f"{self.place('lora_alpha')} is {self.lora_alpha}; it must be above 0")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"{self.place('lora_dropout')} is {self.lora_dropout}; it must be at least 0 and below 1")
+
+    def check_grow_vocab(self) -> None:
+        """Raises ValueError where there is nothing to add rows to, none of them would be trained, or far too many."""
+        if self.grow_vocab == 0:
+            return
+        said = f"{self.place('grow_vocab')} is {self.grow_vocab}"
+        if self.from_weight == "none":
+            raise UserError(f"{said}: rows are added to the weights of --from_weight; name some, or leave it out")
+        if self.lora_rank:
+            raise UserError(f"{said}: new rows have to be trained, and --lora_rank keeps all weights as they are; "
+                            "leave one of the two out")
+        if self.grow_vocab > MOST_ROWS:
+            raise UserError(f"{said}; it must be at most {MOST_ROWS}, a multiple to fill up to")
 
     def place(self, name: str) -> str:
         """Where a value comes from, for messages: '--epochs', 'epochs in run.yaml' or '--epochs (default)'."""
@@ -241,6 +262,8 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
             extra, kind = {"nargs": "?", "const": True}, to_bool
         if f.metadata["paths"]:
             extra = {"nargs": "+"}
+        if f.metadata["alone"] is not None:
+            extra = {"nargs": "?", "const": f.metadata["alone"]}
         kind = auto_or_int if f.name == "num_workers" else kind
         parser.add_argument(f"--{f.name}", type=kind, default=None, help=shown.replace("%", "%%"), **extra)
     args = vars(parser.parse_args(argv))

@@ -34,6 +34,7 @@ from . import data, sensitivity
 from .checks import Check, worst_over_ranks
 from .laws import LAWS
 from .reduced_run import ReducedRun, bench
+from .template import template_law
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -101,7 +102,8 @@ def verify(prepared: PreparedRun, kind: str, b: ReducedRun, options: argparse.Na
         warned = data.warnings(prepared, stats, kind)
         for line in [*data.describe(stats), *(f"warning: {line}" for line in warned)]:
             say(line)
-        found = data.labels_law(prepared, kind)
+        # Pretraining has no template.
+        found = data.labels_law(prepared, kind) + (template_law(prepared) if kind == "conversations" else [])
     for line in prepared.notes:
         say(line)
     say(f"kernels: {prepared.kernels.reason}")
