@@ -9,8 +9,6 @@ import math
 import pathlib
 import tempfile
 
-from transformers import AutoTokenizer
-
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.convert import export
 from minimind_ds.data.sample import build_samples, prompt_ids
@@ -73,6 +71,8 @@ def exported_ids(turns: list[dict], theirs, **options) -> list[int]:
 
 def template_law(prepared: PreparedRun) -> list[Check]:
     """CONVERSATIONS through the renderer, and through the folder that export writes as transformers reads it."""
+    from transformers import AutoTokenizer
+
     tok = prepared.tokenizer
     try:
         with tempfile.TemporaryDirectory() as folder:
