@@ -126,9 +126,10 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     raw = deepspeed_json.read(run)
     deepspeed_json.check_keys(run.deepspeed, raw)
     run, notes = choose(run, world)
+    # Adapters stand in the layers, whatever the vocabulary.
+    run, lora = choose_lora(run, run.model_config(1))
     run, tokenizer, model_config, of_weights = starting_weights.tokenizer_and_model(run)
     notes += of_weights
-    run, lora = choose_lora(run, model_config)
     check_writable(pathlib.Path(run.save_dir))
     stores, held_out = open_data(KINDS[program], run, tokenizer, progress=world.rank == 0)
     notes += data_notes(stores[0].stats, run.text_markers)
