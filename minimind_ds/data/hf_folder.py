@@ -27,6 +27,13 @@ def exported_template(own: object) -> str:
     return own if known else chat_template()
 
 
+def template_notes(name: str, own: object) -> list[str]:
+    """A line for the start of a run whose tokenizer folder says something else than the run trains."""
+    if own is None or own == exported_template(own):
+        return []
+    return [f"{name} has a chat template of its own; trained, and exported in its place, is MiniMind's"]
+
+
 def added_tokens(specials: dict[str, int], visible: frozenset[str]) -> list[dict]:
     """The control tokens as tokenizer.json lists them; the visible ones are not special."""
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)

@@ -53,7 +53,8 @@ class Tokenizer(ABC):
     """What every tokenizer offers; `load_tokenizer` makes one.
 
     Attributes: vocab_size (ids are below it), bos_id, eos_id, pad_id, name (for people), fingerprint (sha256 hex of
-    everything that decides the ids: a cache key), specials (control token -> id).
+    everything that decides the ids: a cache key), specials (control token -> id), own_template (the chat template of
+    the folder it was loaded from, which is never run; None where there is none).
     """
 
     vocab_size: int
@@ -63,6 +64,7 @@ class Tokenizer(ABC):
     name: str
     fingerprint: str
     specials: dict[str, int]
+    own_template: object = None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -135,6 +137,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._plain = _rust_tokenizer(json.dumps(twin), folder)
         for token in CHAT_TOKENS:
             self.special_id(token)
+        # transformers prefers the file to the entry.
+        file = self._files.get("chat_template.jinja", b"").decode("utf-8", "replace")
+        self.own_template = file or self._config.get("chat_template")
         self.bos_id = self._configured_id("bos_token", "<|im_start|>")
         self.eos_id = self._configured_id("eos_token", "<|im_end|>")
         self.pad_id = self._configured_id("pad_token", "<|endoftext|>", "<|im_end|>")
@@ -179,9 +184,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def save_hf(self, folder: str | Path) -> None:
         """The folder's own files again, with the chat template trained on; remote code references go."""
         config = {key: value for key, value in self._config.items() if key != "auto_map"}
-        # transformers prefers the file to the entry.
-        own = self._files.get("chat_template.jinja", b"").decode("utf-8", "replace") or config.get("chat_template")
-        config["chat_template"] = hf_folder.exported_template(own)
+        config["chat_template"] = hf_folder.exported_template(self.own_template)
         files = {name: content for name, content in self._files.items() if name != "chat_template.jinja"}
         _write_files(folder, {**files, "tokenizer_config.json": _json_bytes(config)})
 

@@ -25,6 +25,7 @@ from minimind_ds.config.run import RunConfig, parse_run_config
 from minimind_ds.convert import weight_files
 from minimind_ds.data import loader
 from minimind_ds.data.conversation import notes as data_notes
+from minimind_ds.data.hf_folder import template_notes
 from minimind_ds.data.sample import POLICIES
 from minimind_ds.data.sources import Mixture, Source, expand, mix, whole_passes
 from minimind_ds.data.store import TokenStore, open_or_build
@@ -129,7 +130,7 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     # Adapters stand in the layers, whatever the vocabulary.
     run, lora = choose_lora(run, run.model_config(1))
     run, tokenizer, model_config, of_weights = starting_weights.tokenizer_and_model(run)
-    notes += of_weights
+    notes += of_weights + (template_notes(tokenizer.name, tokenizer.own_template) if program == "sft" else [])
     check_writable(pathlib.Path(run.save_dir))
     stores, held_out = open_data(KINDS[program], run, tokenizer, progress=world.rank == 0)
     notes += data_notes(stores[0].stats, run.text_markers)

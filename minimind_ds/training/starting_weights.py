@@ -45,11 +45,13 @@ def tokenizer_and_model(run: RunConfig) -> tuple[RunConfig, Tokenizer, ModelConf
 def own_vocabulary(run: RunConfig, tokenizer: Tokenizer, beside: str | None) -> Vocabulary | None:
     """What the weights say of their tokenizer, or the one beside them; None where there is neither.
 
+    A .pth says nothing, and may lie anywhere.
+
     Raises:
         ValueError: one beside them that cannot be read, unless the run allows any.
     """
     own = vocabulary.recorded(run.from_weight)
-    if own is not None or beside is None:
+    if own is not None or beside is None or weight_files.find(run.from_weight)[0].suffix != ".safetensors":
         return own
     if run.tokenizer is None:
         return Vocabulary.of(tokenizer)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from minimind_ds.data.conversation import file_kind, read_records
+from minimind_ds.data.hf_folder import template_notes
 from minimind_ds.data.sample import render
 from minimind_ds.data.tokenizer import (
     META_SPACE,
@@ -348,6 +349,9 @@ def test_a_template_that_renders_otherwise_is_not_shipped_on(exported, tmp_path)
         else:
             config["chat_template"] = foreign if place == "config" else [{"name": "default", "template": foreign}]
             (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        load_tokenizer(folder).save_hf(folder / "out")
+        tokenizer = load_tokenizer(folder)
+        assert len(template_notes(tokenizer.name, tokenizer.own_template)) == 1
+        tokenizer.save_hf(folder / "out")
+        assert not template_notes("out", load_tokenizer(folder / "out").own_template)
         assert json.loads((folder / "out/tokenizer_config.json").read_bytes())["chat_template"] == own
         assert not (folder / "out/chat_template.jinja").exists()

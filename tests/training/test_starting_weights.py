@@ -3,16 +3,19 @@
 import pytest
 import torch
 
-from minimind_ds import ModelConfig
+from minimind_ds import ModelConfig, load_tokenizer
 from minimind_ds.config.run import parse_run_config
 from minimind_ds.convert import export, weight_files
 from minimind_ds.convert.vocabulary import Vocabulary
-from minimind_ds.training import starting_weights
+from minimind_ds.paths import ASSETS
+from minimind_ds.training import start, starting_weights
 from tests.convert.test_vocabulary import SIZES, add_token, changed, folder, tok, weights  # noqa: F401
+
+EMBEDDED = ["--tokenizer", ASSETS / "tokenizer.model"]
 
 
 @pytest.fixture(scope="module")
-def start(tok, folder, tmp_path_factory):  # noqa: F811
+def weights_of(tok, folder, tmp_path_factory):  # noqa: F811
     """Paths to the same weights as a run, a moved file, an exported folder, a .pth; and to tokenizers."""
     out = tmp_path_factory.mktemp("start")
     config = ModelConfig(**SIZES, vocab_size=tok.vocab_size)
@@ -28,19 +31,19 @@ def start(tok, folder, tmp_path_factory):  # noqa: F811
             "more": out / "more", "same": folder, "file": out / "run" / "sft_16.safetensors"}
 
 
-def prepared(start, tmp_path, weight, *words):
+def prepared(weights_of, tmp_path, weight, *words):
     """The run, tokenizer and model of flags that begin with these weights, and what is said of it; names are paths."""
     yaml = tmp_path / "run.yaml"
     sizes = "\n".join(f"  {name}: {value}" for name, value in SIZES.items())
     yaml.write_text(f"preset: debug\nmodel:\n{sizes}\n")
-    words = [str(start.get(word, word)) for word in words]
-    run = parse_run_config(["--config", str(yaml), "--from_weight", str(start[weight]), *words], "sft", {})
+    words = [str(weights_of.get(word, word)) for word in words]
+    run = parse_run_config(["--config", str(yaml), "--from_weight", str(weights_of[weight]), *words], "sft", {})
     return starting_weights.tokenizer_and_model(run)
 
 
 @pytest.mark.parametrize("weight", ["run", "file", "hf"])
-def test_the_weights_own_tokenizer_is_taken_where_none_is_named(weight, start, tmp_path):
-    run, tokenizer, config, [note] = prepared(start, tmp_path, weight)
+def test_the_weights_own_tokenizer_is_taken_where_none_is_named(weight, weights_of, tmp_path):
+    run, tokenizer, config, [note] = prepared(weights_of, tmp_path, weight)
     assert tokenizer.vocab_size == config.vocab_size == 330 and run.tokenizer == tokenizer.name.removesuffix(
         "/tokenizer.model")
     assert tokenizer.name in note and "was trained" in note
@@ -48,40 +51,44 @@ def test_the_weights_own_tokenizer_is_taken_where_none_is_named(weight, start, t
 
 
 @pytest.mark.parametrize("weight", ["run", "moved", "hf"])
-def test_the_same_tokenizer_in_another_form_is_taken_without_a_word(weight, start, tmp_path):
-    for named in ("same", start["run"] / "tokenizer"):
-        _, tokenizer, _, notes = prepared(start, tmp_path, weight, "--tokenizer", named)
+def test_the_same_tokenizer_in_another_form_is_taken_without_a_word(weight, weights_of, tmp_path):
+    for named in ("same", weights_of["run"] / "tokenizer"):
+        _, tokenizer, _, notes = prepared(weights_of, tmp_path, weight, "--tokenizer", named)
         assert tokenizer.vocab_size == 330 and not notes
 
 
-@pytest.mark.parametrize("weight, named", [("moved", ()), ("run", ("--tokenizer", "assets")), ("hf", ("--tokenizer",
-                                                                                                     "assets"))])
-def test_another_tokenizer_is_refused_unless_allowed(weight, named, start, tmp_path):
-    from minimind_ds.paths import ASSETS
-
-    named = [str(ASSETS / "tokenizer.model") if word == "assets" else word for word in named]
+@pytest.mark.parametrize("weight, named", [("moved", []), ("run", EMBEDDED), ("hf", EMBEDDED)])
+def test_another_tokenizer_is_refused_unless_allowed(weight, named, weights_of, tmp_path):
     with pytest.raises(ValueError, match="its ids stand for other text.*--tokenizer_mismatch allow") as error:
-        prepared(start, tmp_path, weight, *named)
-    assert "\n" not in str(error.value) and str(start[weight]) in str(error.value)
-    run, tokenizer, config, notes = prepared(start, tmp_path, weight, *named, "--tokenizer_mismatch", "allow",
+        prepared(weights_of, tmp_path, weight, *named)
+    assert "\n" not in str(error.value) and str(weights_of[weight]) in str(error.value)
+    run, tokenizer, config, notes = prepared(weights_of, tmp_path, weight, *named, "--tokenizer_mismatch", "allow",
                                              "--grow_vocab")
     assert tokenizer.vocab_size == config.vocab_size == 6400
     assert any("its ids stand for other text" in note for note in notes) and any("6,070 rows are added" in note
                                                                                  for note in notes)
 
 
-def test_weights_that_say_nothing_get_the_tokenizer_assumed_by_name(start, tmp_path):
-    _, tokenizer, _, [note] = prepared(start, tmp_path, "pth", "--tokenizer", "same")
+def test_weights_that_say_nothing_get_the_tokenizer_assumed_by_name(weights_of, tmp_path):
+    _, tokenizer, _, [note] = prepared(weights_of, tmp_path, "pth", "--tokenizer", "same")
     assert tokenizer.vocab_size == 330 and tokenizer.name in note and "does not say" in note
     with pytest.raises(ValueError, match="rows for 330 ids and embedded has 6,400: --grow_vocab"):
-        prepared(start, tmp_path, "pth")
+        prepared(weights_of, tmp_path, "pth")
+    # What lies beside a .pth is a guess: nothing is refused for it.
+    (tmp_path / "full_sft_16.pth").write_bytes(weights_of["pth"].read_bytes())
+    load_tokenizer(weights_of["more"]).save(tmp_path / "tokenizer")
+    beside = {**weights_of, "pth": tmp_path / "full_sft_16.pth"}
+    assert prepared(beside, tmp_path, "pth", "--tokenizer", "same")[1].vocab_size == 330
+    with pytest.raises(ValueError, match="rows for 330 ids and .*tokenizer has 331: --grow_vocab"):
+        prepared(beside, tmp_path, "pth")
+    assert prepared(beside, tmp_path, "pth", "--grow_vocab")[2].vocab_size == 331
 
 
-def test_a_tokenizer_with_more_ids_needs_rows_and_gets_them_when_asked(start, tmp_path):
+def test_a_tokenizer_with_more_ids_needs_rows_and_gets_them_when_asked(weights_of, tmp_path):
     with pytest.raises(ValueError, match="rows for 330 ids and .* has 331: --grow_vocab adds"):
-        prepared(start, tmp_path, "run", "--tokenizer", "more")
+        prepared(weights_of, tmp_path, "run", "--tokenizer", "more")
     for asked, rows in (((), 331), ((64,), 384)):
-        run, tokenizer, config, notes = prepared(start, tmp_path, "run", "--tokenizer", "more", "--grow_vocab",
+        run, tokenizer, config, notes = prepared(weights_of, tmp_path, "run", "--tokenizer", "more", "--grow_vocab",
                                                  *map(str, asked))
         assert (tokenizer.vocab_size, config.vocab_size) == (331, rows)
         assert "1 more" in notes[0] and f"{rows - 330} rows are added" in notes[1]
@@ -92,11 +99,17 @@ def test_a_tokenizer_with_more_ids_needs_rows_and_gets_them_when_asked(start, tm
     weight_files.save_safetensors(tmp_path / "grown" / "sft_16.safetensors", state, config,
                                   Vocabulary.of(tokenizer).to_json())
     tokenizer.save(tmp_path / "grown" / "tokenizer")
-    run, _, config, notes = prepared({**start, "grown": tmp_path / "grown"}, tmp_path, "grown")
+    run, _, config, notes = prepared({**weights_of, "grown": tmp_path / "grown"}, tmp_path, "grown")
     assert config.vocab_size == 384 and any("rows for 384 ids" in note for note in notes)
     assert torch.equal(starting_weights.load(run, config)["model.embed_tokens.weight"],
                        state["model.embed_tokens.weight"])
     assert "adds nothing" in prepared({"grown": tmp_path / "grown"}, tmp_path, "grown", "--grow_vocab", "64")[3][1]
+
+
+def test_a_checkpoint_of_another_tokenizer_is_not_gone_on_from(tok, folder):  # noqa: F811
+    start.refuse_changes({"tokenizer": tok.fingerprint}, {"tokenizer": tok.fingerprint}, "step_1")
+    with pytest.raises(ValueError, match="step_1: its tokenizer is another one; name it with --tokenizer"):
+        start.refuse_changes({"tokenizer": tok.fingerprint}, {"tokenizer": load_tokenizer().fingerprint}, "step_1")
 
 
 @pytest.mark.parametrize("words, why", [
