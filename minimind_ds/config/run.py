@@ -26,7 +26,7 @@ from minimind_ds.paths import DS_CONFIGS
 
 # The keys of precision.DTYPES; this module does without torch, so that --help need not wait for it.
 PRECISIONS = ("bf16", "fp16", "fp32")
-MOST_SHARE, MOST_ROWS = 1000, 4096
+MOST_SHARE = 1000
 
 
 def flag(default, help, *, choices=None, resume=None, paths=None, alone=None):
@@ -136,7 +136,6 @@ class RunConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{self.place(name)} is {getattr(self, name)}; it must be between 0 and 1")
         self.check_lora()
-        self.check_grow_vocab()
         if self.eval_fraction > 0.5:
             raise UserError(f"{self.place('eval_fraction')} is {self.eval_fraction}; more than half is not training")
         if self.packing and self.pack_len < self.max_seq_len:
@@ -158,19 +157,6 @@ class RunConfig:
             raise UserError(f"{self.place('lora_alpha')} is {self.lora_alpha}; it must be above 0")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"{self.place('lora_dropout')} is {self.lora_dropout}; it must be at least 0 and below 1")
-
-    def check_grow_vocab(self) -> None:
-        """Raises ValueError where there is nothing to add rows to, none of them would be trained, or far too many."""
-        if self.grow_vocab == 0:
-            return
-        said = f"{self.place('grow_vocab')} is {self.grow_vocab}"
-        if self.from_weight == "none":
-            raise UserError(f"{said}: rows are added to the weights of --from_weight; name some, or leave it out")
-        if self.lora_rank:
-            raise UserError(f"{said}: new rows have to be trained, and --lora_rank keeps all weights as they are; "
-                            "leave one of the two out")
-        if self.grow_vocab > MOST_ROWS:
-            raise UserError(f"{said}; it must be at most {MOST_ROWS}, a multiple to fill up to")
 
     def place(self, name: str) -> str:
         """Where a value comes from, for messages: '--epochs', 'epochs in run.yaml' or '--epochs (default)'."""

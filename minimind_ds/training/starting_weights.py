@@ -17,13 +17,18 @@ from minimind_ds.convert import export, vocabulary, weight_files
 from minimind_ds.convert.vocabulary import Vocabulary
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 
+# The largest --grow_vocab: a multiple to fill up to.
+MOST_ROWS = 4096
+
 
 def tokenizer_and_model(run: RunConfig) -> tuple[RunConfig, Tokenizer, ModelConfig, list[str]]:
     """The run with its tokenizer named, that tokenizer, the model with its vocabulary, and lines for the start.
 
     Raises:
-        ValueError: a tokenizer that cannot be read or is not the starting weights', fewer rows than ids.
+        ValueError: a tokenizer that cannot be read or is not the starting weights', fewer rows than ids, rows that
+            cannot be added.
     """
+    check_growth(run)
     if run.from_weight == "none":
         tokenizer = load_tokenizer(run.tokenizer)
         return run, tokenizer, run.model_config(tokenizer.vocab_size), []
@@ -40,6 +45,18 @@ def tokenizer_and_model(run: RunConfig) -> tuple[RunConfig, Tokenizer, ModelConf
     if run.tokenizer is None and beside is not None:
         run = run.replace(tokenizer=beside)
     return run, tokenizer, run.model_config(rows), notes + grown
+
+
+def check_growth(run: RunConfig) -> None:
+    """Raises ValueError where there is nothing to add rows to, none of them would be trained, or far too many."""
+    said = f"{run.place('grow_vocab')} is {run.grow_vocab}"
+    if run.grow_vocab and run.from_weight == "none":
+        raise UserError(f"{said}: rows are added to the weights of --from_weight; name some, or leave it out")
+    if run.grow_vocab and run.lora_rank:
+        raise UserError(f"{said}: new rows have to be trained, and --lora_rank keeps all weights as they are; leave "
+                        "one of the two out")
+    if run.grow_vocab > MOST_ROWS:
+        raise UserError(f"{said}; it must be at most {MOST_ROWS}, a multiple to fill up to")
 
 
 def own_vocabulary(run: RunConfig, tokenizer: Tokenizer, beside: str | None) -> Vocabulary | None:

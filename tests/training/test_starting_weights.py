@@ -119,4 +119,4 @@ def test_a_checkpoint_of_another_tokenizer_is_not_gone_on_from(tok, folder):  # 
     (["--grow_vocab", "-1", "--from_weight", "w"], "at least 0")])
 def test_rows_that_cannot_be_added_are_refused(words, why):
     with pytest.raises(ValueError, match=why):
-        parse_run_config(words, "sft", {})
+        starting_weights.tokenizer_and_model(parse_run_config(words, "sft", {}))
