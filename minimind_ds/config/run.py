@@ -33,13 +33,15 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 MOST_SHARE = 1000
 
 
-def flag(default, help, *, choices=None, resume=None, paths=None):
+def flag(default, help, *, choices=None, resume=None, paths=None, alone=None):
     """A RunConfig field: `help` ends up in --help, with its unit and default.
 
+    alone: the value of the flag without one.
     resume: whether a resumed run "must keep" the value or "may change" it and says so; None: it does not matter.
     paths: one or more files; "shares": each with a share, in YAML.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "resume": resume, "paths": paths})
+    return field(default=default, metadata={"help": help, "choices": choices, "resume": resume, "paths": paths,
+                                            "alone": alone})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,10 @@ class RunConfig:
                                        "YAML also the block itself")
     preset: str | None = flag(None, "model size; default: the one that fits the machine", choices=tuple(PRESETS),
                               resume="must keep")
-    tokenizer: str | None = flag(None, "Hugging Face tokenizer folder or SentencePiece .model; default: embedded")
+    tokenizer: str | None = flag(None, "Hugging Face tokenizer folder or SentencePiece .model; default: "
+                                       "--from_weight's own, or else the embedded one")
+    tokenizer_mismatch: str = flag("refuse", "what another tokenizer than --from_weight's does",
+                                   choices=("refuse", "allow"))
     data_path: str | list | None = flag(None, "training data: files (JSON lines, JSON, these as .gz, Parquet, Arrow), "
                                               "globs and folders, one or more; in YAML also a list of {path, share}; "
                                               "default: the bundled sample", paths="shares")
@@ -78,6 +83,8 @@ class RunConfig:
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", resume="must keep")
     from_weight: str = flag("none", "weights to start from: none, a run folder, .safetensors, .pth or HF folder; a "
                                     "bare name as MiniMind's: pretrain is pretrain_768.pth in save_dir or out")
+    grow_vocab: int = flag(0, "adds rows to --from_weight's for the ids they lack, up to a multiple of this number "
+                              "if one is given, for example 64; 0: off", alone=1)
     lora_rank: int = flag(0, "train adapters of this rank beside frozen --from_weight; 0: train all weights")
     lora_alpha: float | None = flag(None, "the adapters' output is scaled by lora_alpha / lora_rank; default: "
                                           "lora_rank, a factor of 1 as MiniMind's")
@@ -135,7 +142,7 @@ class RunConfig:
                 raise UserError(f"{self.place(name)} is {value}; it must be {what}")
         at_least = dict(max_seq_len=2, pack_len=2, batch_size=1, accumulation_steps=1, epochs=1, max_steps=0, keep=1,
                         log_interval=1, save_interval=0, eval_interval=0, num_workers=0, grad_clip=0, weight_decay=0,
-                        learning_rate=0, seed=0, lora_rank=0)
+                        learning_rate=0, seed=0, lora_rank=0, grow_vocab=0)
         for name, least in at_least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= least:
                 raise UserError(f"{self.place(name)} is {getattr(self, name)}; it must be at least {least}")
@@ -259,6 +266,8 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
             extra, kind = {"nargs": "?", "const": True}, to_bool
         if f.metadata["paths"]:
             extra = {"nargs": "+"}
+        if f.metadata["alone"] is not None:
+            extra = {"nargs": "?", "const": f.metadata["alone"]}
         kind = auto_or_int if f.name == "num_workers" else kind
         kind = functools.partial(spellings.meant, f.name) if f.name in spellings.VALUES else kind
         parser.add_argument(f"--{f.name}", type=kind, default=None, help=shown.replace("%", "%%"), **extra)

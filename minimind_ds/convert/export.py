@@ -21,9 +21,13 @@ from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.convert import huggingface, minimind, weight_files
+from minimind_ds.convert.vocabulary import KEY, Vocabulary, recorded
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.io import write_file
 from minimind_ds.model import lora as adapters
+
+# How chat draws tokens unless it is told otherwise, and what exported folders say.
+SAMPLING = {"temperature": 0.85, "top_p": 0.95, "top_k": 0}
 
 
 def load(weight: str | Path, preset: str | None = None, lora: str | Path | None = None, *,
@@ -69,6 +73,48 @@ def find_tokenizer(weight: str | Path) -> str | None:
     return str(folder) if (folder / "tokenizer.json").is_file() else None
 
 
+def tokenizer_of(weight: str | Path, named: str | None = None, lora: str | Path | None = None) -> Tokenizer:
+    """The tokenizer that speaks with these weights: the one named, the adapters' own, or the weights' own.
+
+    Raises:
+        ValueError: none beside them, or another than they were trained with.
+    """
+    own = recorded(lora) if lora else None
+    path = named or (find_tokenizer(lora) if own else None) or find_tokenizer(weight)
+    if path is None:
+        raise UserError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer")
+    tokenizer, own = load_tokenizer(path), own or recorded(weight)
+    if own and (why := own.difference(tokenizer)):
+        raise UserError(f"{weight}: these are weights of another tokenizer than {tokenizer.name}: {why}")
+    return tokenizer
+
+
+def token_ids(tokenizer: Tokenizer) -> dict:
+    """What config.json and generation_config.json say of special tokens: several end a text where the tokenizer's eos
+    is not the <|im_end|> that conversations end with."""
+    stops = tokenizer.stop_ids
+    return {"bos_token_id": tokenizer.bos_id, "eos_token_id": stops if len(stops) > 1 else stops[0],
+            "pad_token_id": tokenizer.pad_id}
+
+
+def generation(tokenizer: Tokenizer, vocab_size: int) -> dict:
+    """What transformers' GenerationConfig has to know of the tokenizer; ids beyond it are never drawn."""
+    beyond = list(range(tokenizer.vocab_size, vocab_size))
+    return token_ids(tokenizer) | ({"suppress_tokens": beyond} if beyond else {})
+
+
+def write_companions(folder: Path, config: ModelConfig, tokenizer: Tokenizer, dtype: torch.dtype):
+    """All of a Hugging Face folder but the weights.
+
+    Raises:
+        ValueError: a model without a counterpart in transformers.
+    """
+    write_json(folder / "config.json", huggingface.to_hf_config(config, dtype) | token_ids(tokenizer))
+    write_json(folder / "generation_config.json",
+               {"do_sample": True, **SAMPLING, **generation(tokenizer, config.vocab_size)})
+    tokenizer.save_hf(folder)
+
+
 def export_hf(state: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenizer, out: str | Path, *,
               dtype: torch.dtype, overwrite: bool = False):
     """A Hugging Face folder: config.json, generation_config.json, model.safetensors, tokenizer and chat template.
@@ -81,14 +127,9 @@ def export_hf(state: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenize
     """
     out = Path(out)
     # What cannot work is found before anything is written.
-    config_json = huggingface.to_hf_config(config, dtype)
+    huggingface.to_hf_config(config, dtype)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(f"the tokenizer has {tokenizer.vocab_size} ids, the model only {config.vocab_size}")
-    config_json |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
-                    "pad_token_id": tokenizer.pad_id}
-    generation = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id,
-                  "pad_token_id": tokenizer.pad_id, "do_sample": True, "temperature": 0.85, "top_p": 0.85,
-                  "top_k": 50}
     named = minimind.to_minimind(state, config)
     if config.tie_word_embeddings:
         del named["lm_head.weight"]
@@ -96,10 +137,9 @@ def export_hf(state: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenize
     check_free(out, overwrite)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
-        write_json(temporary / "config.json", config_json)
-        write_json(temporary / "generation_config.json", generation)
-        save_file(named, temporary / "model.safetensors", metadata={"format": "pt"})
-        tokenizer.save_hf(temporary)
+        write_companions(temporary, config, tokenizer, dtype)
+        save_file(named, temporary / "model.safetensors",
+                  metadata={"format": "pt", KEY: Vocabulary.of(tokenizer).to_json()})
         temporary.chmod(0o755)
         if out.exists():
             shutil.rmtree(out)
@@ -170,9 +210,7 @@ def run(weight: str | None, to: str, out: str, *, dtype: str | None, preset: str
     if to == "minimind":
         export_minimind(state, config, out, dtype=DTYPES[dtype or "fp16"], overwrite=overwrite)
         return
-    path = tokenizer or find_tokenizer(weight)
-    if path is None:
-        raise UserError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer")
+    own = tokenizer_of(weight, tokenizer, lora)
     # Weights keep the precision they were trained in, unless told otherwise.
     kept = state["model.embed_tokens.weight"].dtype
-    export_hf(state, config, load_tokenizer(path), out, dtype=DTYPES[dtype] if dtype else kept, overwrite=overwrite)
+    export_hf(state, config, own, out, dtype=DTYPES[dtype] if dtype else kept, overwrite=overwrite)

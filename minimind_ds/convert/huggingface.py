@@ -63,6 +63,9 @@ def from_hf_config(values: dict) -> ModelConfig:
             raise UserError(f"{name} is {values[name]!r}, which MiniMind does not have")
     known = set(ModelConfig.__dataclass_fields__) - {"rope_scaling", "use_moe", "qk_norm"}
     fields = {name: value for name, value in values.items() if name in known and value is not None}
+    # Several stop tokens are the tokenizer's to know; exports take them from there.
+    if isinstance(fields.get("eos_token_id"), list):
+        del fields["eos_token_id"]
     rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
     fields["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
     kind_of_rope = rope.pop("rope_type", rope.pop("type", "default"))

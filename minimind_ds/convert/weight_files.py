@@ -67,15 +67,20 @@ def find_bare(flag: str, names: Sequence[str], folders: Sequence[str | Path], co
                     f"{' or '.join(map(str, folders))}{also}")
 
 
-def save_safetensors(path: str | Path, state: dict[str, Tensor], config: ModelConfig):
+def save_safetensors(path: str | Path, state: dict[str, Tensor], config: ModelConfig, tokenizer: str | None = None):
     """Writes weights (our names) with their configuration: wholly or not at all, even through a power cut.
+
+    Args:
+        tokenizer: what is kept of the tokenizer they were trained with, as vocabulary.Vocabulary.to_json gives it.
 
     Raises:
         ValueError: weights that do not fit the configuration.
     """
     state = {name: tensor.detach().contiguous().cpu() for name, tensor in minimind.check(state, config,
                                                                                          str(path)).items()}
-    write_file(Path(path), save(state, metadata={"config": json.dumps(config.to_dict()), "format": "pt"}))
+    metadata = {"config": json.dumps(config.to_dict()), "format": "pt"}
+    metadata |= {"tokenizer": tokenizer} if tokenizer else {}
+    write_file(Path(path), save(state, metadata=metadata))
 
 
 def find(path: str | Path) -> list[Path]:
@@ -132,6 +137,27 @@ def read_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+
+
+def embedding_rows(path: str | Path) -> int | None:
+    """How many ids the model in these files has rows for; None where there is no embedding.
+
+    Raises:
+        ValueError: no such file, or an unreadable one.
+    """
+    name = "model.embed_tokens.weight"
+    for file in find(path):
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt") as opened:
+                    shape = opened.get_slice(name).get_shape() if name in opened.keys() else ()
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file}: not a readable safetensors file: {error}") from None
+        else:
+            shape = getattr(read_pth(file).get(name), "shape", ())
+        if len(shape):
+            return int(shape[0])
+    return None
 
 
 def load_weights(path: str | Path, config: ModelConfig) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ import sentencepiece
 import tokenizers
 
 from minimind_ds.config.errors import UserError
+from minimind_ds.data import hf_folder
 from minimind_ds.io import write_file
 from minimind_ds.paths import ASSETS
 
@@ -52,7 +53,8 @@ class Tokenizer(ABC):
     """What every tokenizer offers; `load_tokenizer` makes one.
 
     Attributes: vocab_size (ids are below it), bos_id, eos_id, pad_id, name (for people), fingerprint (sha256 hex of
-    everything that decides the ids: a cache key), specials (control token -> id).
+    everything that decides the ids: a cache key), specials (control token -> id), own_template (the chat template of
+    the folder it was loaded from, which is never run; None where there is none).
     """
 
     vocab_size: int
@@ -62,6 +64,7 @@ class Tokenizer(ABC):
     name: str
     fingerprint: str
     specials: dict[str, int]
+    own_template: object = None
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -86,6 +89,15 @@ class Tokenizer(ABC):
     @abstractmethod
     def save_hf(self, folder: str | Path) -> None:
         """Write a folder that transformers.AutoTokenizer loads (no remote code), with MiniMind's chat template."""
+
+    @abstractmethod
+    def piece(self, i: int) -> str | None:
+        """What the vocabulary calls an id below vocab_size; None where it has none of that number."""
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """What ends an answer or a text: <|im_end|>, which conversations are trained to end with, and eos."""
+        return list(dict.fromkeys((self.special_id("<|im_end|>"), self.eos_id)))
 
     def special_id(self, token: str) -> int:
         """The id of a control token.
@@ -125,6 +137,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self._plain = _rust_tokenizer(json.dumps(twin), folder)
         for token in CHAT_TOKENS:
             self.special_id(token)
+        # transformers prefers the file to the entry.
+        file = self._files.get("chat_template.jinja", b"").decode("utf-8", "replace")
+        self.own_template = file or self._config.get("chat_template")
         self.bos_id = self._configured_id("bos_token", "<|im_start|>")
         self.eos_id = self._configured_id("eos_token", "<|im_end|>")
         self.pad_id = self._configured_id("pad_token", "<|endoftext|>", "<|im_end|>")
@@ -160,15 +175,18 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
         return self._full.decode(_checked(ids, self.vocab_size), skip_special_tokens=skip_special)
 
+    def piece(self, i: int) -> str | None:
+        return self._full.id_to_token(i)
+
     def save(self, folder: str | Path) -> None:
         _write_files(folder, self._files)
 
     def save_hf(self, folder: str | Path) -> None:
-        """The folder's own files again; the chat template is added if there is none, remote code references go."""
+        """The folder's own files again, with the chat template trained on; remote code references go."""
         config = {key: value for key, value in self._config.items() if key != "auto_map"}
-        if "chat_template" not in config and "chat_template.jinja" not in self._files:
-            config["chat_template"] = chat_template()
-        _write_files(folder, {**self._files, "tokenizer_config.json": _json_bytes(config)})
+        config["chat_template"] = hf_folder.exported_template(self.own_template)
+        files = {name: content for name, content in self._files.items() if name != "chat_template.jinja"}
+        _write_files(folder, {**files, "tokenizer_config.json": _json_bytes(config)})
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -229,46 +247,28 @@ class SentencePieceTokenizer(Tokenizer):
             ids = [i for i in ids if i not in self._skipped]
         return b"".join([self._bytes[i] for i in ids]).decode("utf-8", errors="replace")
 
+    def piece(self, i: int) -> str:
+        return self._pieces[i]
+
     def save(self, folder: str | Path) -> None:
         _write_files(folder, {"tokenizer.model": self._model})
 
     def save_hf(self, folder: str | Path) -> None:
         """The same ids as `tokenizers` BPE with byte fallback.  Exceptions: there U+2581 becomes a space, and added
         tokens typed in a text become control tokens, as with every Hugging Face tokenizer."""
-        _write_files(folder, {"tokenizer.json": _json_bytes(self._hf_spec()),
-                              "tokenizer_config.json": _json_bytes(self._hf_config())})
+        added = hf_folder.added_tokens(self.specials, VISIBLE_TOKENS)
+        spec = hf_folder.sentencepiece_spec(self._sp, self._pieces, added, META_SPACE)
+        _write_files(folder, {"tokenizer.json": _json_bytes(spec),
+                              "tokenizer_config.json": _json_bytes(self._hf_config(added))})
 
-    def _hf_added_tokens(self) -> list[dict]:
-        flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-        return [dict(id=i, content=token, **flags, special=token not in VISIBLE_TOKENS)
-                for token, i in sorted(self.specials.items(), key=lambda item: item[1])]
-
-    def _hf_spec(self) -> dict:
-        sp = self._sp
-        # SentencePiece joins the neighbours whose joint piece has the best score, however it came about: every way
-        # to spell a piece with two others becomes a merge, in the order of the scores.
-        vocab = {piece: i for i, piece in enumerate(self._pieces)}
-        normal = {piece: i for piece, i in vocab.items() if piece not in self.specials and not sp.is_byte(i)}
-        merges = []
-        for piece in sorted(normal, key=lambda piece: (-sp.get_score(normal[piece]), normal[piece])):
-            splits = [[piece[:cut], piece[cut:]] for cut in range(1, len(piece))]
-            merges += [pair for pair in splits if pair[0] in normal and pair[1] in normal]
-        model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
-                     fuse_unk=False, byte_fallback=True, ignore_merges=False, vocab=vocab, merges=merges)
-        space = {"String": " "}
-        decoders = [dict(type="Replace", pattern={"String": META_SPACE}, content=" "), dict(type="ByteFallback"),
-                    dict(type="Fuse")]
-        return dict(version="1.0", truncation=None, padding=None, added_tokens=self._hf_added_tokens(),
-                    normalizer=dict(type="Replace", pattern=space, content=META_SPACE), pre_tokenizer=None,
-                    post_processor=None, decoder=dict(type="Sequence", decoders=decoders), model=model)
-
-    def _hf_config(self) -> dict:
+    def _hf_config(self, added_tokens: list[dict]) -> dict:
         token = {i: name for name, i in self.specials.items()}
-        added = {str(entry.pop("id")): entry for entry in self._hf_added_tokens()}
+        added = {str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
+                 for entry in added_tokens}
         return dict(tokenizer_class="PreTrainedTokenizerFast", add_bos_token=False, add_eos_token=False,
                     bos_token=token[self.bos_id], eos_token=token[self.eos_id], pad_token=token[self.pad_id],
                     unk_token=token[self.pad_id], clean_up_tokenization_spaces=False, model_max_length=131072,
-                    added_tokens_decoder=added, chat_template=chat_template())
+                    added_tokens_decoder=added, chat_template=hf_folder.exported_template(None))
 
 
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
@@ -334,11 +334,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400, out: str | 
     tokenizer = SentencePieceTokenizer(model.getvalue(), name=str(out))
     _write_files(Path(out).parent, {Path(out).name: model.getvalue()})
     return tokenizer
-
-
-def chat_template() -> str:
-    """MiniMind's chat format as the Jinja template that exported folders carry; `data.sample.render` is its twin."""
-    return (ASSETS / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def _without_added_tokens(spec: dict, added: dict[str, int]) -> dict:

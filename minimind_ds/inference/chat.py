@@ -25,7 +25,7 @@ from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.convert import export, huggingface
 from minimind_ds.data.sample import prompt_ids
-from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
+from minimind_ds.data.tokenizer import Tokenizer
 
 # A think block with nothing in it; its opening may have stood in the prompt.
 EMPTY_THINK = re.compile(r"\s*(<think>)?\s*</think>\s*")
@@ -35,9 +35,9 @@ EMPTY_THINK = re.compile(r"\s*(<think>)?\s*</think>\s*")
 class Sampling:
     """How the next token is drawn.  temperature 0 is greedy; top_k 0 and top_p 1 cut nothing off."""
 
-    temperature: float = 0.85
-    top_p: float = 0.95
-    top_k: int = 0
+    temperature: float = export.SAMPLING["temperature"]
+    top_p: float = export.SAMPLING["top_p"]
+    top_k: int = export.SAMPLING["top_k"]
     repetition_penalty: float = 1.0
     max_new_tokens: int = 512
 
@@ -53,11 +53,9 @@ class Sampling:
     def generation_config(self, tok: Tokenizer, vocab_size: int) -> GenerationConfig:
         """The same for transformers; ids beyond the tokenizer's are never drawn."""
         drawn = dict(do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k)
-        beyond = list(range(tok.vocab_size, vocab_size)) or None
         return GenerationConfig(**(drawn if self.temperature else dict(do_sample=False)),
                                 repetition_penalty=self.repetition_penalty, max_new_tokens=self.max_new_tokens,
-                                bos_token_id=tok.bos_id, eos_token_id=tok.eos_id, pad_token_id=tok.pad_id,
-                                suppress_tokens=beyond)
+                                **export.generation(tok, vocab_size))
 
 
 def load_model(weight: str, tokenizer: str | None = None, *, dtype: torch.dtype | None = None,
@@ -80,10 +78,7 @@ def load_model(weight: str, tokenizer: str | None = None, *, dtype: torch.dtype 
     state, config = export.load(weight, lora=lora, shape=shape)
     if inference_rope_scaling:
         config = dataclasses.replace(config, inference_rope_scaling=True)
-    where = tokenizer or export.find_tokenizer(weight)
-    if where is None:
-        raise UserError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer")
-    tok = load_tokenizer(where)
+    tok = export.tokenizer_of(weight, tokenizer, lora)
     if tok.vocab_size > config.vocab_size:
         raise UserError(f"{weight}: these are weights of another tokenizer: {tok.name} has {tok.vocab_size} ids, "
                          f"the model {config.vocab_size}")
@@ -142,7 +137,7 @@ class Stream(BaseStreamer):
     @property
     def text(self) -> str:
         """All of the answer so far, think block and all."""
-        ids = self.ids[:-1] if self.ids and self.ids[-1] == self.tok.eos_id else self.ids
+        ids = self.ids[:-1] if self.ids and self.ids[-1] in self.tok.stop_ids else self.ids
         return self.opening + self.tok.decode(ids, skip_special=True)
 
     def put(self, value: torch.Tensor):

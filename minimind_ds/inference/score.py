@@ -9,6 +9,7 @@ the model thinks first where the record does, with its thoughts counted apart.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
@@ -133,7 +134,7 @@ def greedy(model: PreTrainedModel, tok: Tokenizer, prompts: Sequence[list[int]],
         if len(ids) + room > longest:
             raise UserError(f"prompt {number} takes {len(ids)} tokens and its answer {room}; the model holds "
                              f"{longest}")
-    answers = [""] * len(prompts)
+    answers, stops = [""] * len(prompts), tok.stop_ids
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch_size):
         chosen = order[start:start + batch_size]
@@ -145,7 +146,7 @@ def greedy(model: PreTrainedModel, tok: Tokenizer, prompts: Sequence[list[int]],
             out_BT = model.generate(input_ids=ids_BT.to(model.device), attention_mask=real_BT.to(model.device),
                                     generation_config=sampling.generation_config(tok, model.config.vocab_size))
         for i, ids in zip(chosen, out_BT[:, width:].tolist()):
-            ids = ids[:ids.index(tok.eos_id)] if tok.eos_id in ids else ids
+            ids = list(itertools.takewhile(lambda token: token not in stops, ids))
             opening = openings[i] if openings else ""
             answers[i] = visible(opening + tok.decode(ids, skip_special=True), final=True)
     return answers

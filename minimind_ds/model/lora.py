@@ -173,8 +173,10 @@ def merge(state: dict[str, Tensor], lora: Lora, adapters: dict[str, Tensor]) -> 
     return merged
 
 
-def save_adapters(path: str | Path, adapters: dict[str, Tensor], lora: Lora, config: ModelConfig):
-    """Writes adapters with what they are and the model's configuration, wholly or not at all.
+def save_adapters(path: str | Path, adapters: dict[str, Tensor], lora: Lora, config: ModelConfig,
+                  tokenizer: str | None = None):
+    """Writes adapters with what they are, the model's configuration and its tokenizer's (as
+    weight_files.save_safetensors), wholly or not at all.
 
     Raises:
         ValueError: adapters that do not fit.
@@ -184,6 +186,7 @@ def save_adapters(path: str | Path, adapters: dict[str, Tensor], lora: Lora, con
     facts = {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets, "dropout": lora.dropout,
              "base": lora.base}
     metadata = {"lora": json.dumps(facts), "config": json.dumps(config.to_dict()), "format": "pt"}
+    metadata |= {"tokenizer": tokenizer} if tokenizer else {}
     write_file(Path(path), save(adapters, metadata=metadata))
 
 

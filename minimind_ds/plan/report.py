@@ -28,6 +28,7 @@ from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.paths import DS_CONFIGS, ROOT
 from minimind_ds.plan import measure, memory_model
 from minimind_ds.plan.memory_model import GIB, Setting
+from minimind_ds.training import starting_weights
 from minimind_ds.training.prepare import PROGRAMS, choose, choose_lora, prepare
 
 # Below so many tokens a GPU waits for its kernels to be launched.
@@ -106,13 +107,17 @@ def files_of(run: RunConfig) -> dict[str, str]:
 
 
 def setting(path: str, run: RunConfig, options: argparse.Namespace) -> Setting:
-    """A file's run, resolved as the trainer does; nothing is read but flags, tokenizer and JSON.
+    """A file's run, resolved as the trainer does; nothing is read but flags, tokenizer, JSON and the
+    vocabulary of starting weights that are there already.
 
     Raises:
         ValueError: one line about a mistake in them.
     """
     run, _ = choose(run.replace(deepspeed=path), read_world())
-    config = run.model_config(load_tokenizer(run.tokenizer).vocab_size)
+    if run.from_weight == "none" or pathlib.Path(run.from_weight).exists():
+        run, _, config, _ = starting_weights.tokenizer_and_model(run)
+    else:
+        config = run.model_config(load_tokenizer(run.tokenizer).vocab_size)
     run, adapters = choose_lora(run, config)
     raw = deepspeed_json.read(run)
     deepspeed_json.check_keys(path, raw)

@@ -26,6 +26,7 @@ from minimind_ds.checkpoint.async_save import SaveFailed
 from minimind_ds.config import deepspeed_json
 from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.convert import minimind, weight_files
+from minimind_ds.convert.vocabulary import Vocabulary
 from minimind_ds.data import loader
 from minimind_ds.data.conversation import DataError
 from minimind_ds.data.sources import what_is_lost
@@ -160,10 +161,11 @@ def write_weights(prepared: PreparedRun, live: LiveRun, step: int, metrics: Metr
     """The weights in the run folder, and the note that the run of `step` steps is finished; collective."""
     final = engine.full_weights(live.engine, prepared.stage)
     if prepared.world.rank == 0:
+        trained_with = Vocabulary.of(prepared.tokenizer).to_json()
         if prepared.lora:
-            lora.save_adapters(prepared.weights_path, final, prepared.lora, prepared.model_config)
+            lora.save_adapters(prepared.weights_path, final, prepared.lora, prepared.model_config, trained_with)
         else:
-            weight_files.save_safetensors(prepared.weights_path, final, prepared.model_config)
+            weight_files.save_safetensors(prepared.weights_path, final, prepared.model_config, trained_with)
         checkpoint.keep_metrics(prepared.folder)
         write_file(prepared.done_path, json.dumps({"step": step, "identity": identity(prepared)}))
         metrics.say(f"wrote {prepared.weights_path}")

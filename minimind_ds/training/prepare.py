@@ -25,10 +25,11 @@ from minimind_ds.config.run import RunConfig, parse_run_config
 from minimind_ds.convert import weight_files
 from minimind_ds.data import loader
 from minimind_ds.data.conversation import notes as data_notes
+from minimind_ds.data.hf_folder import template_notes
 from minimind_ds.data.sample import POLICIES
 from minimind_ds.data.sources import Mixture, Source, expand, mix, whole_passes
 from minimind_ds.data.store import TokenStore, open_or_build
-from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
+from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.distributed import sequence_parallel
 from minimind_ds.distributed.deepspeed_compat import choose_accelerator
 from minimind_ds.distributed.world import World
@@ -37,6 +38,7 @@ from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.model.lora import Lora, find_targets, fingerprint
 from minimind_ds.paths import EXAMPLES, cache_folder
 from minimind_ds.resilience import restarts
+from minimind_ds.training import starting_weights
 
 PROGRAMS = {
     "sft": {"data_path": str(EXAMPLES / "sft_train.jsonl"), "save_weight": "sft"},
@@ -129,9 +131,10 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     run, notes = choose(run, world)
     run, found = find_start_weights(run)
     notes += found
-    tokenizer = load_tokenizer(run.tokenizer)
-    model_config = run.model_config(tokenizer.vocab_size)
-    run, lora = choose_lora(run, model_config)
+    # Adapters stand in the layers, whatever the vocabulary.
+    run, lora = choose_lora(run, run.model_config(1))
+    run, tokenizer, model_config, of_weights = starting_weights.tokenizer_and_model(run)
+    notes += of_weights + (template_notes(tokenizer.name, tokenizer.own_template) if program == "sft" else [])
     check_writable(pathlib.Path(run.save_dir))
     stores, held_out = open_data(KINDS[program], run, tokenizer, progress=world.rank == 0)
     notes += data_notes(stores[0].stats, run.text_markers)
@@ -152,9 +155,7 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     plan = plan_epoch(stores[0], run, ranks, 0)
     eval_sets = tuple(EvalSet(name, part, plan_epoch(part, run, ranks, 0)) for name, part in
                       (held_out.parts() if held_out else ()))
-    start_weights = None
-    if run.from_weight != "none":
-        start_weights = weight_files.load_weights(run.from_weight, model_config)
+    start_weights = starting_weights.load(run, model_config)
     if lora is not None:
         lora = replace(lora, base=fingerprint(start_weights))
     prepared = PreparedRun(run, world, dims, tokenizer, model_config, stores, eval_sets, plan, ds, selection,

@@ -164,6 +164,9 @@ def refuse_changes(then: dict, now: dict, path) -> None:
         if name == "data" and then.get(name) != now[name]:
             raise UserError(f"cannot resume from {path}: {content_change(then.get(name), now[name])}; --from_resume "
                             "none starts over, another --save_dir keeps both")
+        if name == "tokenizer" and then.get(name) != now[name]:
+            raise UserError(f"cannot resume from {path}: its tokenizer is another one; name it with --tokenizer, as "
+                            "it lies in the run folder; --from_resume none starts over, another --save_dir keeps both")
         if then.get(name) != now[name]:
             raise UserError(f"cannot resume from {path}: its {name.removeprefix('model.')} is {then.get(name)!r}, "
                              f"this run's is {now[name]!r}; --from_resume none starts over, another --save_dir "

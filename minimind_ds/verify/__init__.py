@@ -35,6 +35,7 @@ from . import data, sensitivity
 from .checks import Check, worst_over_ranks
 from .laws import LAWS
 from .reduced_run import ReducedRun, make_reduced_run
+from .template import template_law
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -102,7 +103,8 @@ def verify(prepared: PreparedRun, kind: str, b: ReducedRun, options: argparse.Na
         warned = data.warnings(prepared, stats, kind)
         for line in [*data.describe(stats), *(f"warning: {line}" for line in warned)]:
             say(line)
-        found = data.labels_law(prepared, kind)
+        # Pretraining has no template.
+        found = data.labels_law(prepared, kind) + (template_law(prepared) if kind == "conversations" else [])
     for line in prepared.notes:
         say(line)
     say(f"kernels: {prepared.kernels.reason}")

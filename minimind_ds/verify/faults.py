@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minimind_ds import kernels
 from minimind_ds.config.errors import UserError
-from minimind_ds.data import IGNORE
+from minimind_ds.data import IGNORE, hf_folder
 from minimind_ds.data.store import TokenStore
 from minimind_ds.training import loop, step
 
@@ -92,6 +92,12 @@ def shifted_labels():
         return ids, labels
 
     return replaced(TokenStore, "read", shifted)
+
+
+def lost_line_end():
+    """The exported chat template lacks the last of the line ends that it writes, in an open prompt."""
+    exported = hf_folder.exported_template
+    return replaced(hf_folder, "exported_template", lambda own: "".join(exported(own).rsplit(r"\n", 1)))
 
 
 def one_label(line: int, how: str):

@@ -19,6 +19,7 @@ from . import data, faults, kernels_law
 from .checks import worst_over_ranks
 from .laws import LAWS
 from .reduced_run import ReducedRun
+from .template import template_law
 
 PRECISIONS = ("fp32", "bf16")
 # Sizes that bisection begins between, and the quotient of the two at which it ends.
@@ -63,7 +64,8 @@ def catalogue(b: ReducedRun) -> list[Fault]:
     backends = operations_of(b)
     found = [Fault("labels", f"one label {how}", functools.partial(faults.one_label, line, how))
              for how in ("changed", "lost", "added")]
-    found += [Fault("gradients", "one label of the step not learnt", lambda: faults.not_learnt("label")),
+    found += [Fault("template", "one line end of an open prompt lost", faults.lost_line_end),
+              Fault("gradients", "one label of the step not learnt", lambda: faults.not_learnt("label")),
               Fault("gradients", "one row of the step dropped", lambda: faults.not_learnt("row")),
               Fault("gradients", "factor for ranks, off by", faults.wrong_ranks_factor, sized=True),
               Fault("gradients", "share of a mean of means", faults.mean_of_means, sized=True),
@@ -82,8 +84,8 @@ def fails(b: ReducedRun, law: str, context, kind: str) -> bool | None:
     """
     dtype = b.prepared.run.dtype
     with context:
-        if law == "labels":
-            found = data.labels_law(b.prepared, kind)
+        if law in ("labels", "template"):
+            found = data.labels_law(b.prepared, kind) if law == "labels" else template_law(b.prepared)
         else:
             found = kernels_law.in_precision(b, b.spec, dtype) if law == "kernels" else LAWS[law](b)
     counted = [f for f in found if dtype in f.what or "fp32" not in f.what]

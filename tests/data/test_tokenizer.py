@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from minimind_ds.data.conversation import file_kind, read_records
+from minimind_ds.data.hf_folder import template_notes
 from minimind_ds.data.sample import render
 from minimind_ds.data.tokenizer import (
     META_SPACE,
@@ -335,3 +336,22 @@ def test_code_named_by_a_folder_is_not_shipped_on(exported, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
     shipped = json.loads((tmp_path / "out/tokenizer_config.json").read_bytes())
     assert "auto_map" not in shipped and "<|im_start|>" in shipped["chat_template"]
+
+
+def test_a_template_that_renders_otherwise_is_not_shipped_on(exported, tmp_path):
+    for place in ("config", "list", "file"):
+        folder = tmp_path / place
+        shutil.copytree(exported, folder)
+        config = json.loads((folder / "tokenizer_config.json").read_bytes())
+        own, foreign = config["chat_template"], "{{ messages[0].content }}"
+        if place == "file":
+            (folder / "chat_template.jinja").write_text(foreign)
+        else:
+            config["chat_template"] = foreign if place == "config" else [{"name": "default", "template": foreign}]
+            (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = load_tokenizer(folder)
+        assert len(template_notes(tokenizer.name, tokenizer.own_template)) == 1
+        tokenizer.save_hf(folder / "out")
+        assert not template_notes("out", load_tokenizer(folder / "out").own_template)
+        assert json.loads((folder / "out/tokenizer_config.json").read_bytes())["chat_template"] == own
+        assert not (folder / "out/chat_template.jinja").exists()

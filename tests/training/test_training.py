@@ -8,6 +8,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from minimind_ds.convert import vocabulary, weight_files
 from tests.conftest import cache_dir
 
 pytestmark = pytest.mark.numeric
@@ -74,17 +75,23 @@ def test_the_choices_of_the_program_are_said_once(trained):
         assert said.count(words) == 1, (words, said)
 
 
-def test_pretraining_runs_on_text_and_its_weights_start_sft(tmp_path, deepspeed):
-    words = flags(tmp_path, 3, max_steps=4, dtype="fp32")
+def test_pretraining_runs_on_text_and_its_weights_start_sft_with_rows_for_more_ids(tmp_path, deepspeed):
+    words = flags(tmp_path, 0, max_steps=4, dtype="fp32")
     deepspeed(1, "launch/pretrain.py", *words)
     weights = tmp_path / "run" / "pretrain_48.safetensors"
     assert weights.exists() and all(line["labelled_tokens"] > line["tokens"] * 0.8 for line in metrics(tmp_path))
     (tmp_path / "sft").mkdir()
-    deepspeed(1, "launch/sft.py", *flags(tmp_path / "sft", 0, max_steps=1, dtype="fp32", learning_rate=0,
-                                         from_weight=tmp_path / "run"))
-    # A step of length 0 later they are still the same, to the last bit.
-    then, now = load_file(weights), load_file(tmp_path / "sft" / "run" / "sft_48.safetensors")
-    assert then.keys() == now.keys() and all(torch.equal(then[name], now[name]) for name in then)
+    started = deepspeed(1, "launch/sft.py", *flags(tmp_path / "sft", 3, max_steps=1, dtype="fp32", learning_rate=0,
+                                                   from_weight=tmp_path / "run", grow_vocab=96))
+    assert "with which" in started.stdout and "32 rows are added" in started.stdout
+    # A step of length 0 later they are still the same, to the last bit, and so are the rows that were added.
+    then, path = load_file(weights), tmp_path / "sft" / "run" / "sft_48.safetensors"
+    now = load_file(path)
+    grown = vocabulary.grow(then, 6432, seed=42)
+    assert grown.keys() == now.keys() and all(torch.equal(grown[name], now[name]) for name in grown)
+    assert torch.equal(now["model.embed_tokens.weight"][:6400], then["model.embed_tokens.weight"])
+    assert weight_files.read_config(path).vocab_size == 6432
+    assert vocabulary.recorded(path) == vocabulary.recorded(weights) is not None
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_its_lines(tmp_path, deepspeed):

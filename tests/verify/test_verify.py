@@ -13,9 +13,11 @@ import torch
 
 from minimind_ds import load_tokenizer, verify
 from minimind_ds.config.model import PRESETS
+from minimind_ds.data import hf_folder
 from minimind_ds.distributed.world import read_world
-from minimind_ds.verify import data, faults, kernels_law, laws, operations, reduced_run, sensitivity
+from minimind_ds.verify import data, faults, kernels_law, laws, operations, reduced_run, sensitivity, template
 from minimind_ds.verify.checks import Check, apart, bits_apart, gradients_apart
+from minimind_ds.verify.patching import replaced
 from tests.conftest import ROOT, SHARED, environment
 
 ZERO = {stage: ["--deepspeed", f"ds_configs/zero{stage}.json"] for stage in range(4)}
@@ -53,7 +55,8 @@ def reports(tmp_path_factory, deepspeed):
 def test_every_law_holds_on_what_is_right(name, reports):
     report = reports[0][name]
     assert report["ok"] and not report["failed"], [law for law in report["laws"] if not law["ok"]]
-    assert {law["law"] for law in report["laws"]} == {"labels", "gradients", "packing", "layout", "kernels", "resume"}
+    assert {law["law"] for law in report["laws"]} == {"labels", "template", "gradients", "packing", "layout",
+                                                      "kernels", "resume"}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -105,6 +108,24 @@ def test_one_wrong_label_and_one_leaked_key_are_seen(tmp_path):
     assert all(f.ok for f in laws.packing_law(b))
     with faults.leaked_key("sdpa"):
         assert verify.failed(laws.packing_law(b)) == ["packing"]
+
+
+def test_an_export_that_renders_otherwise_than_training_is_seen(tmp_path):
+    folder = tmp_path / "tokenizer"
+    load_tokenizer().save_hf(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["chat_template"] = config["chat_template"].replace("'user'", "'system'", 1)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizers = [folder, *([SHARED / "minimind_tokenizer"] if SHARED.is_dir() else [])]
+    for flags in ([], *(["--tokenizer", str(path)] for path in tokenizers)):
+        b, _ = bench_of(tmp_path, *flags)
+        assert [f.measured for f in template.template_law(b.prepared)] == [0]
+        with faults.lost_line_end():
+            [wrong] = template.template_law(b.prepared)
+        assert wrong.measured == 2 and wrong.what.endswith(": a prompt, a prompt after a tool's answer")
+        if str(folder) in flags:
+            with replaced(hf_folder, "exported_template", lambda own: own):
+                assert verify.failed(template.template_law(b.prepared)) == ["template"]
 
 
 def test_bisection_ends_at_the_size_from_which_on_an_error_is_found():
