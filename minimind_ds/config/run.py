@@ -214,10 +214,12 @@ class RunConfig:
         """The run as a YAML that --config reads back from any folder, without the flags that had no place in it."""
         left_out = ("given", "unused", "deepspeed_block", *self.unused)
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
+        for name in PATHS - set(self.unused):
+            values[name] = absolute(values[name])
+        if self.from_weight != "none":
+            values["from_weight"] = absolute(self.from_weight)
         if self.deepspeed_block is not None:
             values["deepspeed"] = self.deepspeed_block
-        elif self.deepspeed is not None:
-            values["deepspeed"] = os.path.abspath(self.deepspeed)
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
@@ -226,7 +228,17 @@ DERIVED = {"head_dim": ("hidden_size", "num_attention_heads"), "intermediate_siz
 FLAGS = [f for f in dataclasses.fields(RunConfig) if f.metadata]
 DEFAULTS = {f.name: f.default for f in FLAGS}
 MUST_STAY = tuple(f.name for f in FLAGS if f.metadata["resume"] == "must keep")
+PATHS = {"deepspeed", "tokenizer", "data_path", "eval_path", "save_dir", "cache_dir"}
 MAY_CHANGE = tuple(f.name for f in FLAGS if f.metadata["resume"] == "may change")
+
+
+def absolute(value: str | dict | list | None):
+    """Paths from the root: one, a source with its share, or a list of either."""
+    if isinstance(value, list):
+        return [absolute(entry) for entry in value]
+    if isinstance(value, dict):
+        return {**value, "path": os.path.abspath(value["path"])}
+    return None if value is None else os.path.abspath(value)
 
 
 def value_type(f: dataclasses.Field) -> type:

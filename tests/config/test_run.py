@@ -20,10 +20,17 @@ def test_yaml_gives_any_flag_and_changes_the_model(tmp_path):
     assert config.hidden_size == 64 and config.head_dim == 16 and config.intermediate_size == 256
 
 
-def test_the_resolved_yaml_reads_back_as_the_same_run(tmp_path):
-    run = parsed(tmp_path, "preset: debug\nepochs: 3\nmodel: {num_hidden_layers: 2}\n", "--seed", "7")
-    again = parsed(tmp_path, run.to_yaml())
-    assert dataclasses.replace(again, given={}) == dataclasses.replace(run, given={})
+def test_the_resolved_yaml_reads_back_as_the_same_run_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = parsed(tmp_path, "preset: debug\nepochs: 3\nmodel: {num_hidden_layers: 2}\nfrom_weight: base.pth\n"
+                           "data_path: [a.jsonl, {path: b/*.gz, share: 2}]\n", "--seed", "7")
+    text = run.to_yaml()
+    monkeypatch.chdir("/")
+    again = parsed(tmp_path, text)
+    assert again.data_path == [f"{tmp_path}/a.jsonl", {"path": f"{tmp_path}/b/*.gz", "share": 2}]
+    assert (again.from_weight, again.save_dir) == (f"{tmp_path}/base.pth", f"{tmp_path}/out")
+    same = dict(given={}, data_path=None, from_weight="w", save_dir="out")
+    assert again.to_yaml() == text and dataclasses.replace(again, **same) == dataclasses.replace(run, **same)
 
 
 @pytest.mark.parametrize("text, expected", [

@@ -11,7 +11,7 @@ from minimind_ds.convert import export, weight_files
 from minimind_ds.convert.vocabulary import Vocabulary
 from minimind_ds.data.hf_folder import chat_template
 from minimind_ds.inference import chat, score
-from tests.inference.test_chat import knowing
+from tests.inference.test_score import knowing
 
 pytestmark = pytest.mark.numeric
 

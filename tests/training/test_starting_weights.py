@@ -8,7 +8,7 @@ from minimind_ds.config.run import parse_run_config
 from minimind_ds.convert import export, weight_files
 from minimind_ds.convert.vocabulary import Vocabulary
 from minimind_ds.paths import ASSETS
-from minimind_ds.training import start, starting_weights
+from minimind_ds.training import resume, starting_weights
 from tests.convert.test_vocabulary import SIZES, add_token, changed, folder, tok, weights  # noqa: F401
 
 EMBEDDED = ["--tokenizer", ASSETS / "tokenizer.model"]
@@ -107,9 +107,9 @@ def test_a_tokenizer_with_more_ids_needs_rows_and_gets_them_when_asked(weights_o
 
 
 def test_a_checkpoint_of_another_tokenizer_is_not_gone_on_from(tok, folder):  # noqa: F811
-    start.refuse_changes({"tokenizer": tok.fingerprint}, {"tokenizer": tok.fingerprint}, "step_1")
+    resume.refuse_changes({"tokenizer": tok.fingerprint}, {"tokenizer": tok.fingerprint}, "step_1")
     with pytest.raises(ValueError, match="step_1: its tokenizer is another one; name it with --tokenizer"):
-        start.refuse_changes({"tokenizer": tok.fingerprint}, {"tokenizer": load_tokenizer().fingerprint}, "step_1")
+        resume.refuse_changes({"tokenizer": tok.fingerprint}, {"tokenizer": load_tokenizer().fingerprint}, "step_1")
 
 
 @pytest.mark.parametrize("words, why", [
