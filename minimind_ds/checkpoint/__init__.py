@@ -3,11 +3,13 @@
 from .folder import (
     TAG,
     NoCheckpoint,
+    clear,
     commit,
     discard,
     find,
     folder_of,
     keep_metrics,
+    listed,
     load,
     load_rng,
     lock,
@@ -22,5 +24,6 @@ from .folder import (
     write_state,
 )
 
-__all__ = ["TAG", "NoCheckpoint", "commit", "discard", "find", "folder_of", "keep_metrics", "load", "load_rng", "lock",
-           "name_of", "peek", "retain", "rng_state", "save", "set_rng_state", "together", "verify", "write_state"]
+__all__ = ["TAG", "NoCheckpoint", "clear", "commit", "discard", "find", "folder_of", "keep_metrics", "listed", "load",
+           "load_rng", "lock", "name_of", "peek", "retain", "rng_state", "save", "set_rng_state", "together",
+           "verify", "write_state"]

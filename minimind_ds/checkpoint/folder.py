@@ -2,7 +2,8 @@
 
 A checkpoint is written aside, every file is fsynced and hashed into a manifest, the folder is renamed into place, and
 only then does `latest` point to it.  Loading checks every size and hash first; a torn or altered checkpoint is named
-and the newest good one is used.  DeepSpeed's own files (pickles) are opened only after that check.
+and the newest good one is used.  DeepSpeed's own files are opened only after that check,
+with weights_only=True.
 
     <run>/checkpoints/step_00000040/{manifest.*, state/*.pt, rng_rank0.safetensors}    <run>/checkpoints/latest
 """
@@ -14,6 +15,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -30,6 +32,8 @@ from minimind_ds.io import fsync, write_file
 
 FORMAT = 2
 TAG = "state"
+# What this program calls its checkpoints; nothing else in their folder is read or deleted.
+STEP = re.compile(r"step_\d{8,}")
 
 
 class NoCheckpoint(UserError):
@@ -42,6 +46,12 @@ def folder_of(run_dir: pathlib.Path) -> pathlib.Path:
 
 def name_of(step: int) -> str:
     return f"step_{step:08d}"
+
+
+def listed(home: pathlib.Path) -> list[pathlib.Path]:
+    """The checkpoints in their folder, newest first; links and other names are not ours."""
+    return sorted((path for path in home.glob("step_*")
+                   if STEP.fullmatch(path.name) and path.is_dir() and not path.is_symlink()), reverse=True)
 
 
 def lock(run_dir: pathlib.Path):
@@ -153,8 +163,8 @@ def commit(aside: pathlib.Path, final: pathlib.Path, facts: dict, written: dict)
     for path in (aside, *(p for p in aside.rglob("*") if p.is_dir())):
         fsync(path)
     keep_metrics(final.parent.parent)
-    listed = dict(sorted(files.items()))
-    write_file(aside / "manifest.json", json.dumps({"format": FORMAT, **facts, "files": listed}, indent=1))
+    in_order = dict(sorted(files.items()))
+    write_file(aside / "manifest.json", json.dumps({"format": FORMAT, **facts, "files": in_order}, indent=1))
     write_file(aside / "manifest.sha256", sha256(aside / "manifest.json") + "\n")
     if final.exists():
         discard(final)
@@ -186,13 +196,35 @@ def retain(newest: pathlib.Path, keep: int) -> None:
     one, and takes their steps again.  Counted among the newest they would push out whole ones.
     """
     home, kept = newest.parent, 0
-    for path in sorted(home.glob("step_*"), reverse=True):
+    for path in listed(home):
         if path.name <= newest.name and kept < keep:
             kept += 1
         else:
             discard(path)
-    for left in [*home.glob(".writing_*"), *home.glob(".deleting_*")]:
-        shutil.rmtree(left, ignore_errors=True)
+    remove_halves(home)
+
+
+def remove_halves(home: pathlib.Path) -> None:
+    """Delete what was being written or deleted when a process ended."""
+    for left in (*home.glob(".writing_step_*"), *home.glob(".deleting_step_*")):
+        if not left.is_symlink():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def clear(run_dir: pathlib.Path) -> None:
+    """Delete a run folder's checkpoints, and nothing else that may lie beside them.
+
+    Raises:
+        ValueError: their folder is a link.
+    """
+    home = folder_of(run_dir)
+    if home.is_symlink():
+        raise UserError(f"{home} is a link, and --from_resume none deletes nothing through one: delete the "
+                        "checkpoints there yourself, or name another --save_dir")
+    for path in listed(home):
+        discard(path)
+    remove_halves(home)
+    (home / "latest").unlink(missing_ok=True)
 
 
 def verify(path: pathlib.Path) -> tuple[dict | None, str | None]:
@@ -204,6 +236,8 @@ def verify(path: pathlib.Path) -> tuple[dict | None, str | None]:
         files = manifest["files"].items()
         if manifest["format"] != FORMAT:
             return None, f"{path} has format {manifest['format']}; this program reads format {FORMAT}"
+        if stranger := unlisted(path, manifest["files"]):
+            return None, stranger
         for name, facts in files:
             file = path / name
             if not file.is_file():
@@ -218,6 +252,21 @@ def verify(path: pathlib.Path) -> tuple[dict | None, str | None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return None, f"{path}: the manifest is damaged ({error})"
     return manifest, None
+
+
+def unlisted(path: pathlib.Path, files: dict) -> str | None:
+    """What a checkpoint's folder holds that its manifest does not account for: DeepSpeed would open it, too."""
+    outside = [name for name in files if pathlib.PurePosixPath(name).is_absolute() or ".." in name.split("/")]
+    if outside:
+        return f"{path}: its manifest lists {outside[0][:100]!r}, which is outside of it"
+    folders = {str(parent) for name in files for parent in pathlib.PurePosixPath(name).parents}
+    for found in sorted(path.rglob("*")):
+        name = found.relative_to(path).as_posix()
+        if found.is_symlink() or not (found.is_file() or found.is_dir()):
+            return f"{found} is a link or a special file; a checkpoint has none"
+        if name not in (folders if found.is_dir() else files) and name not in ("manifest.json", "manifest.sha256"):
+            return f"{found} is not in the checkpoint's manifest: delete it if you know what it is"
+    return None
 
 
 def find(asked: str, run_dir: pathlib.Path) -> tuple[pathlib.Path | None, dict | None, list[str]]:
@@ -241,7 +290,7 @@ def find(asked: str, run_dir: pathlib.Path) -> tuple[pathlib.Path | None, dict |
             raise NoCheckpoint(f"--from_resume: {wrong}")
         return root, manifest, []
     complaints = []
-    for path in sorted(folder_of(root).glob("step_*"), reverse=True):
+    for path in listed(folder_of(root)):
         manifest, wrong = verify(path)
         if manifest:
             pointed = folder_of(root) / "latest"
@@ -260,7 +309,8 @@ def find(asked: str, run_dir: pathlib.Path) -> tuple[pathlib.Path | None, dict |
 def peek(asked: str, run_dir: pathlib.Path) -> dict:
     """The identity of the run that `asked` ('auto' or a path) would go on with, read without a check; {} if none."""
     root = run_dir if asked == "auto" else pathlib.Path(asked)
-    for path in (root / "DONE", root / "manifest.json", *sorted(folder_of(root).glob("step_*/manifest.json"))):
+    of_steps = [path / "manifest.json" for path in listed(folder_of(root))]
+    for path in (root / "DONE", root / "manifest.json", *of_steps):
         try:
             return dict(json.loads(path.read_text(encoding="utf-8"))["identity"])
         except (OSError, ValueError, KeyError, TypeError):
@@ -270,7 +320,8 @@ def peek(asked: str, run_dir: pathlib.Path) -> dict:
 
 def load(engine, path: pathlib.Path) -> None:
     """Load a verified checkpoint of the same layout into the engine; collective."""
-    loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
+    with deepspeed_compat.safe_loading(engine):
+        loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
     assert loaded is not None, f"DeepSpeed found nothing under {path}"
     deepspeed_compat.continue_betas(engine)
     load_rng(path)

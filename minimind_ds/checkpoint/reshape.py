@@ -173,12 +173,12 @@ def read(path: pathlib.Path, layout: dict, *, shapes: dict[str, torch.Size], fix
 
 
 def open_file(folder: pathlib.Path, name: str) -> dict:
-    """A file of a verified checkpoint: a pickle, DeepSpeed's own."""
+    """A file of a verified checkpoint, DeepSpeed's own."""
     path = folder / f"{name}_states.pt"
     if not path.exists():
         # DeepSpeed names the optimizer's files of a bf16 run so.
         path = folder / f"bf16_{name}_states.pt"
-    return torch.load(path, map_location="cpu", weights_only=False)
+    return deepspeed_compat.load_states(path)
 
 
 def stage_zero_parts(states: dict, module: dict, shapes: dict) -> tuple[dict, list[torch.Tensor]]:

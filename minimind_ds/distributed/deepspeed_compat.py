@@ -11,12 +11,14 @@ import contextlib
 import functools
 import os
 import pathlib
+import pickle
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.distributed.torch_compat import Workaround
 from minimind_ds.distributed.world import current_device
 
@@ -46,6 +48,9 @@ WORKAROUNDS = {
                             "a public mapping of parameters to fragments"),
     "recorded_files": Workaround("a checkpoint is written where it is made, and rank 0 copies programs into it while "
                                  "the others wait", SEEN, "a documented checkpoint engine that takes the states over"),
+    "load_states": Workaround("checkpoint files are unpickled with all that a pickle may do", SEEN,
+                              "DeepSpeed loads with weights_only=True"),
+    "safe_loading": Workaround("as load_states, in load_checkpoint", SEEN, "DeepSpeed loads with weights_only=True"),
     "all_to_all_heads": Workaround("the all-to-all of Ulysses is private, its public layer reshapes for itself", SEEN,
                                    "a public autograd all-to-all"),
     "expert_parts": Workaround("AutoEP knows expert parameters by its own layer's class, and finds their groups by "
@@ -206,6 +211,34 @@ def recorded_files(engine, copy: Callable) -> Iterator[list[tuple[pathlib.Path, 
     finally:
         engine.checkpoint_engine = own
         del engine._copy_recovery_script
+
+
+def load_states(path: str | pathlib.Path, map_location="cpu"):
+    """A file of training states, which holds tensors, plain values and four of DeepSpeed's types: no code runs.
+
+    Raises:
+        ValueError: anything else is in it.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    try:
+        with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+            return torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: refused: it holds more than tensors and DeepSpeed's own types, and opening it could "
+                        "run code") from None
+
+
+@contextlib.contextmanager
+def safe_loading(engine) -> Iterator[None]:
+    """Around engine.load_checkpoint: files are read by load_states."""
+    engine.checkpoint_engine.load = load_states
+    try:
+        yield
+    finally:
+        del engine.checkpoint_engine.load
 
 
 def all_to_all_heads(group, x: Tensor, scatter: int, gather: int) -> Tensor:

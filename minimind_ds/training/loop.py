@@ -12,7 +12,6 @@ import errno
 import json
 import math
 import os
-import shutil
 import socket
 import sys
 import time
@@ -82,6 +81,10 @@ def main(program: str, argv: list[str]) -> int:
         # What was read of the data changed while the run went on; the others may wait for this one.
         print(one_line(error), file=sys.stderr, flush=True)
         os._exit(1)
+    except UserError as error:
+        # A checkpoint that cannot be loaded; the others may wait for this rank.
+        print(one_line(error), file=sys.stderr, flush=True)
+        os._exit(2)
     except (SaveFailed, OSError) as error:
         if not isinstance(error, SaveFailed) and error.errno not in DISK:
             raise
@@ -176,9 +179,9 @@ def write_weights(prepared: PreparedRun, live: LiveRun, step: int, metrics: Metr
 def write_run_folder(prepared: PreparedRun, start: ResumePoint) -> None:
     """run.yaml, ds_config.json and the tokenizer; a run that starts over first removes the one before it."""
     prepared.done_path.unlink(missing_ok=True)
-    if start.path is None and checkpoint.folder_of(prepared.folder).exists():
-        shutil.rmtree(checkpoint.folder_of(prepared.folder))
     checkpoint.folder_of(prepared.folder).mkdir(exist_ok=True)
+    if start.path is None:
+        checkpoint.clear(prepared.folder)
     write_file(prepared.folder / "run.yaml", prepared.run.to_yaml())
     write_file(prepared.folder / "ds_config.json", json.dumps(prepared.ds, indent=2))
     prepared.tokenizer.save(prepared.folder / "tokenizer")

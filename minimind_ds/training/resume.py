@@ -115,7 +115,7 @@ def look_for_resume_point(prepared: PreparedRun) -> ResumePoint:
 
 def refuse_to_delete(folder: pathlib.Path) -> None:
     """Raises UserError where starting over, as MiniMind's --from_resume 0 does, would cost checkpoints."""
-    held = sorted(path.name for path in checkpoint.folder_of(folder).glob("step_*"))
+    held = sorted(path.name for path in checkpoint.listed(checkpoint.folder_of(folder)))
     if held:
         raise UserError(f"--from_resume 0, and {folder} holds checkpoints: --from_resume none starts over and deletes "
                         f"{', '.join(held)} and the lines of metrics.jsonl; --from_resume 1 goes on from the newest; "

@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import json
 import os
 import pathlib
 import random
@@ -15,6 +16,7 @@ import torch.distributed as dist
 
 from minimind_ds import checkpoint
 from minimind_ds.checkpoint.async_save import AsyncSave, facts_of, snapshot
+from minimind_ds.distributed import deepspeed_compat
 from minimind_ds.distributed.world import free_port
 from tests.waiting import HANG_S
 
@@ -172,3 +174,52 @@ def test_every_truncation_and_every_flipped_bit_is_found_and_the_newest_whole_on
     files[0].write_bytes(files[0].read_bytes()[:-1])
     path, manifest, complaints = checkpoint.find("auto", run)
     assert path == older and manifest["step"] == 2 and str(newest) in complaints[0]
+
+
+class Planted:
+    """What a pickle may do: make a file when it is opened."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_refused_and_none_runs_code(tmp_path, written):
+    run, ran = tmp_path / "run", tmp_path / "ran"
+    shutil.copytree(written, run)
+    newest = sorted((run / "checkpoints").glob("step_*"))[-1]
+    stranger = newest / "state" / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    torch.save({"optimizer_state_dict": Planted(ran)}, stranger)
+    assert "is not in the checkpoint's manifest" in checkpoint.verify(newest)[1]
+    with pytest.raises(ValueError, match="refused: it holds more than tensors"):
+        deepspeed_compat.load_states(stranger)
+    assert not ran.exists()
+    stranger.unlink()
+    for plant in (lambda: stranger.symlink_to("/etc/passwd"), lambda: os.mkfifo(stranger), lambda: stranger.mkdir()):
+        plant()
+        assert checkpoint.verify(newest)[1].startswith(str(stranger))
+        stranger.rmdir() if stranger.is_dir() else stranger.unlink()
+    manifest = json.loads((newest / "manifest.json").read_text())
+    manifest["files"]["../../../passwd"] = facts_of(pathlib.Path("/etc/passwd"))
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    (newest / "manifest.sha256").write_text(facts_of(newest / "manifest.json")["sha256"] + "\n")
+    assert "which is outside of it" in checkpoint.verify(newest)[1]
+
+
+def test_only_what_this_program_calls_its_checkpoints_is_deleted_and_nothing_through_a_link(tmp_path, written):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    shutil.copytree(written, run)
+    shutil.copytree(written / "checkpoints", elsewhere)
+    home = run / "checkpoints"
+    (home / "step_99zz").mkdir()
+    (home / "step_00000099").symlink_to(elsewhere)
+    (home / "notes.txt").write_text("mine")
+    checkpoint.clear(run)
+    assert sorted(path.name for path in home.iterdir()) == ["notes.txt", "step_00000099", "step_99zz"]
+    assert len(list(elsewhere.iterdir())) == len(list((written / "checkpoints").iterdir()))
+    shutil.rmtree(home)
+    home.symlink_to(elsewhere)
+    with pytest.raises(ValueError, match="is a link, and --from_resume none deletes nothing through one"):
+        checkpoint.clear(run)
