@@ -22,6 +22,7 @@ setup(
         "numpy>=1.26,<3",
         "packaging>=24",
         "ninja>=1.11,<2",
+        "psutil>=5.9,<8",
         "pyyaml>=6.0,<7",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2.1,<0.3",

@@ -62,6 +62,8 @@ environment() {
 }
 
 rendezvous() {
+    # Of a shell that was itself a rank: srun's tasks would take them for their own.
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     # Two jobs on one node have different ids, hence different ports; below the range the kernel gives out itself.
     export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((10000 + 2 * (SLURM_JOB_ID % 11000)))}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 
@@ -21,11 +22,16 @@ def one_line(error: BaseException) -> str:
 
 
 def report_bugs() -> None:
-    """From now on an exception that nobody catches ends with the request for a report."""
+    """From now on an exception that nobody catches ends with the request for a report; a UserError with its line."""
     sys.excepthook = show_bug
 
 
 def show_bug(kind, error, trace) -> None:
+    if issubclass(kind, UserError):
+        print(one_line(error), file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # The interpreter itself would end with 1.
+        os._exit(2)
     traceback.print_exception(kind, error, trace)
     if not issubclass(kind, KeyboardInterrupt):
         print(REPORT, file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-from minimind_ds.distributed import deepspeed_compat, torch_compat
+from minimind_ds.distributed import deepspeed_compat, rendezvous, torch_compat
 from minimind_ds.distributed.world import World, current_device, export
 
 TIMEOUT_MINUTES = 30
@@ -27,11 +27,15 @@ class NonFinite(RuntimeError):
     """A loss or gradient is NaN or infinite; the update was not applied."""
 
 
-def start(world: World, hang_minutes: float = 0.0) -> None:
+def start(world: World, hang_minutes: float = 0.0, settings: dict | None = None) -> None:
     """Open the process group and quieten DeepSpeed.  Imports deepspeed (some seconds).
 
     Args:
         hang_minutes: after which a watchdog ends the run; 0: none does.
+        settings: what must be alike on all ranks.
+
+    Raises:
+        ValueError: the ranks do not find each other, or differ.
     """
     if world.device.type == "cpu":
         # Ranks on one machine share its cores; more threads than cores is several times slower.
@@ -52,8 +56,14 @@ def start(world: World, hang_minutes: float = 0.0) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     if world.device.type == "cpu":
         deepspeed_compat.start_no_programs(deepspeed)
-    deepspeed.init_distributed(dist_backend="gloo" if world.device.type == "cpu" else "nccl", verbose=False,
-                               timeout=patience(hang_minutes))
+    backend, timeout = "gloo" if world.device.type == "cpu" else "nccl", patience(hang_minutes)
+    if world.size > 1:
+        limit = datetime.timedelta(minutes=hang_minutes or TIMEOUT_MINUTES)
+        store = rendezvous.join(world, settings or {}, limit)
+        device = {"device_id": world.device} if world.device.type == "cuda" else {}
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout,
+                                **device)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
 
 
 def patience(hang_minutes: float) -> datetime.timedelta:

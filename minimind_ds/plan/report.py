@@ -23,7 +23,7 @@ from minimind_ds.config.spellings import OneLineParser
 from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.distributed import sequence_parallel
 from minimind_ds.distributed.engine import start, stop
-from minimind_ds.distributed.world import free_port, read_world
+from minimind_ds.distributed.world import alone, free_port, read_world
 from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.paths import DS_CONFIGS, ROOT
 from minimind_ds.plan import measure, memory_model
@@ -113,7 +113,7 @@ def setting(path: str, run: RunConfig, options: argparse.Namespace) -> Setting:
     Raises:
         ValueError: one line about a mistake in them.
     """
-    run, _ = choose(run.replace(deepspeed=path), read_world())
+    run, _ = choose(run.replace(deepspeed=path), alone())
     if run.from_weight == "none" or pathlib.Path(run.from_weight).exists():
         run, _, config, _ = starting_weights.tokenizer_and_model(run)
     else:

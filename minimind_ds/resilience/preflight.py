@@ -25,7 +25,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from minimind_ds.config.errors import UserError
+from minimind_ds.distributed import rendezvous
 from minimind_ds.distributed.world import World
 from minimind_ds.paths import ROOT, cache_folder
 
@@ -43,7 +43,7 @@ ALIKE = ("commit", "source", "python", *PACKAGES, "ranks", "GPU", "driver")
 def main(world: World, *, save_dir: str, cache_dir: str | None, limits: dict) -> int:
     """The whole of launch/preflight.py, on every rank.  Returns 0, or 2 when something is wrong."""
     cache_dir = cache_dir or str(cache_folder())
-    store = open_store(world, limits["wait_seconds"])
+    store = rendezvous.connect(world, time.monotonic() + limits["wait_seconds"])
     store.set(f"facts/{world.rank}", json.dumps(facts(world, save_dir, cache_dir)))
     everyone, silent, bandwidth = [], [], None
     if world.rank == 0:
@@ -74,16 +74,6 @@ def leave(store, world: World, answered: int) -> None:
     deadline = time.monotonic() + 10
     while world.rank == 0 and store.add("left", 0) < answered and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def open_store(world: World, seconds: float) -> dist.TCPStore:
-    address = world.address, world.port or 0
-    try:
-        return dist.TCPStore(*address, world.size, world.rank == 0, datetime.timedelta(seconds=seconds),
-                             wait_for_workers=False)
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{socket.gethostname()} cannot reach {address[0]}:{address[1]}, where rank 0 is: "
-                         f"{str(error).splitlines()[0]}") from None
 
 
 def collect(store, ranks: int, seconds: float) -> tuple[list[dict], list[int]]:

@@ -49,6 +49,7 @@ from minimind_ds.training.resume import (
     layout_facts,
     load_checkpoint,
     manifest_facts,
+    must_be_alike,
     share_start,
 )
 from minimind_ds.training.step import Position, evaluate, fetch, train_step
@@ -62,7 +63,7 @@ def main(program: str, argv: list[str]) -> int:
     world = read_world()
     try:
         prepared = prepare(program, argv, world)
-        engine.start(world, prepared.run.hang_minutes)
+        engine.start(world, prepared.run.hang_minutes, must_be_alike(prepared))
         live = LiveRun()
         start = find_resume_point(prepared, live)
     except (UserError, OSError) as error:

@@ -11,6 +11,7 @@ import socket
 import time
 from dataclasses import dataclass, replace
 
+import torch
 import torch.distributed as dist
 
 from minimind_ds import checkpoint
@@ -131,6 +132,14 @@ def identity(prepared: PreparedRun) -> dict:
     facts["data"] = prepared.stores[0].content
     facts["LoRA"] = prepared.lora.identity() if prepared.lora else None
     return {**facts, **{f"model.{k}": v for k, v in prepared.model_config.to_dict().items()}}
+
+
+def must_be_alike(prepared: PreparedRun) -> dict:
+    """What all ranks of a run have to agree on before they begin."""
+    run = prepared.run
+    return {**identity(prepared), "torch": torch.__version__, "dtype": run.dtype, "from_resume": run.from_resume,
+            "save_interval": run.save_interval, "eval_interval": run.eval_interval,
+            "the DeepSpeed configuration": json.dumps(prepared.ds, sort_keys=True)}
 
 
 def may_change(prepared: PreparedRun) -> dict:
