@@ -215,9 +215,9 @@ class RunConfig:
         left_out = ("given", "unused", "deepspeed_block", *self.unused)
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
         for name in PATHS - set(self.unused):
-            values[name] = absolute(values[name])
+            values[name] = of_paths(os.path.abspath, values[name])
         if self.from_weight != "none":
-            values["from_weight"] = absolute(self.from_weight)
+            values["from_weight"] = os.path.abspath(self.from_weight)
         if self.deepspeed_block is not None:
             values["deepspeed"] = self.deepspeed_block
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -232,13 +232,13 @@ PATHS = {"deepspeed", "tokenizer", "data_path", "eval_path", "save_dir", "cache_
 MAY_CHANGE = tuple(f.name for f in FLAGS if f.metadata["resume"] == "may change")
 
 
-def absolute(value: str | dict | list | None):
-    """Paths from the root: one, a source with its share, or a list of either."""
+def of_paths(change, value: str | dict | list | None):
+    """change(path) of one path, a source with its share, or a list of either."""
     if isinstance(value, list):
-        return [absolute(entry) for entry in value]
+        return [of_paths(change, entry) for entry in value]
     if isinstance(value, dict):
-        return {**value, "path": os.path.abspath(value["path"])}
-    return None if value is None else os.path.abspath(value)
+        return {**value, "path": change(value["path"])} if isinstance(value.get("path"), str) else value
+    return change(value) if isinstance(value, str) else value
 
 
 def value_type(f: dataclasses.Field) -> type:
@@ -348,6 +348,8 @@ def read_yaml(path: str) -> tuple[dict, dict]:
     # A null leaves the choice to the program, as leaving the line out does.
     values = {name: value for name, value in read.items() if value is not None}
     given = {name: f"{name} in {path}" for name in values}
+    values |= {name: of_paths(os.path.expanduser, values[name])
+               for name in values.keys() & {*PATHS, "from_weight", "from_resume"}}
     if isinstance(values.get("deepspeed"), dict):
         values |= {"deepspeed": given["deepspeed"], "deepspeed_block": values["deepspeed"]}
     elif "deepspeed" in values:

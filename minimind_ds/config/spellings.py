@@ -125,7 +125,13 @@ def translate(argv: list[str]) -> tuple[list[str], dict[str, str]]:
         name = ours(flag[2:])
         if ours(written.setdefault(name, flag)[2:], {}) != ours(flag[2:], {}):
             raise UserError(f"{written[name]} and {flag} are one flag: give it once")
-    return [respelt(word, SAME) for word in argv], written
+    return [at_home(respelt(word, SAME)) for word in argv], written
+
+
+def at_home(word: str) -> str:
+    """--save_dir=~/x with the home folder in it: the shell puts it there only where a word begins with ~."""
+    name, equals, value = word.partition("=")
+    return f"{name}={os.path.expanduser(value)}" if equals and value.startswith("~") and FLAG.fullmatch(word) else word
 
 
 def meant(name: str, value):

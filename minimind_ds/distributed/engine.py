@@ -58,7 +58,8 @@ def start(world: World, hang_minutes: float = 0.0, settings: dict | None = None)
         deepspeed_compat.start_no_programs(deepspeed)
     backend, timeout = "gloo" if world.device.type == "cpu" else "nccl", patience(hang_minutes)
     if world.size > 1:
-        limit = datetime.timedelta(minutes=hang_minutes or TIMEOUT_MINUTES)
+        # Ranks of a loaded machine may begin a minute apart.
+        limit = datetime.timedelta(minutes=max(hang_minutes or TIMEOUT_MINUTES, 5))
         store = rendezvous.join(world, settings or {}, limit)
         device = {"device_id": world.device} if world.device.type == "cuda" else {}
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout,

@@ -1,4 +1,4 @@
-"""Ask a run to stop: SIGTERM, SIGINT (Ctrl-C) or SIGUSR1 means a checkpoint after the step in hand, then exit code 75.
+"""Ask a run to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP or SIGUSR1 means a checkpoint after this step, then exit 75.
 
 A signal may reach one rank only, or the ranks at different steps.  Each step's loss all-reduce therefore carries one
 more number, whether any rank was asked; all ranks read the same sum and stop after the same step.  A second SIGTERM or
@@ -17,7 +17,7 @@ import time
 
 # sysexits.h's EX_TEMPFAIL: nothing is wrong, the same command goes on from the checkpoint.
 STOPPED = 75
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # A launcher passes Ctrl-C on to ranks that the terminal has already sent it to: within this it is one request.
 SAME_REQUEST_SECONDS = 2.0
 # Through the pipe, where signals come as their numbers: the end of the thread.
@@ -52,8 +52,10 @@ class StopRequest:
         self.watcher = threading.Thread(target=self.watch, args=(self.reader,), name="signals", daemon=True)
         self.watcher.start()
         self.old_fd = signal.set_wakeup_fd(self.writer, warn_on_full_buffer=False)
-        self.old = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-        for number in SIGNALS:
+        # Under nohup a terminal that is closed says so to nobody.
+        taken = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        self.old = {number: signal.signal(number, lambda *_: None) for number in taken}
+        for number in taken:
             # Libraries need not expect their system calls to be interrupted.
             signal.siginterrupt(number, False)
         return self

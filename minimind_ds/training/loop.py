@@ -183,6 +183,8 @@ def write_run_folder(prepared: PreparedRun, start: ResumePoint) -> None:
     checkpoint.folder_of(prepared.folder).mkdir(exist_ok=True)
     if start.path is None:
         checkpoint.clear(prepared.folder)
+        # A new run has a curve of its own at Weights & Biases.
+        (prepared.folder / "wandb_id").unlink(missing_ok=True)
     write_file(prepared.folder / "run.yaml", prepared.run.to_yaml())
     write_file(prepared.folder / "ds_config.json", json.dumps(prepared.ds, indent=2))
     prepared.tokenizer.save(prepared.folder / "tokenizer")

@@ -33,6 +33,13 @@ def test_the_resolved_yaml_reads_back_as_the_same_run_from_any_folder(tmp_path, 
     assert again.to_yaml() == text and dataclasses.replace(again, **same) == dataclasses.replace(run, **same)
 
 
+def test_a_tilde_is_the_home_folder_wherever_a_path_may_stand(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    run = parsed(tmp_path, "data_path: [~/a.jsonl, {path: ~/b, share: 2}]\nfrom_weight: ~/w\n", "--save_dir=~/out")
+    assert run.data_path == ["/home/x/a.jsonl", {"path": "/home/x/b", "share": 2}]
+    assert (run.from_weight, run.save_dir) == ("/home/x/w", "/home/x/out")
+
+
 @pytest.mark.parametrize("text, expected", [
     ("learnig_rate: 1\n", "unknown key 'learnig_rate'"),
     ("epochs: many\n", "epochs is 'many'; it must be int"),

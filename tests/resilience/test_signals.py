@@ -10,7 +10,7 @@ import time
 import pytest
 
 from minimind_ds.resilience import restarts
-from minimind_ds.resilience.signals import SAME_REQUEST_SECONDS, STOPPED, Stopped
+from minimind_ds.resilience.signals import SAME_REQUEST_SECONDS, STOPPED, Stopped, StopRequest
 from tests.checkpoint.test_resume import STEPS, Run, curve, weights
 from tests.conftest import ROOT, cache_dir, deepspeed_command, environment
 from tests.waiting import HANG_S, until
@@ -28,7 +28,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_rest_is_bit_
     whole, folder = tmp_path / "whole", tmp_path / "stopped"
     Run(whole, tmp_path, 2).finish()
     began = 0
-    for number, rank, step in ((signal.SIGTERM, 1, 2), (signal.SIGUSR1, 0, 7)):
+    for number, rank, step in ((signal.SIGHUP, 1, 2), (signal.SIGUSR1, 0, 7)):
         run = Run(folder, tmp_path, 2)
         wait_for(run, step)
         run.ranks[rank].send_signal(number)
@@ -60,6 +60,19 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_rest_is_bit_
     Run(folder, tmp_path, 2).finish()
     assert curve(folder) == curve(whole) and weights(folder) == weights(whole)
     assert not (folder / "attempts.json").exists()
+
+
+@pytest.mark.parametrize("ignored", [True, False])
+def test_a_closed_terminal_stops_a_run_but_not_under_nohup(ignored):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGUSR1)
+            until(lambda: stop.asked, "a signal")
+        assert stop.asked == ("SIGUSR1" if ignored else "SIGHUP")
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.by_exec("Ctrl-C reaches the launcher's whole process group")
