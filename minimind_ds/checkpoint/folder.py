@@ -249,7 +249,7 @@ def verify(path: pathlib.Path) -> tuple[dict | None, str | None]:
                 return None, f"{path / name} was altered: its SHA-256 is not the manifest's"
     except FileNotFoundError:
         return None, f"{path} has no manifest.json or manifest.sha256"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return None, f"{path}: the manifest is damaged ({error})"
     return manifest, None
 
@@ -313,7 +313,7 @@ def peek(asked: str, run_dir: pathlib.Path) -> dict:
     for path in (root / "DONE", root / "manifest.json", *of_steps):
         try:
             return dict(json.loads(path.read_text(encoding="utf-8"))["identity"])
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     return {}
 

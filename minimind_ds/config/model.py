@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 
 from minimind_ds.config.errors import UserError
+from minimind_ds.config.untrusted import shown
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,28 @@ class ParallelDims:
 
     sequence: int = 1
     experts: int = 1
+
+
+# No MiniMind is larger, by far; sizes beyond are typing errors.
+MOST = {"num_hidden_layers": 1024, "num_experts": 4096, "num_experts_per_tok": 4096, "vocab_size": 1 << 22,
+        "max_position_embeddings": 1 << 30, "bos_token_id": 1 << 22, "eos_token_id": 1 << 22}
+LARGEST_SIZE = 1 << 18
+
+
+def check_field(name: str, kind: str, value) -> None:
+    """Raises UserError unless a field of ModelConfig has its type and a possible size."""
+    if value is None and "None" in kind:
+        return
+    kind = kind.removesuffix(" | None")
+    if kind == "int":
+        least, most = 0 if name.endswith("token_id") else 1, MOST.get(name, LARGEST_SIZE)
+        if type(value) is not int or not least <= value <= most:
+            raise UserError(f"{name} is {shown(value)}; it must be a whole number from {least} to {most}")
+    elif kind == "float":
+        if type(value) not in (int, float) or not 0 <= value < 1e12:
+            raise UserError(f"{name} is {shown(value)}; it must be a number, at least 0")
+    elif type(value).__name__ != kind:
+        raise UserError(f"{name} is {shown(value)}; it must be of type {kind}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +89,8 @@ class ModelConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
 
-        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for f in dataclasses.fields(self):
+            check_field(f.name, f.type, getattr(self, f.name))
         fill("head_dim", self.hidden_size // self.num_attention_heads)
         fill("intermediate_size", math.ceil(self.hidden_size * math.pi / 64) * 64)
         fill("moe_intermediate_size", self.intermediate_size)
@@ -94,9 +116,9 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict) -> ModelConfig:
         """The inverse of to_dict.  Raises ValueError on an unknown key."""
-        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)}, key=str)
         if unknown:
-            raise UserError(f"unknown model configuration key {unknown[0]!r}")
+            raise UserError(f"unknown model configuration key {shown(unknown[0])}")
         return cls(**values)
 
 

@@ -15,13 +15,14 @@ import functools
 import math
 import os
 import pathlib
+import re
 import types
 import typing
 from dataclasses import dataclass, field
 
 import yaml
 
-from minimind_ds.config import rates, spellings
+from minimind_ds.config import rates, spellings, untrusted
 from minimind_ds.config.deepspeed_keys import LARGEST
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
@@ -150,6 +151,9 @@ class RunConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{self.place(name)} is {getattr(self, name)}; it must be between 0 and 1")
         self.check_lora()
+        if self.save_weight is not None and not re.fullmatch(r"[\w][\w.+ -]{0,99}", self.save_weight):
+            raise UserError(f"{self.place('save_weight')} is {untrusted.shown(self.save_weight)}; it must be a plain "
+                            "file name, without folders, at most 100 characters")
         if self.eval_fraction > 0.5:
             raise UserError(f"{self.place('eval_fraction')} is {self.eval_fraction}; more than half is not training")
         if self.packing and self.pack_len < self.max_seq_len:
@@ -317,19 +321,7 @@ def find_shipped(name: str, folder: pathlib.Path) -> str:
 
 def read_yaml(path: str) -> tuple[dict, dict]:
     """A run YAML -> (values by field, where each was given)."""
-    try:
-        text = pathlib.Path(path).read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8") from None
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        raise UserError(f"{path}{'' if line is None else f' line {line + 1}'}: not valid YAML: "
-                         f"{getattr(error, 'problem', None) or 'cannot be parsed'}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: a run file is a list of `flag: value` lines")
+    values = untrusted.yaml_mapping(untrusted.read_text(path), path)
     by_name, read = {f.name: f for f in FLAGS}, {}
     for key, value in values.items():
         name = spellings.ours(str(key))

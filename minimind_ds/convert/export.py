@@ -30,6 +30,10 @@ from minimind_ds.model import lora as adapters
 SAMPLING = {"temperature": 0.85, "top_p": 0.95, "top_k": 0}
 
 
+# What makes a folder that of a run, which an export must not take the place of.
+OF_RUNS = ("checkpoints", "metrics.jsonl", "run.yaml")
+
+
 def load(weight: str | Path, preset: str | None = None, lora: str | Path | None = None, *,
          shape: ModelConfig | None = None) -> tuple[dict[str, Tensor], ModelConfig]:
     """Weights under our names and their configuration.
@@ -182,6 +186,8 @@ def write_pth(out: Path, named: dict[str, Tensor], overwrite: bool):
 
 
 def check_free(out: Path, overwrite: bool):
+    if out.is_dir() and any((out / name).exists() for name in OF_RUNS):
+        raise UserError(f"{out} is a run folder, with its checkpoints and metrics: export into another")
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"{out} exists already (replace it with --overwrite)")
     try:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.convert import huggingface, minimind
@@ -123,10 +126,10 @@ def read_config(path: str | Path) -> ModelConfig | None:
     stored = metadata.get("config")
     try:
         if stored is not None:
-            return ModelConfig.from_dict(json.loads(stored))
+            return ModelConfig.from_dict(untrusted.json_object(stored, "its metadata"))
         if folder_config.is_file():
-            return huggingface.from_hf_config(json.loads(folder_config.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+            return huggingface.from_hf_config(untrusted.read_json(folder_config))
+    except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: its configuration is not a MiniMind's: {error}") from None
     return None
 
@@ -180,7 +183,22 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     state = {}
     for file in find(path):
         state |= read_safetensors(file) if file.suffix == ".safetensors" else read_pth(file)
+    for name, tensor in state.items():
+        check_tensor(tensor, f"{path}: {untrusted.shown(name)}")
     return state
+
+
+def check_tensor(tensor: Tensor, what: str) -> None:
+    """Raises ValueError for what is no weight: not floating-point, sparse, without values, not finite."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        raise UserError(f"{what} is no plain tensor ({str(tensor.layout).removeprefix('torch.')}, on "
+                        f"{tensor.device.type})")
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        raise UserError(f"{what} holds {str(tensor.dtype).removeprefix('torch.')}; weights are float32, float16 or "
+                        "bfloat16")
+    # The sum of finite numbers is finite in fp64; one pass without a copy.
+    if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+        raise UserError(f"{what} is not finite: these weights are broken, training from them cannot help")
 
 
 def check_same_model(path: str | Path, theirs: ModelConfig, ours: ModelConfig):
@@ -201,18 +219,33 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 def read_pth(path: Path) -> dict[str, Tensor]:
     """A state dict, or the "model" of one of MiniMind's resume files."""
+    check_zip(path)
     try:
         with warnings.catch_warnings():
             # torch remarks on a pickle's protocol; whether the file is read is what counts.
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
+    except (pickle.UnpicklingError, TypeError, AttributeError, ValueError, IndexError, RecursionError, MemoryError):
         raise UserError(f"{path}: refused: it is not a plain file of tensors (torch.load with weights_only=True "
                          f"does not read it)") from None
     except (RuntimeError, OSError, EOFError, KeyError) as error:
         raise UserError(f"{path}: not a readable .pth file: {str(error).partition(chr(10))[0]}") from None
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
-    if not (isinstance(state, dict) and state and all(isinstance(tensor, Tensor) for tensor in state.values())):
+    if not (isinstance(state, dict) and state and all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items())):
         raise UserError(f"{path}: holds no state dict")
     return state
+
+
+def check_zip(path: Path) -> None:
+    """Raises ValueError for a file that unpacks to much more than it is: torch's own are not compressed."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(info.file_size for info in archive.infolist())
+    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not a readable .pth file: {error}") from None
+    if unpacked > 2 * os.path.getsize(path) + (1 << 20):
+        raise UserError(f"{path}: refused: {os.path.getsize(path):,} bytes that unpack to {unpacked:,}")

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.convert import minimind, weight_files
@@ -213,7 +214,8 @@ def load_adapters(path: str | Path, config: ModelConfig | None = None) -> tuple[
         if "lora" not in metadata:
             raise UserError(f"{path}: holds a whole model's weights, no LoRA adapters")
         try:
-            lora, theirs = read_facts(metadata["lora"]), ModelConfig.from_dict(json.loads(metadata["config"]))
+            lora, theirs = read_facts(metadata["lora"]), ModelConfig.from_dict(
+                untrusted.json_object(metadata["config"], "its configuration"))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: what it says of its adapters is damaged: {error}") from None
         weight_files.check_same_model(path, theirs, config or theirs)
@@ -223,7 +225,7 @@ def load_adapters(path: str | Path, config: ModelConfig | None = None) -> tuple[
 
 def read_facts(text: str) -> Lora:
     """A file's own description of its adapters.  Raises TypeError or ValueError on anything else."""
-    values = json.loads(text)
+    values = untrusted.json_object(text, "its LoRA")
     lora = Lora(**{**values, "targets": tuple(values["targets"])})
     numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in (lora.alpha, lora.dropout))
     if not (isinstance(lora.rank, int) and lora.rank >= 1 and numbers

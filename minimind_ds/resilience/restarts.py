@@ -111,7 +111,7 @@ def read(folder: pathlib.Path) -> dict:
     try:
         found = json.loads((folder / "attempts.json").read_text(encoding="utf-8"))
         return {**found, "job": found["job"], "began": float(found["began"]), "failures": list(found["failures"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {"job": None, "began": float("inf"), "running": False, "failures": []}
 
 
@@ -130,6 +130,6 @@ def last_step(folder: pathlib.Path) -> int:
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return 0

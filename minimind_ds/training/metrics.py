@@ -40,7 +40,7 @@ def keep_until(path: pathlib.Path, step: int) -> None:
         try:
             if step and json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             # Killed while writing this line: the step is run again.
             continue
     write_file(path, "".join(kept))

@@ -8,12 +8,14 @@ code 2 instead of a hang.
 
 from __future__ import annotations
 
+import math
 import os
 import pathlib
 import shutil
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import psutil
 import torch
 
 from minimind_ds import checkpoint, kernels
@@ -22,7 +24,7 @@ from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import RunConfig, parse_run_config
-from minimind_ds.convert import weight_files
+from minimind_ds.convert import minimind, weight_files
 from minimind_ds.data import loader
 from minimind_ds.data.conversation import notes as data_notes
 from minimind_ds.data.hf_folder import template_notes
@@ -112,8 +114,13 @@ class PreparedRun:
 
     @property
     def weights_path(self) -> pathlib.Path:
-        name = f"{self.run.save_weight}_lora" if self.lora else self.run.save_weight
-        return self.folder / weight_files.file_name(name, self.model_config)
+        return weights_path(self.run, self.model_config, self.lora)
+
+
+def weights_path(run: RunConfig, config: ModelConfig, lora: Lora | None) -> pathlib.Path:
+    """Where a run's weights go in the end."""
+    name = f"{run.save_weight}_lora" if lora else run.save_weight
+    return pathlib.Path(run.save_dir) / weight_files.file_name(name, config)
 
 
 def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
@@ -136,6 +143,9 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     run, tokenizer, model_config, of_weights = starting_weights.tokenizer_and_model(run)
     notes += of_weights + (template_notes(tokenizer.name, tokenizer.own_template) if program == "sft" else [])
     check_writable(pathlib.Path(run.save_dir))
+    if (final := weights_path(run, model_config, lora)).is_dir():
+        raise UserError(f"{final} is a folder, and the run's weights go there in the end: move it, or name another "
+                        "--save_weight")
     stores, held_out = open_data(KINDS[program], run, tokenizer, progress=world.rank == 0)
     notes += data_notes(stores[0].stats, run.text_markers)
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
@@ -151,7 +161,7 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
                          "are; leave it out, or --lora_rank 0")
     spec = kernels.with_compiled(run.kernels) if run.compile else run.kernels
     selection = kernels.resolve(spec, world.device, DTYPES[run.dtype], kernel_requirements(model_config))
-    check_machine(run, ds, world)
+    check_machine(run, ds, world, model_config)
     plan = plan_epoch(stores[0], run, ranks, 0)
     eval_sets = tuple(EvalSet(name, part, plan_epoch(part, run, ranks, 0)) for name, part in
                       (held_out.parts() if held_out else ()))
@@ -220,9 +230,19 @@ def fp16_runs() -> bool:
     return get_accelerator().is_fp16_supported()
 
 
-def check_machine(run: RunConfig, ds: dict, world: World) -> None:
+def check_size(config: ModelConfig) -> None:
+    """Raises ValueError for a model of which not even the weights come near this machine's memory."""
+    n_bytes = 4 * sum(math.prod(shape) for shape in minimind.expected_shapes(config).values())
+    memory = psutil.virtual_memory().total
+    if n_bytes > 2 * memory:
+        raise UserError(f"the model's weights alone take {n_bytes / 2**30:,.0f} GiB in fp32, and this machine has "
+                        f"{memory / 2**30:,.0f} GiB of memory: choose smaller sizes, or see launch/plan.py")
+
+
+def check_machine(run: RunConfig, ds: dict, world: World, config: ModelConfig) -> None:
     """Raises ValueError for what the DeepSpeed file asks for and this machine has not."""
     path, zero = run.deepspeed, ds.get("zero_optimization", {})
+    check_size(config)
     if run.dtype == "fp16" and not fp16_runs():
         raise UserError(f"fp16 ({run.place('dtype')}): DeepSpeed has no fp16 on this machine's processor; use bf16 "
                          "or fp32")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from minimind_ds import checkpoint
 from minimind_ds.checkpoint import reshape
-from minimind_ds.config import deepspeed_json
+from minimind_ds.config import deepspeed_json, untrusted
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import DEFAULTS, MAY_CHANGE, MUST_STAY
 from minimind_ds.data.sources import content_change
@@ -91,7 +91,9 @@ def acquire_run_lock(folder: pathlib.Path):
 def look_for_resume_point(prepared: PreparedRun) -> ResumePoint:
     run, folder = prepared.run, prepared.folder
     if run.from_resume == "auto" and prepared.done_path.exists():
-        done = json.loads(prepared.done_path.read_text(encoding="utf-8"))
+        done = untrusted.read_json(prepared.done_path)
+        if not isinstance(done.get("identity"), dict) or not isinstance(done.get("step"), int):
+            raise UserError(f"{prepared.done_path} is damaged: delete it to go on from the newest checkpoint")
         refuse_changes(done["identity"], identity(prepared), folder)
         return ResumePoint(step=done["step"], finished=True)
     if run.from_resume == "0":

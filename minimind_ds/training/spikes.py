@@ -60,8 +60,11 @@ def taken_losses(path: pathlib.Path, last_step: int) -> list[float]:
         for line in lines:
             try:
                 facts = json.loads(line)
-            except ValueError:
+                taken = facts["step"] <= last_step and not facts.get("skipped")
+                loss = float(facts["loss"])
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+                # Not a step's line, or torn.
                 continue
-            if "loss" in facts and facts["step"] <= last_step and not facts.get("skipped"):
-                found.append(facts["loss"])
+            if taken:
+                found.append(loss)
     return list(found)

@@ -1,9 +1,11 @@
 """Weights in and out: MiniMind's names, Hugging Face folders, files that are refused."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -231,3 +233,40 @@ def test_bad_input_is_answered_in_one_line_and_writes_nothing(tmp_path):
     done = export_program("--weight", tmp_path / "absent", "--to", "hf", "--out", tmp_path / "hf")
     assert done.returncode == 2 and "no such file" in done.stderr and done.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("broken, said", [
+    (lambda w: w.index_fill(0, torch.tensor([3]), float("nan")), "is not finite: these weights are broken"),
+    (lambda w: w.to(torch.int32), "holds int32; weights are"),
+    (lambda w: w > 0, "holds bool"),
+    (lambda w: w.to(torch.complex64), "holds complex64"),
+    (lambda w: w.to("meta"), "is no plain tensor (strided, on meta)"),
+    (lambda w: w.to_sparse(), "is no plain tensor (sparse_coo, on cpu)"),
+])
+def test_a_tensor_that_is_no_weight_is_named(tmp_path, broken, said):
+    config = CONFIGS["minimind-3"]
+    state = minimind.to_minimind(state_of(config), config)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    torch.save({**state, name: broken(state[name])}, tmp_path / "w.pth")
+    with pytest.raises(ValueError) as caught:
+        weight_files.load_weights(tmp_path / "w.pth", config)
+    assert said in str(caught.value) and (name in str(caught.value) or "meta" in said), caught.value
+
+
+def test_a_small_file_that_unpacks_to_much_and_one_of_odd_names_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(50 << 20))
+    torch.save({3: torch.zeros(2)}, tmp_path / "odd.pth")
+    os.mkfifo(tmp_path / "pipe.pth")
+    for name, said in [("bomb", "that unpack to"), ("odd", "holds no state dict"), ("pipe", "no such file or folder")]:
+        with pytest.raises(ValueError, match=said):
+            weight_files.read_state(tmp_path / f"{name}.pth")
+
+
+def test_an_export_never_takes_the_place_of_a_run(tmp_path):
+    config = CONFIGS["minimind-3"]
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is a run folder, with its checkpoints and metrics: export into another"):
+        export.export_hf(state_of(config), config, load_tokenizer(), run, dtype=torch.float32, overwrite=True)
+    assert (run / "checkpoints").is_dir()
