@@ -4,6 +4,7 @@
 # HOSTFILE has a line for each machine, `name slots=GPUS`, the first one first.  The checkout, its environment, the data
 # and --save_dir must stand under the same paths on all of them.  --preflight, or PREFLIGHT=1, checks all machines
 # first; MASTER_PORT (default 29500) is for a second run on the same machines.
+case ${1:-} in -h | --help) sed -n '2,${/^##*SBATCH/q;/^[^#]/q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;; esac
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 

@@ -22,7 +22,7 @@ from minimind_ds import __version__
 from minimind_ds.config import program_flags, run, run_flags
 from minimind_ds.config.errors import report_bugs
 from minimind_ds.config.spellings import OneLineParser, instead
-from minimind_ds.paths import LAUNCH
+from minimind_ds.paths import LAUNCH, ROOT
 
 # What the command starts without a flag that asks for ranks, with one, and never.
 ALWAYS, ASKED, NEVER = range(3)
@@ -103,6 +103,9 @@ def command(argv: list[str] | None = None) -> int:
     if name == "--version":
         print(f"minimind-ds {__version__}")
         return 0
+    if name == "--home":
+        print(ROOT)
+        return 0
     name = name.replace("-", "_")
     if name not in PROGRAMS:
         meant = instead(name, PROGRAMS, {}, {}, sign="")
@@ -122,7 +125,8 @@ def usage() -> str:
 
 {programs}
 
-minimind-ds PROGRAM --help lists a program's flags; minimind-ds --version.
+minimind-ds PROGRAM --help lists a program's flags.  minimind-ds --version; --home: the folder of ds_configs, examples
+and launch, with the batch scripts.
 sft and pretrain start DeepSpeed's launcher, as verify, benchmark and preflight do with one of its flags:
   --gpus N (--num_gpus)  --include HOST:0,1  --exclude HOST:0  --hostfile FILE  --master_port PORT"""
 
