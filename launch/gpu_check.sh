@@ -17,6 +17,7 @@ mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
+printf '== looking for torch and triton in %s\n' "$(command -v python)"
 if ! python -c 'import torch, triton' 2>/dev/null; then
     source launch/setup_env.sh "[test]"
     set +e

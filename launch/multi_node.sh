@@ -44,6 +44,7 @@ for command in ssh pdsh; do
     command -v $command >/dev/null ||
         fail "no $command: DeepSpeed's launcher needs it (Debian: apt-get install openssh-client pdsh)"
 done
+printf 'checking %s machines over ssh …\n' ${#hosts[@]}
 # DeepSpeed's launcher starts its own interpreter on all machines, in this folder.
 python=$(sed -n '1s/^#!\([^ ]*\).*/\1/p' "$(command -v deepspeed)")
 needed=("$home/launch/$program.py" "$PWD" "${python:-/}")
@@ -62,4 +63,5 @@ run=(deepspeed --force_multi --hostfile "$hostfile" --master_port "${MASTER_PORT
 if [ "${PREFLIGHT:-0}" = 1 ]; then
     "${run[@]}" "$home/launch/preflight.py" "$@" || fail "the pre-flight check failed; nothing was started"
 fi
+printf "starting DeepSpeed's launcher …\n"
 exec "${run[@]}" "$home/launch/$program.py" "$@"
