@@ -153,5 +153,7 @@ def launch(name: str, asked: list[str], words: list[str]) -> int:
     said = ""
     if name in run_flags.PROGRAMS and not {"--deepspeed", "--config"} & {word.partition("=")[0] for word in words}:
         words, said = ["--deepspeed", "zero2", *words], ", with ds_configs/zero2.json (--deepspeed names another)"
+    # ninja of this environment first, for what DeepSpeed compiles.
+    os.environ["PATH"] = os.pathsep.join([str(launcher.parent), os.environ.get("PATH", os.defpath)])
     print(f"{name}: starting DeepSpeed's launcher{said} …", file=sys.stderr, flush=True)
     os.execv(found, [found, *asked, str(LAUNCH / f"{name}.py"), *words])

@@ -101,12 +101,15 @@ class OneLineParser(argparse.ArgumentParser):
 def program_parser(name: str, file: str | None = None, epilog: str = "", **options) -> OneLineParser:
     """The parser of `minimind-ds NAME` and of launch/NAME.py (or `file`), described by that file's docstring."""
     file = file or f"{name}.py"
-    text = (LAUNCH / file).read_text(encoding="utf-8")
+    text = ast.get_docstring(ast.parse((LAUNCH / file).read_text(encoding="utf-8")), clean=False).rstrip()
     by_command = pathlib.Path(sys.argv[0]).name in ("minimind-ds", "__main__.py")
+    if by_command:
+        # Examples that run away from a checkout.
+        text = re.sub(rf"(?:python|deepspeed)( --num_gpus \d+)? launch/{file}", rf"minimind-ds {name}\1", text)
+        text = re.sub(r"ds_configs/(\w+)\.json", r"\1", text)
     return OneLineParser(prog=f"minimind-ds {name}" if by_command else f"launch/{file}",
-                         description=ast.get_docstring(ast.parse(text), clean=False).rstrip(),
-                         epilog=textwrap.fill(epilog, 79), formatter_class=argparse.RawDescriptionHelpFormatter,
-                         **options)
+                         description=text, epilog=textwrap.fill(epilog, 79),
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
 def instead(name: str, known: Iterable[str], hints: dict[str, str] = HINTS, same: dict[str, str] = SAME,
