@@ -1,15 +1,38 @@
 """pip install -e .   (the ranges are the tested ones; see docs/DECISIONS.md for why each has its bounds)"""
 
+import pathlib
+import re
+
 from setuptools import find_packages, setup
+
+HERE = pathlib.Path(__file__).parent
+# Folders of the checkout's root that a wheel has inside the package, where minimind_ds/paths.py finds them.
+INSIDE = {"minimind_ds.ds_configs": "ds_configs", "minimind_ds.examples": "examples", "minimind_ds.launch": "launch",
+          "minimind_ds.launch.slurm": "launch/slurm"}
 
 setup(
     name="minimind_ds",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"', (HERE / "minimind_ds/__init__.py").read_text(), re.MULTILINE)[1],
     description="DeepSpeed distributed-scaling toolkit for MiniMind language models",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    project_urls={"MiniMind": "https://github.com/jingyaogong/minimind"},
+    keywords="deepspeed zero sequence-packing sft pretraining moe minimind language-model",
+    classifiers=[
+        "Development Status :: 4 - Beta", "Environment :: Console", "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux", "Programming Language :: Python :: 3",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in range(10, 15)),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.10,<3.15",
-    packages=find_packages(include=["minimind_ds", "minimind_ds.*"]),
-    package_data={"minimind_ds": ["assets/*"]},
+    packages=[*find_packages(include=["minimind_ds", "minimind_ds.*"]), *INSIDE],
+    package_dir=INSIDE,
+    package_data={"minimind_ds": ["assets/*"], "minimind_ds.ds_configs": ["*.json", "*.md"],
+                  "minimind_ds.examples": ["*.jsonl", "*.yaml", "*.md"], "minimind_ds.launch": ["multi_node.sh"],
+                  "minimind_ds.launch.slurm": ["*"]},
+    entry_points={"console_scripts": ["minimind-ds = minimind_ds.programs:command"]},
     install_requires=[
         # 2.10 fixes an unpickler CVE; CONTRIBUTING.md lists what was tried.
         "torch>=2.10,<2.16",

@@ -10,12 +10,14 @@
 # Without a GPU: the same at tiny sizes, kernels in Triton's interpreter.
 #   GPU_CHECK_DATA  conversations for the throughput; default: made from the bundled sample, about 300 tokens each
 #   GPU_CHECK_FLAGS more flags for launch/check_kernels.py, for example "--no_pytest --without compiled"
+case ${1:-} in -h | --help) sed -n '2,${/^##*SBATCH/q;/^[^#]/q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;; esac
 set -uo pipefail
 [ $# -eq 1 ] || { printf 'usage: bash launch/gpu_check.sh OUT_DIR\n' >&2; exit 2; }
 mkdir -p "$1" || exit 2
 out=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 
+printf '== looking for torch and triton in %s\n' "$(command -v python)"
 if ! python -c 'import torch, triton' 2>/dev/null; then
     source launch/setup_env.sh "[test]"
     set +e

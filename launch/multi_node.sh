@@ -4,6 +4,7 @@
 # HOSTFILE has a line for each machine, `name slots=GPUS`, the first one first.  The checkout, its environment, the data
 # and --save_dir must stand under the same paths on all of them.  --preflight, or PREFLIGHT=1, checks all machines
 # first; MASTER_PORT (default 29500) is for a second run on the same machines.
+case ${1:-} in -h | --help) sed -n '2,${/^##*SBATCH/q;/^[^#]/q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;; esac
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -43,6 +44,7 @@ for command in ssh pdsh; do
     command -v $command >/dev/null ||
         fail "no $command: DeepSpeed's launcher needs it (Debian: apt-get install openssh-client pdsh)"
 done
+printf 'checking %s machines over ssh …\n' ${#hosts[@]}
 # DeepSpeed's launcher starts its own interpreter on all machines, in this folder.
 python=$(sed -n '1s/^#!\([^ ]*\).*/\1/p' "$(command -v deepspeed)")
 needed=("$home/launch/$program.py" "$PWD" "${python:-/}")
@@ -61,4 +63,5 @@ run=(deepspeed --force_multi --hostfile "$hostfile" --master_port "${MASTER_PORT
 if [ "${PREFLIGHT:-0}" = 1 ]; then
     "${run[@]}" "$home/launch/preflight.py" "$@" || fail "the pre-flight check failed; nothing was started"
 fi
+printf "starting DeepSpeed's launcher …\n"
 exec "${run[@]}" "$home/launch/$program.py" "$@"

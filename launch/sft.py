@@ -7,12 +7,10 @@
 import pathlib
 import sys
 
-# Works from a checkout that was not installed, and whatever the working directory is.
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+# The folder that holds the package, of a checkout or of an installed wheel; needs no installation.
+sys.path.insert(0, str(next(p for p in pathlib.Path(__file__).resolve().parents if (p / "minimind_ds").is_dir())))
 
-from minimind_ds.config.errors import report_bugs  # noqa: E402
-from minimind_ds.training.loop import main  # noqa: E402
+from minimind_ds.programs import start  # noqa: E402
 
 if __name__ == "__main__":
-    report_bugs()
-    sys.exit(main("sft", sys.argv[1:]))
+    sys.exit(start("sft", sys.argv[1:]))

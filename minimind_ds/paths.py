@@ -1,12 +1,15 @@
-"""Where the project's own files lie, and where it keeps what it makes anew when it is gone."""
+"""Where the project's own files lie, in a checkout and in a wheel, and where it keeps what it makes anew."""
 
 import os
 import pathlib
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = pathlib.Path(__file__).resolve().parent
+# setup.py puts the folders of the checkout's root into the wheel's package.
+ROOT = PACKAGE if (PACKAGE / "ds_configs").is_dir() else PACKAGE.parent
 EXAMPLES = ROOT / "examples"
 DS_CONFIGS = ROOT / "ds_configs"
-ASSETS = ROOT / "minimind_ds" / "assets"
+LAUNCH = ROOT / "launch"
+ASSETS = PACKAGE / "assets"
 
 
 def cache_folder() -> pathlib.Path:

@@ -18,6 +18,8 @@ LEVELS = [
     {"checkpoint", "resilience"},
     {"training"},
     {"inference", "plan", "verify", "bench"},
+    {"programs"},
+    {"__main__"},
 ]
 # Wings that must not know each other although their level or a lower one would allow it.
 BANNED = {"data": ("minimind_ds.model", "minimind_ds.kernels"),

@@ -5,6 +5,7 @@
 # Writes pretrain, sft and hf below the folder.  What follows the folder goes to sbatch, for all three; PRETRAIN, SFT
 # and FLAGS hold flags of pretrain.py, of sft.py and of both, separated by blanks.  The same command again goes on after a
 # failure: what is finished ends at once.
+case ${1:-} in -h | --help) sed -n '2,${/^##*SBATCH/q;/^[^#]/q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;; esac
 set -euo pipefail
 MINIMIND_DS_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export MINIMIND_DS_HOME

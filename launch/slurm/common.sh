@@ -16,6 +16,7 @@
 #   export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0     the interface all nodes share (bootstrap, CPU collectives)
 #   export NCCL_IB_HCA=mlx5_0,mlx5_1                         InfiniBand adapters that carry data, not storage
 #   export NCCL_DEBUG=INFO                                   says which of them it took; read it once on a new cluster
+case ${1:-} in -h | --help) sed -n '1,${/^##*SBATCH/q;/^[^#]/q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;; esac
 set -euo pipefail
 
 say() { printf '%s %s: %s\n' "$(date +%FT%T)" "${SLURM_JOB_NAME:-job}" "$*"; }

@@ -9,9 +9,7 @@ value was given, so that a later clash with the DeepSpeed JSON can name both pla
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import functools
 import math
 import os
 import pathlib
@@ -22,11 +20,11 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from minimind_ds.config import rates, spellings, untrusted
+from minimind_ds.config import rates, run_flags, spellings, untrusted
 from minimind_ds.config.deepspeed_keys import LARGEST
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
-from minimind_ds.config.spellings import OneLineParser, auto_or_int, to_bool
+from minimind_ds.config.spellings import OneLineParser
 from minimind_ds.paths import DS_CONFIGS
 
 # The keys of precision.DTYPES; this module does without torch, so that --help need not wait for it.
@@ -256,6 +254,11 @@ def value_type(f: dataclasses.Field) -> type:
 NUMBERS = tuple(f.name for f in FLAGS if value_type(f) in (int, float))
 
 
+def parser(program: str, defaults: dict) -> OneLineParser:
+    """The command line of 'sft' or 'pretrain', with that program's own defaults, by field name."""
+    return run_flags.parser(program, [(f, value_type(f)) for f in FLAGS], defaults)
+
+
 def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig:
     """Command line (and the YAML it names) -> RunConfig.
 
@@ -268,29 +271,8 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
         ValueError: unknown YAML key, wrong type, or a value given twice with two values.
         SystemExit: argparse's, code 2, after one line on stderr.
     """
-    parser = OneLineParser(prog=f"deepspeed launch/{program}.py", allow_abbrev=False, epilog=spellings.epilog(),
-                           description="Flags may also stand in a YAML file given with --config.",
-                           hints=spellings.HINTS, same=spellings.SAME)
-    parser.add_argument("--config", metavar="RUN.YAML", help="YAML file with any of the flags below")
-    # The launcher adds --local_rank; the rank itself is read from the environment.
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    for f in FLAGS:
-        kind, default = value_type(f), defaults.get(f.name, f.default)
-        shown = f.metadata["help"] + ("" if default is None else f" (default: {default})")
-        extra = {"choices": f.metadata["choices"]} if f.metadata["choices"] else {}
-        if kind is bool:
-            extra, kind = {"nargs": "?", "const": True}, to_bool
-        if f.metadata["paths"]:
-            extra = {"nargs": "+"}
-        if f.metadata["alone"] is not None:
-            extra = {"nargs": "?", "const": f.metadata["alone"]}
-        kind = auto_or_int if f.name == "num_workers" else kind
-        kind = functools.partial(spellings.meant, f.name) if f.name in spellings.VALUES else kind
-        parser.add_argument(f"--{f.name}", type=kind, default=None, help=shown.replace("%", "%%"), **extra)
-    for name, (kind, text) in spellings.SHAPE.items():
-        parser.add_argument(f"--{name}", type=kind, help=text)
     words, written = spellings.translate(argv)
-    args = vars(parser.parse_args(words))
+    args = vars(parser(program, defaults).parse_args(words))
     args.pop("local_rank")
     shape = {name: args.pop(name) for name in spellings.SHAPE}
     yaml_path = args.pop("config")

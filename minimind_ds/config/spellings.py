@@ -7,15 +7,19 @@ refused with what to write instead.
 from __future__ import annotations
 
 import argparse
+import ast
 import difflib
 import math
 import os
+import pathlib
 import re
 import sys
+import textwrap
 from collections.abc import Iterable
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
+from minimind_ds.paths import LAUNCH
 
 # Another spelling -> our flag of the same meaning.
 SAME = {
@@ -80,6 +84,8 @@ class OneLineParser(argparse.ArgumentParser):
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
             flags = [found[1] for found in map(FLAG.fullmatch, rest) if found]
+            # All flags, where --help has a shorter line.
+            self.usage = None
             known = re.findall(r"--(\w+)", self.format_usage())
             said = instead(flags[0].replace("-", "_"), known, self.hints, self.same) if flags else ""
             self.error(f"unrecognized arguments: {' '.join(rest)}{said}")
@@ -90,6 +96,20 @@ class OneLineParser(argparse.ArgumentParser):
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {' '.join(message.split())} (--help lists the flags)", file=sys.stderr)
         raise SystemExit(2)
+
+
+def program_parser(name: str, file: str | None = None, epilog: str = "", **options) -> OneLineParser:
+    """The parser of `minimind-ds NAME` and of launch/NAME.py (or `file`), described by that file's docstring."""
+    file = file or f"{name}.py"
+    text = ast.get_docstring(ast.parse((LAUNCH / file).read_text(encoding="utf-8")), clean=False).rstrip()
+    by_command = pathlib.Path(sys.argv[0]).name in ("minimind-ds", "__main__.py")
+    if by_command:
+        # Examples that run away from a checkout.
+        text = re.sub(rf"(?:python|deepspeed)( --num_gpus \d+)? launch/{file}", rf"minimind-ds {name}\1", text)
+        text = re.sub(r"ds_configs/(\w+)\.json", r"\1", text)
+    return OneLineParser(prog=f"minimind-ds {name}" if by_command else f"launch/{file}",
+                         description=text, epilog=textwrap.fill(epilog, 79),
+                         formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
 
 def instead(name: str, known: Iterable[str], hints: dict[str, str] = HINTS, same: dict[str, str] = SAME,

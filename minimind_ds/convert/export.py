@@ -10,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -17,17 +18,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimind_ds.config.errors import UserError
+from minimind_ds.config import program_flags
+from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.model import PRESETS, ModelConfig
 from minimind_ds.config.precision import DTYPES
+from minimind_ds.config.program_flags import SAMPLING
 from minimind_ds.convert import huggingface, minimind, weight_files
 from minimind_ds.convert.vocabulary import KEY, Vocabulary, recorded
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.io import write_file
 from minimind_ds.model import lora as adapters
-
-# How chat draws tokens unless it is told otherwise, and what exported folders say.
-SAMPLING = {"temperature": 0.85, "top_p": 0.95, "top_k": 0}
 
 
 # What makes a folder that of a run, which an export must not take the place of.
@@ -200,6 +200,19 @@ def check_free(out: Path, overwrite: bool):
 
 def write_json(path: Path, value: dict):
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str]) -> int:
+    """The whole of launch/export.py.  Returns the exit code."""
+    args = program_flags.export().parse_args(argv)
+    try:
+        run(args.weight, args.to, args.out, dtype=args.dtype, preset=args.preset, tokenizer=args.tokenizer,
+            overwrite=args.overwrite, lora=args.lora)
+    except UserError as error:
+        print(one_line(error), file=sys.stderr)
+        return 2
+    print(f"wrote {args.out}")
+    return 0
 
 
 def run(weight: str | None, to: str, out: str, *, dtype: str | None, preset: str | None, tokenizer: str | None,

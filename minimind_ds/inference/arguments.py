@@ -28,22 +28,6 @@ class Chosen(NamedTuple):
     pretrained: bool
 
 
-def add(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--weight", help="run folder, its .safetensors file, exported folder or MiniMind .pth; a bare name "
-                                    "as MiniMind's: full_sft is full_sft_768 in --save_dir")
-    p.add_argument("--lora", "--lora_weight", help="LoRA adapters of these weights: run folder, .safetensors file, "
-                                                   "MiniMind .pth or a bare name; None: none")
-    p.add_argument("--tokenizer", help="another tokenizer than the one beside the weights")
-    p.add_argument("--load_from", help="as MiniMind's: a Hugging Face folder, or for its own weights (--weight) the "
-                                       "folder of their tokenizer")
-    p.add_argument("--save_dir", default="out", help="where weights of a bare name are (default: out)")
-    p.add_argument("--preset", choices=tuple(PRESETS), help="the model's shape, for a .pth, which does not carry it")
-    for name, (kind, text) in SHAPE.items():
-        p.add_argument(f"--{name}", type=kind, help=f"{text.partition(';')[0]}, for a .pth and for bare names")
-    p.add_argument("--inference_rope_scaling", action="store_true",
-                   help="positions beyond those trained (YaRN), as MiniMind's flag")
-
-
 def choose(args: argparse.Namespace) -> Chosen:
     """The files that the flags mean.
 

@@ -9,6 +9,7 @@ heard here is what an exported folder says.  The prompt is rendered by the same 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import re
@@ -21,14 +22,64 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from minimind_ds.config.errors import UserError
+from minimind_ds.config import program_flags
+from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.model import ModelConfig
+from minimind_ds.config.precision import DTYPES
 from minimind_ds.convert import export, huggingface
 from minimind_ds.data.sample import prompt_ids
 from minimind_ds.data.tokenizer import Tokenizer
+from minimind_ds.inference import arguments
 
 # A think block with nothing in it; its opening may have stood in the prompt.
 EMPTY_THINK = re.compile(r"\s*(<think>)?\s*</think>\s*")
+
+
+def main(argv: list[str]) -> int:
+    """The whole of launch/chat.py.  Returns the exit code."""
+    args = program_flags.chat().parse_args(argv)
+    try:
+        history, chosen = pairs_of(args), arguments.choose(args)
+        if chosen.pretrained and not args.raw:
+            chosen.notes.append("pretrained weights continue plain text (--raw)")
+            args.raw = True
+        if args.raw and (args.system or args.open_thinking):
+            name = "--system" if args.system else "--open_thinking"
+            raise UserError(f"{name} belongs to the chat format; --raw continues plain text")
+        sampling = Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+                            repetition_penalty=args.repetition_penalty, max_new_tokens=args.max_new_tokens)
+        model, tok = load_model(**chosen.arguments, dtype=DTYPES.get(args.dtype), device=device_of(args))
+        for note in chosen.notes:
+            print(note, file=sys.stderr)
+        if args.seed is not None:
+            torch.manual_seed(args.seed)
+        talk = Chat(model, tok, sampling, args.system, history, args.open_thinking, args.raw, args.show_speed)
+        if args.prompt is None:
+            converse(talk)
+        else:
+            answer(talk, args.prompt)
+    except UserError as error:
+        print(one_line(error), file=sys.stderr)
+        return 2
+    return 0
+
+
+def pairs_of(args: argparse.Namespace) -> int:
+    """--history, or MiniMind's --historys.  Raises ValueError on both, on a negative one and on half a pair."""
+    if args.historys is None:
+        history = 8 if args.history is None else args.history
+        if history < 0:
+            raise UserError(f"--history is {history}; it must be at least 0")
+        return history
+    if args.history is not None:
+        raise UserError("--history counts pairs and --historys their messages: give one")
+    if args.historys < 0 or args.historys % 2:
+        raise UserError(f"--historys is {args.historys}; it must be an even number, questions and answers together")
+    return args.historys // 2
+
+
+def device_of(args: argparse.Namespace) -> str:
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

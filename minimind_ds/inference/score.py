@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,11 +22,14 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from minimind_ds.config.errors import UserError
+from minimind_ds.config import program_flags
+from minimind_ds.config.errors import UserError, one_line
+from minimind_ds.config.precision import DTYPES
 from minimind_ds.data.conversation import Conversation, DataError, read_records
 from minimind_ds.data.sample import prompt_ids, render
 from minimind_ds.data.tokenizer import Tokenizer
-from minimind_ds.inference.chat import Sampling, visible
+from minimind_ds.inference import arguments
+from minimind_ds.inference.chat import Sampling, device_of, load_model, visible
 
 # Room beyond the expected answer's tokens: the stop token, and enough to see that an answer goes on.
 SLACK = 4
@@ -33,6 +37,32 @@ SLACK = 4
 LONGER = 2
 OPEN_THINK = "<think>\n"
 CALL = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
+
+
+def main(argv: list[str]) -> int:
+    """The whole of launch/score.py.  Returns the exit code."""
+    args = program_flags.score().parse_args(argv)
+    try:
+        for name, least in (("limit", 0), ("batch_size", 1), ("show_wrong", 0)):
+            if getattr(args, name) < least:
+                raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
+        chosen = arguments.choose(args)
+        questions = read_questions(args.data_path, args.limit)
+        model, tok = load_model(**chosen.arguments, dtype=DTYPES.get(args.dtype), device=device_of(args))
+        for note in chosen.notes:
+            print(note, file=sys.stderr)
+        result = score(model, tok, questions, batch_size=args.batch_size)
+    except UserError as error:
+        print(one_line(error), file=sys.stderr)
+        return 2
+    answers, right = result.pop("answers"), result.pop("right")
+    pairs = [(q, a) for q, a, good in zip(questions, answers, right) if not good]
+    for question, answer in pairs[:args.show_wrong]:
+        print(f"{question.prompt.messages[-1].content!r}: expected {question.expected!r}, got {answer!r}")
+    print(report(result))
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
+    return 0
 
 
 class Said(NamedTuple):

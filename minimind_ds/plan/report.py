@@ -15,17 +15,16 @@ import tempfile
 import torch
 
 from minimind_ds import kernels
-from minimind_ds.config import deepspeed_json
+from minimind_ds.config import deepspeed_json, program_flags
 from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import RunConfig, parse_run_config
-from minimind_ds.config.spellings import OneLineParser
 from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.distributed import sequence_parallel
 from minimind_ds.distributed.engine import start, stop
 from minimind_ds.distributed.world import alone, free_port, read_world
 from minimind_ds.model.decoder import kernel_requirements
-from minimind_ds.paths import DS_CONFIGS, ROOT
+from minimind_ds.paths import DS_CONFIGS, LAUNCH
 from minimind_ds.plan import measure, memory_model
 from minimind_ds.plan.memory_model import GIB, Setting
 from minimind_ds.training import starting_weights
@@ -41,19 +40,7 @@ SPARE = 0.15
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    p = OneLineParser(prog="python launch/plan.py", allow_abbrev=False, description=__doc__.split("\n")[0],
-                      epilog="The flags of launch/sft.py that decide memory are taken, too: --preset --config "
-                             "--tokenizer --deepspeed --dtype --pack_len --batch_size --accumulation_steps --kernels "
-                             "--gradient_checkpointing --lora_rank ...")
-    p.add_argument("--ranks", type=int, default=1, help="GPUs of the run, all machines together (default: 1)")
-    p.add_argument("--memory", type=float, default=0,
-                   help="GiB of a device; 0: this machine's GPU, or 80 where there is none (default: 0)")
-    p.add_argument("--labelled", type=float, default=0.5, help="share of tokens with a label, 0 to 1 (default: 0.5)")
-    p.add_argument("--json", action="store_true", help="print the plan as one JSON line, last")
-    p.add_argument("--measure", action="store_true",
-                   help="run a step of each file on --ranks processes here, and print how far off the plan is")
-    p.add_argument("--child", help=argparse.SUPPRESS)
-    options, rest = p.parse_known_args(argv)
+    options, rest = program_flags.plan().parse_known_args(argv)
     if options.ranks < 1:
         raise UserError(f"--ranks is {options.ranks}; it must be at least 1")
     if not 0 <= options.memory < float("inf") or not 0 <= options.labelled <= 1:
@@ -212,7 +199,7 @@ def compare_with_run(files: dict[str, str], rest: list[str], ranks: int) -> dict
     with tempfile.TemporaryDirectory() as folder:
         flags = without_deepspeed(rest)
         command = [str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port()),
-                   str(ROOT / "launch" / "plan.py"), "--child", folder, *flags, "--save_dir", folder]
+                   str(LAUNCH / "plan.py"), "--child", folder, *flags, "--save_dir", folder]
         (pathlib.Path(folder) / "files.json").write_text(json.dumps(files))
         done = subprocess.run(command, text=True, capture_output=True)
         results = [pathlib.Path(folder) / f"rank{rank}.json" for rank in range(ranks)]

@@ -25,23 +25,32 @@ import time
 import torch
 import torch.distributed as dist
 
+from minimind_ds.config import program_flags
+from minimind_ds.config.errors import UserError, one_line
+from minimind_ds.config.program_flags import LIMITS
+from minimind_ds.config.spellings import translate
 from minimind_ds.distributed import rendezvous
-from minimind_ds.distributed.world import World
-from minimind_ds.paths import ROOT, cache_folder
+from minimind_ds.distributed.world import World, read_world
+from minimind_ds.paths import LAUNCH, PACKAGE, ROOT, cache_folder
 
-# Flags of launch/preflight.py: default and meaning.
-LIMITS = {"min_free_gib": (20.0, "least free disk in the run folder and the cache, GiB"),
-          "min_gpu_free": (0.9, "least free share of a GPU's memory"),
-          "max_clock_skew": (2.0, "most seconds between two nodes' clocks"),
-          "min_bandwidth": (0.0, "least all-reduce bandwidth over all ranks, GB/s; 0: only shown"),
-          "wait_seconds": (120.0, "how long to wait for a node to answer")}
 PACKAGES = ("torch", "deepspeed", "transformers", "triton")
 # What must be the same on all nodes.
 ALIKE = ("commit", "source", "python", *PACKAGES, "ranks", "GPU", "driver")
 
 
-def main(world: World, *, save_dir: str, cache_dir: str | None, limits: dict) -> int:
+def main(argv: list[str]) -> int:
     """The whole of launch/preflight.py, on every rank.  Returns 0, or 2 when something is wrong."""
+    try:
+        args, _ = program_flags.preflight().parse_known_args(translate(argv)[0])
+        return check(read_world(), save_dir=args.save_dir, cache_dir=args.cache_dir,
+                     limits={name: getattr(args, name) for name in LIMITS})
+    except UserError as error:
+        print(one_line(error), file=sys.stderr, flush=True)
+        return 2
+
+
+def check(world: World, *, save_dir: str, cache_dir: str | None, limits: dict) -> int:
+    """Returns 0, or 2 when something is wrong; collective."""
     cache_dir = cache_dir or str(cache_folder())
     store = rendezvous.connect(world, time.monotonic() + limits["wait_seconds"])
     store.set(f"facts/{world.rank}", json.dumps(facts(world, save_dir, cache_dir)))
@@ -121,8 +130,8 @@ def commit() -> str:
 def source() -> str:
     """A hash of the program itself: a commit says nothing of files changed since."""
     state = hashlib.sha256()
-    for path in sorted([*(ROOT / "minimind_ds").rglob("*.py"), *(ROOT / "launch").glob("*.py")]):
-        state.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    for path in sorted([*PACKAGE.rglob("*.py"), *LAUNCH.glob("*.py")]):
+        state.update(f"{path.relative_to(PACKAGE.parent)}\0".encode() + path.read_bytes())
     return state.hexdigest()[:10]
 
 

@@ -24,11 +24,12 @@ from minimind_ds.checkpoint import reshape
 from minimind_ds.checkpoint.async_save import SaveFailed
 from minimind_ds.config import deepspeed_json
 from minimind_ds.config.errors import UserError, one_line
+from minimind_ds.config.run import RunConfig
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.convert.vocabulary import Vocabulary
 from minimind_ds.data import loader
 from minimind_ds.data.conversation import DataError
-from minimind_ds.data.sources import what_is_lost
+from minimind_ds.data.sources import Mixture, what_is_lost
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.engine import NonFinite
 from minimind_ds.distributed.world import World, read_world
@@ -41,7 +42,7 @@ from minimind_ds.training.build import build_engine
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.lr_schedule import learning_rate, progress
 from minimind_ds.training.metrics import Metrics
-from minimind_ds.training.prepare import PreparedRun, prepare
+from minimind_ds.training.prepare import EvalSet, PreparedRun, prepare
 from minimind_ds.training.resume import (
     ResumePoint,
     find_resume_point,
@@ -190,9 +191,9 @@ def write_run_folder(prepared: PreparedRun, start: ResumePoint) -> None:
     prepared.tokenizer.save(prepared.folder / "tokenizer")
 
 
-def describe_data(prepared: PreparedRun) -> list[str]:
-    """What is trained on, and what is not, for the first lines of output."""
-    run, plan, store = prepared.run, prepared.first_plan, prepared.stores[0]
+def describe_data(run: RunConfig, kind: str, store: Mixture, eval_sets: tuple[EvalSet, ...],
+                  plan: loader.EpochPlan) -> list[str]:
+    """What an epoch trains on, and what not, for the first lines of output."""
     tokens, stats, rows = int(plan.n_tokens.sum()), store.stats, store.table()
     path = run.data_path if len(rows) == 1 else f"{len(rows)} sources"
     lines = [f"data: {path}: {len(store):,} samples, {tokens:,} tokens, "
@@ -202,12 +203,12 @@ def describe_data(prepared: PreparedRun) -> list[str]:
         lines += [f"  {row['path']}: share {row['share']:g}, {row['samples']:,} samples an epoch, "
                   f"{row['share_of_tokens']:.1%} of the tokens, {row['share_of_labels']:.1%} of the labels"
                   for row in rows]
-    lost = [(row["path"], what_is_lost(row["file"], run.max_seq_len, prepared.kind)) for row in rows]
+    lost = [(row["path"], what_is_lost(row["file"], run.max_seq_len, kind)) for row in rows]
     if run.eval_path:
-        held_out = [row for part in prepared.eval_sets for row in part.store.table()]
-        lost += [(f"held out, {row['path']}", what_is_lost(row["file"], run.max_seq_len, prepared.kind))
-                 for row in held_out]
-    return lines + [f"{path}: {said}" if len(lost) > 1 else said for path, said in lost if said]
+        held_out = [row for part in eval_sets for row in part.store.table()]
+        lost += [(f"held out, {row['path']}", what_is_lost(row["file"], run.max_seq_len, kind)) for row in held_out]
+    return [*lines, *(f"{path}: {said}" if len(lost) > 1 else said for path, said in lost if said),
+            f"rows: {plan.n_rows:,} of {run.row_len} tokens, {plan.fill:.2%} full"]
 
 
 def summary(prepared: PreparedRun, start: ResumePoint) -> list[str]:
@@ -217,8 +218,7 @@ def summary(prepared: PreparedRun, start: ResumePoint) -> list[str]:
     steps = len(plan)
     lines = [*prepared.notes, *start.notes,
              f"model: {run.preset}, {parameters / 1e6:.1f} M parameters; tokenizer: {prepared.tokenizer.name}",
-             *describe_data(prepared),
-             f"rows: {plan.n_rows:,} of {run.row_len} tokens, {plan.fill:.2%} full",
+             *describe_data(run, prepared.kind, prepared.stores[0], prepared.eval_sets, plan),
              f"kernels: {prepared.kernels.reason}",
              f"engine: {deepspeed_json.describe(prepared.ds, prepared.dims)}; {prepared.world.size} ranks x "
              f"{run.batch_size} rows x {run.accumulation_steps} micro-batches a step; {steps:,} steps an epoch, "

@@ -24,6 +24,7 @@ from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import RunConfig, parse_run_config
+from minimind_ds.config.run_flags import KINDS, PROGRAMS
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.data import loader
 from minimind_ds.data.conversation import notes as data_notes
@@ -38,16 +39,9 @@ from minimind_ds.distributed.world import World
 from minimind_ds.io import fsync
 from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.model.lora import Lora, find_targets, fingerprint
-from minimind_ds.paths import EXAMPLES, cache_folder
+from minimind_ds.paths import cache_folder
 from minimind_ds.resilience import restarts
 from minimind_ds.training import starting_weights
-
-PROGRAMS = {
-    "sft": {"data_path": str(EXAMPLES / "sft_train.jsonl"), "save_weight": "sft"},
-    "pretrain": {"data_path": str(EXAMPLES / "pretrain.jsonl"), "save_weight": "pretrain",
-                 "too_long": "split"},
-}
-KINDS = {"sft": "conversations", "pretrain": "text"}
 
 
 class EvalSet(NamedTuple):
@@ -163,8 +157,7 @@ def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
     selection = kernels.resolve(spec, world.device, DTYPES[run.dtype], kernel_requirements(model_config))
     check_machine(run, ds, world, model_config)
     plan = plan_epoch(stores[0], run, ranks, 0)
-    eval_sets = tuple(EvalSet(name, part, plan_epoch(part, run, ranks, 0)) for name, part in
-                      (held_out.parts() if held_out else ()))
+    eval_sets = split_by_source(held_out, run, ranks)
     start_weights = starting_weights.load(run, model_config)
     if lora is not None:
         lora = replace(lora, base=fingerprint(start_weights))
@@ -329,6 +322,11 @@ def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer, *,
     epochs = [mix(sources, of_epochs[min(epoch, len(of_epochs) - 1)], run.seed, epoch)
               for epoch in range(1 if once else run.epochs)]
     return epochs * run.epochs if once else epochs, held_out
+
+
+def split_by_source(held_out: Mixture | None, run: RunConfig, ranks: int) -> tuple[EvalSet, ...]:
+    return tuple(EvalSet(name, part, plan_epoch(part, run, ranks, 0)) for name, part in
+                 (held_out.parts() if held_out else ()))
 
 
 def plan_epoch(store: Mixture, run: RunConfig, ranks: int, epoch: int) -> loader.EpochPlan:

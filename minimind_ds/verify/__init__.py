@@ -20,9 +20,9 @@ from importlib.metadata import version
 
 import torch.distributed as dist
 
+from minimind_ds.config import program_flags
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import parse_run_config
-from minimind_ds.config.spellings import OneLineParser
 from minimind_ds.data.conversation import file_kind
 from minimind_ds.data.sources import expand
 from minimind_ds.distributed import engine
@@ -39,15 +39,7 @@ from .template import template_law
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    p = OneLineParser(prog="deepspeed launch/verify.py", allow_abbrev=False, description=__doc__.split("\n")[0],
-                      epilog="Every flag of launch/sft.py is taken, too, and means what it means there.")
-    p.add_argument("--samples", type=int, default=10, help="samples to show (default: 10)")
-    p.add_argument("--color", action="store_true", help="colours even where there is no terminal")
-    p.add_argument("--tokens", type=int, default=0,
-                   help="tokens of a law's step, about; 0: what fits a minute here (default: 0)")
-    p.add_argument("--sensitivity", action="store_true",
-                   help="instead: how small a deliberate error may be that each law still finds, in fp32 and bf16")
-    options, rest = p.parse_known_args(argv)
+    options, rest = program_flags.verify().parse_known_args(argv)
     for name in ("samples", "tokens"):
         if getattr(options, name) < 0:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be at least 0")

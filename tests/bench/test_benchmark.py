@@ -179,7 +179,7 @@ import sys
 asked = []
 sys.addaudithook(lambda event, args: asked.append(1) if event == "subprocess.Popen" and "numactl" in args[1] else None)
 from minimind_ds.bench import throughput
-code = throughput.main("", {argv!r})
+code = throughput.main({argv!r})
 print("numactl:", len(asked))
 sys.exit(code)
 """
@@ -217,7 +217,7 @@ def test_what_a_comparison_with_trl_lacks_is_one_line(needs, words, capsys, monk
     from minimind_ds.bench import throughput
 
     monkeypatch.setattr(trl_ratio, "NEEDS", needs)
-    assert throughput.main("", ["--compare", "trl", "--preset", "debug"]) == 2
+    assert throughput.main(["--compare", "trl", "--preset", "debug"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: --compare trl: ") and words in said and said.count("\n") == 1
 
@@ -332,6 +332,6 @@ def test_a_wrong_flag_is_one_line(words, complaint, tmp_path, capsys, monkeypatc
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.setenv(name, {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.get(name, "0"))
-    assert throughput.main("", [*words, "--out", str(tmp_path)]) == 2
+    assert throughput.main([*words, "--out", str(tmp_path)]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and complaint in said and said.count("\n") == 1

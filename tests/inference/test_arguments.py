@@ -3,28 +3,20 @@
     python -m pytest tests/inference/test_arguments.py
 """
 
-import argparse
 import dataclasses
-import importlib.util
 
 import pytest
 import torch
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, load_tokenizer
+from minimind_ds.config import program_flags
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.inference import arguments
+from minimind_ds.inference import chat as chat_program
 from minimind_ds.inference.chat import load_model
-from tests.conftest import ROOT
 
 CONFIG = ModelConfig(hidden_size=32, num_hidden_layers=2)
 SIZES = ["--hidden_size", "32", "--num_hidden_layers", "2"]
-
-
-def program(name):
-    spec = importlib.util.spec_from_file_location(f"launch_{name}", ROOT / "launch" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +39,10 @@ def home(tmp_path_factory):
 def chat(home, monkeypatch, capsys):
     """chat(*flags) -> (exit code, stdout, stderr), started beside MiniMind's folders."""
     monkeypatch.chdir(home)
-    launch = program("chat")
 
     def run(*flags):
         greedy = ["--dtype", "fp32", "--temperature", "0", "--max_new_tokens", "6", "--prompt", "hot?"]
-        code = launch.main([*greedy, *flags])
+        code = chat_program.main([*greedy, *flags])
         return code, *capsys.readouterr()
 
     return run
@@ -108,14 +99,13 @@ def test_what_cannot_be_is_one_line(chat, flags, said):
 
 def test_a_hugging_face_folder_is_loaded_whole_and_score_takes_the_same_flags(home, monkeypatch):
     monkeypatch.chdir(home)
-    score, p = program("score"), argparse.ArgumentParser()
-    arguments.add(p)
+    p = program_flags.chat()
     (home / "hf").mkdir(exist_ok=True)
     (home / "hf" / "config.json").touch()
     assert arguments.load_from(p.parse_args(["--load_from", "hf"])) == ("hf", None)
     with pytest.raises(ValueError, match="both name weights: give one"):
         arguments.load_from(p.parse_args(["--load_from", "hf", "--weight", "full_sft"]))
     assert arguments.load_from(p.parse_args(["--load_from", "model"])) == ("full_sft", "model")
-    args = score.parser().parse_args(["--load_from", "model", *SIZES, "--data_path", "x.jsonl"])
+    args = program_flags.score().parse_args(["--load_from", "model", *SIZES, "--data_path", "x.jsonl"])
     chosen = arguments.choose(args).arguments
     assert (chosen["weight"], chosen["tokenizer"]) == ("out/full_sft_32.pth", "model")

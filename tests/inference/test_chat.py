@@ -260,11 +260,6 @@ def test_programs_answer_converse_and_score(folder):
 
 
 def test_a_users_mistakes_are_one_line_each(folder, tok, dense, tmp_path, capsys):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location("launch_chat", ROOT / "launch" / "chat.py")
-    launch = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(launch)
     empty = tmp_path / "empty"
     empty.mkdir()
     two = run_folder(dense, tok, tmp_path / "two")
@@ -289,7 +284,7 @@ def test_a_users_mistakes_are_one_line_each(folder, tok, dense, tmp_path, capsys
              (["--weight", folder, "--device", "nonsense"], "--device nonsense"),
              (["--weight", folder, "--max_new_tokens", "8000"], "there is room for 0"), ([], "--weight is missing")]
     for words, complaint in cases:
-        assert launch.main([*map(str, words), "--prompt", "hi"]) == 2
+        assert chat.main([*map(str, words), "--prompt", "hi"]) == 2
         err = capsys.readouterr().err
         assert complaint in err and err.startswith("error: ") and err.count("\n") == 1, err
 

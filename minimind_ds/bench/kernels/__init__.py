@@ -23,12 +23,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from minimind_ds.bench.machine import machine
+from minimind_ds.config import program_flags
+from minimind_ds.config.program_flags import PARTS
 from minimind_ds.io import write_file
-from minimind_ds.paths import ROOT
+from minimind_ds.paths import LAUNCH, ROOT
 
 from .runner import DEVICE_BROKE, run_group
 
-PARTS = ("correctness", "curve", "timings")
 # Seconds of wall time: correctness and curve run side by side (nothing there is timed), timings by themselves.
 # The interpreter takes INTERPRETED times as long.
 INTERPRETED = 5
@@ -57,22 +58,7 @@ class Group(NamedTuple):
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="check_kernels.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", type=pathlib.Path, help="folder for the JSON files")
-    parser.add_argument("--parts", default=",".join(PARTS), help="which, comma-separated (default: %(default)s)")
-    parser.add_argument("--groups", help="only groups whose name begins with one of these, comma-separated")
-    parser.add_argument("--small", action="store_true", help="tiny sizes; chosen by itself where there is no GPU")
-    parser.add_argument("--no_pytest", action="store_true", help="do not run the test files that compare on a GPU")
-    parser.add_argument("--without", default="", help="contenders to leave out: parts of names, comma-separated")
-    parser.add_argument("--cpu_ratios", type=pathlib.Path, metavar="OUT.json",
-                        help="instead: this project's operations against MiniMind's own way on the CPU")
-    parser.add_argument("--lengths", default="2048,8192", help="tokens, for --cpu_ratios (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=5, help="timed pairs, for --cpu_ratios (default: %(default)s)")
-    parser.add_argument("--summary", metavar="NAMES", help="only sum up these JSON files of OUT_DIR, comma-separated, "
-                        "the .json left out")
-    # How this program starts itself.
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser = program_flags.check_kernels()
     args = parser.parse_args(argv)
     if (args.out is None) == (args.cpu_ratios is None):
         parser.error("give OUT_DIR, or --cpu_ratios OUT.json")
@@ -133,7 +119,7 @@ def plan(args: argparse.Namespace, parts: list[str], cuda: bool) -> list[Group]:
 
     folder = args.out / "groups"
     folder.mkdir(exist_ok=True)
-    program = str(ROOT / "launch" / "check_kernels.py")
+    program = str(LAUNCH / "check_kernels.py")
     flags = ["--small"] * args.small + (["--without", args.without] if args.without else [])
     groups = []
     for part in sorted(parts, reverse=True):
@@ -143,7 +129,8 @@ def plan(args: argparse.Namespace, parts: list[str], cuda: bool) -> list[Group]:
             file = folder / f"{part}.{name}.json"
             command = (sys.executable, program, str(file), "--child", f"{part}.{name}", *flags)
             groups.append(Group(part, name, file, command))
-    if "correctness" in parts and not args.no_pytest and not args.groups:
+    # A wheel has no tests.
+    if "correctness" in parts and not args.no_pytest and not args.groups and (ROOT / "tests").is_dir():
         file = folder / "correctness.tests.json"
         groups.insert(0, Group("correctness", "tests", file, pytest_command(file.with_suffix(".xml"))))
         if not cuda:

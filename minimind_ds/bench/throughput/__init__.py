@@ -13,9 +13,9 @@ import sys
 import traceback
 
 from minimind_ds.bench.throughput import report, sweep
+from minimind_ds.config import program_flags
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
-from minimind_ds.config.spellings import OneLineParser, number
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import World, read_world
 from minimind_ds.paths import DS_CONFIGS
@@ -24,13 +24,13 @@ from minimind_ds.training.loop import user_error
 ZERO = [str(DS_CONFIGS / f"zero{stage}.json") for stage in range(4)]
 
 
-def main(doc: str, argv: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Exit code: 0, or 2 for a user's mistake."""
     if "SLURM_STEP_ID" not in os.environ:
         # A batch script is told it is task 0 of all; only what srun starts is one.
         os.environ.pop("SLURM_PROCID", None)
     world = read_world()
-    args, flags = parse(doc, argv)
+    args, flags = parse(argv)
     # Every started process is a rank of the one measurement; otherwise one process starts the others.
     together = args.compare or args.profile or args.cell or args.append or in_srun_step()
     if not together and world.rank > 0:
@@ -55,35 +55,9 @@ def main(doc: str, argv: list[str]) -> int:
         return 130
 
 
-def parse(doc: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """-> (our flags, launch/sft.py's)."""
-    parser = OneLineParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--compare", choices=["padded", "plain", "ddp", "moe", "trl"],
-                      help="ratios, in turns in one process")
-    what.add_argument("--profile", type=pathlib.Path, metavar="FOLDER", help="a torch profiler trace and its summary")
-    what.add_argument("--report", action="store_true", help="table, CSV and plots of --out again, measuring nothing")
-    what.add_argument("--append", type=pathlib.Path, metavar="RESULTS.JSON",
-                      help="every started process is a rank of one cell (srun, torchrun, deepspeed --hostfile)")
-    what.add_argument("--cell", type=pathlib.Path, help=argparse.SUPPRESS)
-    parser.add_argument("--deepspeed", nargs="+", type=commas, metavar="FILE", help="default: zero0 to zero3.json")
-    parser.add_argument("--preset", nargs="+", type=commas, metavar="PRESET",
-                        help="default: debug, minimind-3; on a GPU minimind-3, minimind-3-moe")
-    parser.add_argument("--rows", nargs="+", type=commas, metavar="LENGTHxROWSxACCUMULATION",
-                        help="per rank; default: 768x1x1, on a GPU 4096x8x1")
-    parser.add_argument("--kernels", nargs="+", metavar="SPEC", help="as launch/sft.py's, several (default: auto)")
-    parser.add_argument("--ranks", nargs="+", type=commas, metavar="N",
-                        help="default: 1 and as many as there are GPUs, were launched, or 2")
-    parser.add_argument("--warm_up", type=int, help="steps that are not counted (default: 2; --compare: 1)")
-    parser.add_argument("--steps", type=int, help="steps that are counted (default: 5; --compare: 3; --profile: 2)")
-    parser.add_argument("--out", type=pathlib.Path, help="folder of the sweep (default: out/benchmark); with "
-                                                         "--compare: also write the JSON document to this file")
-    parser.add_argument("--timeout", type=number, default=900, help="seconds a cell may take (default: %(default)s)")
-    parser.add_argument("--retry", action="store_true", help="run cells again that are recorded without a result")
-    parser.add_argument("--dtypes", default="fp32,bf16", help="of --compare padded (default: %(default)s)")
-    parser.add_argument("--padded_rows", type=int, default=8, help="rows of the padded batch (default: %(default)s)")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    args, flags = parser.parse_known_args(argv)
+    args, flags = program_flags.benchmark().parse_known_args(argv)
     for name in ("deepspeed", "preset", "rows", "ranks"):
         if getattr(args, name):
             setattr(args, name, [word for words in getattr(args, name) for word in words])
@@ -92,10 +66,6 @@ def parse(doc: str, argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     args.warm_up = args.warm_up if args.warm_up is not None else 1 if args.compare else 2
     args.steps = args.steps if args.steps is not None else 3 if args.compare else 2 if args.profile else 5
     return args, flags
-
-
-def commas(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
 
 
 def in_srun_step() -> bool:

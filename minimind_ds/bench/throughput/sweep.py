@@ -28,7 +28,7 @@ from tqdm import tqdm
 from minimind_ds.config.errors import UserError
 from minimind_ds.distributed.world import free_port
 from minimind_ds.io import write_file
-from minimind_ds.paths import ROOT
+from minimind_ds.paths import LAUNCH
 
 SCHEMA = 1
 # What a launcher tells its ranks; a cell's ranks are told by a launcher of their own.
@@ -170,7 +170,7 @@ def run_cell(cell: Cell, folder: pathlib.Path, timeout: float) -> dict:
     result = work / "cell.json"
     result.unlink(missing_ok=True)
     log = logs / f"{re.sub(r'[^A-Za-z0-9_.=,-]+', '_', cell.key)}.log"
-    command = [*launcher(cell.ranks), str(ROOT / "launch" / "benchmark.py"), "--cell", str(result),
+    command = [*launcher(cell.ranks), str(LAUNCH / "benchmark.py"), "--cell", str(result),
                "--warm_up", str(cell.warm_up), "--steps", str(cell.steps), *cell.train_flags(work)]
     began = time.perf_counter()
     with open(log, "w", encoding="utf-8") as out:

@@ -1,0 +1,159 @@
+"""Every program, by its name: what launch/*.py start, and the command minimind-ds.
+
+    minimind-ds sft --gpus 2 --deepspeed zero2 --data_path my.jsonl
+    minimind-ds plan --preset minimind-3 --ranks 8 --memory 80
+    python -m minimind_ds --help
+
+Nothing here loads torch, so that --help and a mistake in a flag answer at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from minimind_ds import __version__
+from minimind_ds.config import program_flags, run, run_flags
+from minimind_ds.config.errors import report_bugs
+from minimind_ds.config.spellings import OneLineParser, instead
+from minimind_ds.paths import LAUNCH, ROOT
+
+# What the command starts without a flag that asks for ranks, with one, and never.
+ALWAYS, ASKED, NEVER = range(3)
+
+
+class Program(NamedTuple):
+    """A program: its line in --help, its flags, the module of its main, and when DeepSpeed's launcher starts it."""
+
+    about: str
+    flags: Callable[[], OneLineParser]
+    module: str
+    launcher: int = NEVER
+    # Of main, before the command line.
+    arguments: tuple[str, ...] = ()
+    # For libraries that are loaded later.
+    environment: dict[str, str] = {}
+
+
+def trainer(name: str, about: str) -> Program:
+    return Program(about, functools.partial(run.parser, name, run_flags.PROGRAMS[name]), "training.loop", ALWAYS,
+                   (name,))
+
+
+# transformers must not look for anything on the network.
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# A node that does not answer is preflight's to name; PyTorch would add its C++ stacks.
+QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
+PROGRAMS = {
+    "sft": trainer("sft", "fine-tune on conversations, all weights or LoRA, under DeepSpeed"),
+    "pretrain": trainer("pretrain", "pretrain on texts under DeepSpeed"),
+    "chat": Program("talk to a trained model", program_flags.chat, "inference.chat", environment=OFFLINE),
+    "score": Program("exact match on held-out conversations", program_flags.score, "inference.score",
+                     environment=OFFLINE),
+    "export": Program("weights for transformers, vLLM or MiniMind", program_flags.export, "convert.export"),
+    "plan": Program("memory and traffic of a run at every ZeRO stage", program_flags.plan, "plan.report"),
+    "verify": Program("check a run's data, labels, kernels and DeepSpeed file", program_flags.verify, "verify", ASKED),
+    "benchmark": Program("throughput of the real training step", program_flags.benchmark, "bench.throughput", ASKED),
+    "preflight": Program("are all nodes alike, healthy and connected?", program_flags.preflight,
+                         "resilience.preflight", ASKED, environment=QUIET),
+    "train_tokenizer": Program("train a tokenizer on your text", program_flags.train_tokenizer,
+                               "data.train_tokenizer"),
+    "tokenize": Program("tokenise data before a run, without a GPU", program_flags.tokenize, "training.tokenize_data"),
+    "check_kernels": Program("check and time the kernels on this machine", program_flags.check_kernels,
+                             "bench.kernels"),
+}
+
+
+def start(name: str, argv: list[str]) -> int:
+    """Runs a program in this process: --help and mistakes in flags first, what takes seconds to load after them."""
+    report_bugs()
+    program = PROGRAMS[name]
+    program.flags().parse_known_args(argv)
+    for variable, value in program.environment.items():
+        os.environ.setdefault(variable, value)
+    # A log of ranks begins with it; where a program's output is read by another, it would be noise.
+    if rank() == "0" and (program.launcher != NEVER or sys.stderr.isatty()):
+        print(f"{name}: loading PyTorch{' and DeepSpeed' if program.launcher != NEVER else ''} …", file=sys.stderr,
+              flush=True)
+    return importlib.import_module(f"minimind_ds.{program.module}").main(*program.arguments, argv)
+
+
+def rank() -> str:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+
+
+def is_rank() -> bool:
+    """Was this process started as one of several, by a launcher or by srun?"""
+    return "RANK" in os.environ or ("SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1)
+
+
+def command(argv: list[str] | None = None) -> int:
+    """minimind-ds.  Returns the exit code."""
+    report_bugs()
+    name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"minimind-ds {__version__}")
+        return 0
+    if name == "--home":
+        print(ROOT)
+        return 0
+    name = name.replace("-", "_")
+    if name not in PROGRAMS:
+        meant = instead(name, PROGRAMS, {}, {}, sign="")
+        print(f"error: minimind-ds has no program {name}{meant} (--help lists them)", file=sys.stderr)
+        return 2
+    when = PROGRAMS[name].launcher
+    if when == NEVER or is_rank():
+        return start(name, words)
+    asked, rest = launcher_flags(words)
+    PROGRAMS[name].flags().parse_known_args(rest)
+    return launch(name, asked, rest) if asked or when == ALWAYS else start(name, rest)
+
+
+def usage() -> str:
+    programs = "\n".join(f"  {name:<16} {program.about}" for name, program in PROGRAMS.items())
+    return f"""usage: minimind-ds PROGRAM [--flag VALUE ...]
+
+{programs}
+
+minimind-ds PROGRAM --help lists a program's flags.  minimind-ds --version; --home: the folder of ds_configs, examples
+and launch, with the batch scripts.
+sft and pretrain start DeepSpeed's launcher, as verify, benchmark and preflight do with one of its flags:
+  --gpus N (--num_gpus)  --include HOST:0,1  --exclude HOST:0  --hostfile FILE  --master_port PORT"""
+
+
+def launcher_flags(words: list[str]) -> tuple[list[str], list[str]]:
+    """-> (flags for DeepSpeed's launcher, the program's)."""
+    p = OneLineParser(add_help=False, allow_abbrev=False)
+    p.add_argument("--num_gpus", "--gpus", type=int)
+    p.add_argument("--master_port", type=int)
+    for name in ("include", "exclude", "hostfile"):
+        p.add_argument(f"--{name}")
+    found, rest = p.parse_known_args(words)
+    return [word for name, value in vars(found).items() if value is not None
+            for word in (f"--{name}", str(value))], rest
+
+
+def launch(name: str, asked: list[str], words: list[str]) -> int:
+    """Becomes DeepSpeed's launcher, with a DeepSpeed file where the flags name none; returns only where it cannot."""
+    launcher = pathlib.Path(sys.executable).with_name("deepspeed")
+    found = str(launcher) if launcher.exists() else shutil.which("deepspeed")
+    if found is None:
+        print("error: no deepspeed on PATH: install this package with its dependencies", file=sys.stderr)
+        return 2
+    said = ""
+    if name in run_flags.PROGRAMS and not {"--deepspeed", "--config"} & {word.partition("=")[0] for word in words}:
+        words, said = ["--deepspeed", "zero2", *words], ", with ds_configs/zero2.json (--deepspeed names another)"
+    # ninja of this environment first, for what DeepSpeed compiles.
+    os.environ["PATH"] = os.pathsep.join([str(launcher.parent), os.environ.get("PATH", os.defpath)])
+    print(f"{name}: starting DeepSpeed's launcher{said} …", file=sys.stderr, flush=True)
+    os.execv(found, [found, *asked, str(LAUNCH / f"{name}.py"), *words])
