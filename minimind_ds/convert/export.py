@@ -29,7 +29,6 @@ from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.io import write_file
 from minimind_ds.model import lora as adapters
 
-
 # What makes a folder that of a run, which an export must not take the place of.
 OF_RUNS = ("checkpoints", "metrics.jsonl", "run.yaml")
 
