@@ -26,8 +26,10 @@ from minimind_ds.config.deepspeed_keys import (
     SCHEMAS,
     STEPS,
     WHOLE,
+    brief,
     inner_keys,
     is_comment,
+    limit,
     schema_of,
     show,
     unknown,
@@ -52,7 +54,8 @@ def check_keys(path: str, raw: dict) -> None:
     """
     raw = without_comments(raw)
     for key in sorted(raw, key=lambda key: key not in ("tensor_parallel", "pipeline")):
-        known = KEYS.get(key)
+        # Inner keys stand in KEYS with dots.
+        known = KEYS.get(key) if "." not in key else None
         if known is None:
             raise unknown(path, key, KEYS)
         if known.what == REFUSED:
@@ -94,12 +97,12 @@ def check_block(path: str, key: str, value) -> None:
             return None
         if value == "auto":
             raise UserError(f"{path}: \"auto\" at {key} cannot be filled in; write a value")
-        raise UserError(f"{path}: {key} is {show(value)}; it must be {told(known.kind)}")
+        raise UserError(f"{path}: {key} is {show(value)}; it must be {told(known.kind)}{limit(value)}")
     if not isinstance(value, dict) or key in OPEN:
         return None
     inner = inner_keys(key)
     for name, part in value.items():
-        if name not in inner and not has_schema(key) and inner:
+        if "." in name or name not in inner and not has_schema(key) and inner:
             raise unknown(path, f"{key}.{name}", inner)
         check_block(path, f"{key}.{name}", part)
     return None
@@ -202,8 +205,8 @@ def check_schemas(path: str, config: dict) -> None:
                 raise unknown(path, name, names) from None
             given = show(first["input"]) if first["loc"] else "as it stands"
             raise UserError(f"{path}: {name} is {given}: {first['msg']}") from None
-        except (ValueError, TypeError, AssertionError) as error:
-            raise UserError(f"{path}: {key}: {error}") from None
+        except (ValueError, TypeError, AssertionError, OverflowError) as error:
+            raise UserError(f"{path}: {key}: {brief(error)}") from None
 
 
 @contextlib.contextmanager
@@ -237,8 +240,8 @@ def check_whole(path: str, config: dict) -> None:
         for key, value in config.items():
             alone = refusal({key: value})
             if alone is not None:
-                raise UserError(f"{path}: DeepSpeed refuses {key}: {alone}")
-        raise UserError(f"{path}: DeepSpeed refuses it: {error}")
+                raise UserError(f"{path}: DeepSpeed refuses {key}: {brief(alone)}")
+        raise UserError(f"{path}: DeepSpeed refuses it: {brief(error)}")
 
 
 def check_rules(path: str, config: dict, dtype: str) -> None:
@@ -262,12 +265,16 @@ def check_rules(path: str, config: dict, dtype: str) -> None:
     if zero.get("allgather_bucket_size", 2) % 2 and stage in (1, 2):
         raise UserError(f"{path}: zero_optimization.allgather_bucket_size is {zero['allgather_bucket_size']}; "
                         "DeepSpeed wants an even number")
+    if zero.get("zero_hpz_partition_size", 1) < 1:
+        raise UserError(f"{path}: zero_optimization.zero_hpz_partition_size is 0; it must be at least 1")
     if zero.get("compute_grad_norm") is False:
         raise UserError(f"{path}: zero_optimization.compute_grad_norm false is not supported: metrics.jsonl and "
                         "clipping need the norm; leave it out")
     types = config.get("data_types", {})
-    for key, stages in (("param_dtype", (0, 1, 2, 3)), ("grad_accum_dtype", (0, 1))):
+    for key, stages in (("param_dtype", (0, 1, 2, 3)), ("grad_accum_dtype", (0, 1)), ("buffer_dtype", ())):
         said = types.get(key)
+        if said is not None and said not in PRECISION_OF:
+            raise UserError(f"{path}: data_types.{key} is {show(said)}; DeepSpeed wants {said.lower()!r}")
         if said is not None and PRECISION_OF[said] != dtype and stage in stages:
             raise UserError(f"{path}: data_types.{key} is {said!r}, and the run's precision is {dtype}; DeepSpeed "
                             f"wants them alike at stage {stage}; leave it out")

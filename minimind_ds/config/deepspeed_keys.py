@@ -40,7 +40,7 @@ class Key(NamedTuple):
 
 
 OLD = "DeepSpeed has removed it"
-STEPS = "the plan of an epoch is fixed by data, seed and rows per step"
+PLAN = "the plan of an epoch is fixed by data, seed and rows per step"
 MASTERS = "checkpoints and exports hold fp32 masters"
 
 # Top-level keys, and inner ones (with dots) where DeepSpeed has no schema or this trainer differs from it.
@@ -70,6 +70,7 @@ KEYS = {
                                                     "later steps, so no step has one gradient"),
     "zero_optimization.offload_optimizer.super_offload": Key(REFUSED, bool, "its optimizer runs in a process of its "
                                                                             "own, where a NaN goes unseen"),
+    "zero_optimization.legacy_stage1": Key(REFUSED, bool, OLD),
     "zero_optimization.mics_shard_size": Key(REFUSED, None, OLD),
     "zero_optimization.mics_hierarchical_params_gather": Key(REFUSED, bool, OLD),
     "zero_optimization.zeropp_loco_param": Key(REFUSED, None, OLD),
@@ -144,8 +145,8 @@ KEYS = {
     "managed_gradient_accumulation": Key(REFUSED, bool, "the trainer decides where a step ends"),
     "hybrid_engine": Key(REFUSED, dict, "it serves reinforcement learning"),
     "autotuning": Key(NO_EFFECT, dict, "only the launcher's --autotuning starts it; launch/benchmark.py sweeps"),
-    "data_efficiency": Key(REFUSED, dict, STEPS),
-    "curriculum_learning": Key(REFUSED, dict, STEPS),
+    "data_efficiency": Key(REFUSED, dict, PLAN),
+    "curriculum_learning": Key(REFUSED, dict, PLAN),
     "progressive_layer_drop": Key(REFUSED, dict, OLD),
     "weight_quantization": Key(REFUSED, dict, "weights are trained in full precision"),
     "quantize_training": Key(REFUSED, dict, OLD),
@@ -206,6 +207,18 @@ def show(value) -> str:
     """A value for a message, cut to a line's length."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def brief(error: Exception) -> str:
+    """Another's error for a message: one line of ordinary length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def limit(value) -> str:
+    """What a message adds where a number is too large."""
+    large = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) >= LARGEST
+    return " below 2^63 in size" if large else ""
 
 
 def unknown(path: str, key: str, known) -> UserError:

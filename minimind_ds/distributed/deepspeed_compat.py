@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -35,8 +36,8 @@ WORKAROUNDS = {
     "choose_accelerator": Workaround("without a GPU the choice of a device starts programs, and may find none", SEEN,
                                      "a documented way to say so in the configuration"),
     "start_no_programs": Workaround("runs a compiler to see whether operations could be built; stage 3 starts numactl "
-                                    "at every bucket of gradients to count devices", SEEN,
-                                    "both are remembered upstream"),
+                                    "at every bucket of gradients to count devices, and every operation others to "
+                                    "know the processor", SEEN, "they are remembered upstream"),
     "undo_warm_start": Workaround("stage 0 in half precision takes one step on zero gradients when it is made, so "
                                   "Adam begins at count 1", SEEN, "the count is 0 after initialize"),
     "continue_betas": Workaround("C++ Adam keeps beta^step as a running product that no checkpoint holds", SEEN,
@@ -69,6 +70,11 @@ def choose_accelerator(device: torch.device) -> None:
 
 def start_no_programs(deepspeed) -> None:
     """On a CPU: nothing is compiled to find out whether it could be, and devices are counted once."""
+    if importlib.util.find_spec("cpuinfo"):
+        import cpuinfo
+
+        # Every operation that is built or loaded asks twice, by programs that run a second.
+        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     # The shared-memory all-reduce is compiled at first use (about 45 s) and gains nothing at these sizes.
     deepspeed.ops.__compatible_ops__ = {}
     accelerator = deepspeed.get_accelerator()

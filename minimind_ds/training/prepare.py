@@ -112,14 +112,19 @@ class PreparedRun:
         return self.folder / weight_files.file_name(name, self.model_config)
 
 
-def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
+def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | None = None) -> PreparedRun:
     """Read, check and resolve everything.
+
+    Args:
+        deepspeed: a file in place of the one that argv names.
 
     Raises:
         ValueError: one clear line about the user's input.
     """
     choose_accelerator(world.device)
     run = parse_run_config(argv, program, PROGRAMS[program])
+    if deepspeed is not None:
+        run = run.replace(deepspeed=deepspeed)
     if run.deepspeed is None:
         raise UserError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero2.json")
     raw = deepspeed_json.read(run)

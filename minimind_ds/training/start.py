@@ -118,6 +118,7 @@ def identity(prepared: PreparedRun) -> dict:
     facts["rows per step"] = run.batch_size * run.accumulation_steps * prepared.rows_ranks
     facts["tokenizer"] = prepared.tokenizer.fingerprint
     facts["data"] = prepared.stores[0].content
+    facts["optimizer settings"] = deepspeed_json.own_settings(prepared.ds, prepared.world.device.type)
     facts["LoRA"] = prepared.lora.identity() if prepared.lora else None
     return {**facts, **{f"model.{k}": v for k, v in prepared.model_config.to_dict().items()}}
 
@@ -145,9 +146,11 @@ def manifest_facts(prepared: PreparedRun, step: int, epoch: int, epoch_step: int
 def refuse_changes(then: dict, now: dict, path) -> None:
     """Raises UserError, naming the first of `now`'s facts that was another `then`.
 
-    A flag that the checkpoint's release did not know had the effect of its default.
+    A flag that the checkpoint's release did not know had the effect of its default; before "optimizer settings" were
+    kept, nobody compared them.
     """
-    then = {**{name: DEFAULTS[name] for name in now if name in DEFAULTS}, **then}
+    then = {**{name: DEFAULTS.get(name, now[name]) for name in now if name in (*DEFAULTS, "optimizer settings")},
+            **then}
     # The model first: of everything that differs it explains the most.
     for name in sorted(now, key=lambda n: not n.startswith("model.")):
         if name == "data" and then.get(name) != now[name]:
