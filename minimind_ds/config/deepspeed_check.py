@@ -11,6 +11,8 @@ import logging
 import math
 import netrc
 import os
+import pathlib
+import re
 
 from minimind_ds.config.deepspeed_keys import (
     FILLED,
@@ -30,6 +32,7 @@ from minimind_ds.config.deepspeed_keys import (
     inner_keys,
     is_comment,
     limit,
+    near,
     schema_of,
     show,
     unknown,
@@ -38,6 +41,8 @@ from minimind_ds.config.errors import UserError
 
 # Of a value that "auto" may stand for: DeepSpeed's integration in Hugging Face drops it, and the default rules.
 AUTO_FITS = (bool, POSITIVE, WHOLE, NUMBER, dict)
+# DeepSpeed's ZERO_SUPPORTED_OPTIMIZERS, by the names of a file.
+TESTED = ("adam", "adamw", "adagrad", "lion", "muon")
 
 
 def without_comments(config):
@@ -54,8 +59,8 @@ def check_keys(path: str, raw: dict) -> None:
     """
     raw = without_comments(raw)
     for key in sorted(raw, key=lambda key: key not in ("tensor_parallel", "pipeline")):
-        # Inner keys stand in KEYS with dots.
-        known = KEYS.get(key) if "." not in key else None
+        known = KEYS.get(key)
+        refuse_dots(path, key)
         if known is None:
             raise unknown(path, key, KEYS)
         if known.what == REFUSED:
@@ -63,6 +68,12 @@ def check_keys(path: str, raw: dict) -> None:
     for key, value in raw.items():
         if KEYS[key].what != REFUSED:
             check_block(path, key, value)
+
+
+def refuse_dots(path: str, key: str) -> None:
+    """KEYS has inner keys with dots; a file has not."""
+    if "." in key:
+        raise UserError(f"{path}: key {show(key)} has a dot: what is after it stands in an object of its own")
 
 
 def refuse_unless_off(path: str, key: str, value) -> None:
@@ -102,7 +113,11 @@ def check_block(path: str, key: str, value) -> None:
         return None
     inner = inner_keys(key)
     for name, part in value.items():
-        if "." in name or name not in inner and not has_schema(key) and inner:
+        refuse_dots(path, name)
+        if name not in inner and not has_schema(key) and inner:
+            # What else AutoEP's block may hold is read_dims's to say.
+            if key == "expert_parallel" and not near(name, inner):
+                continue
             raise unknown(path, f"{key}.{name}", inner)
         check_block(path, f"{key}.{name}", part)
     return None
@@ -186,27 +201,32 @@ def drop_auto(config: dict) -> dict:
 
 
 def check_schemas(path: str, config: dict) -> None:
-    """DeepSpeed's own schemas, for the blocks that have one."""
-    from pydantic import ValidationError
-
-    for key in SCHEMAS:
+    """DeepSpeed's own schemas, for the blocks that have one; inner ones first, which know more names."""
+    for key in sorted(SCHEMAS, key=lambda key: -key.count(".")):
         block = config
         for part in key.split("."):
-            block = block.get(part, {})
-        schema = schema_of(key)
-        try:
-            with quiet():
-                schema(**block)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join([key, *(str(part) for part in first["loc"])])
-            if first["type"] == "extra_forbidden":
-                names = list(schema.model_fields) + [f.alias for f in schema.model_fields.values() if f.alias]
-                raise unknown(path, name, names) from None
-            given = show(first["input"]) if first["loc"] else "as it stands"
-            raise UserError(f"{path}: {name} is {given}: {first['msg']}") from None
-        except (ValueError, TypeError, AssertionError, OverflowError) as error:
-            raise UserError(f"{path}: {key}: {brief(error)}") from None
+            block = block.get(part) or {}
+        check_schema(path, key, block)
+
+
+def check_schema(path: str, key: str, block: dict) -> None:
+    """Raises UserError on what a block's schema refuses."""
+    from pydantic import ValidationError
+
+    schema = schema_of(key)
+    try:
+        with quiet():
+            schema(**block)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join([key, *(str(part) for part in first["loc"])])
+        if first["type"] == "extra_forbidden":
+            names = list(schema.model_fields) + [f.alias for f in schema.model_fields.values() if f.alias]
+            raise unknown(path, name, names) from None
+        given = f" is {show(first['input'])}" if first["loc"] else ""
+        raise UserError(f"{path}: {name}{given}: {first['msg']}") from None
+    except (ValueError, TypeError, AssertionError, OverflowError) as error:
+        raise UserError(f"{path}: {key}: {brief(error)}") from None
 
 
 @contextlib.contextmanager
@@ -279,12 +299,39 @@ def check_rules(path: str, config: dict, dtype: str) -> None:
             raise UserError(f"{path}: data_types.{key} is {said!r}, and the run's precision is {dtype}; DeepSpeed "
                             f"wants them alike at stage {stage}; leave it out")
     patterns = types.get("keep_in_fp32_modules")
-    if patterns is not None and not (isinstance(patterns, list) and all(isinstance(p, str) for p in patterns)):
-        raise UserError(f"{path}: data_types.keep_in_fp32_modules is {show(patterns)}; it must be a list of names")
+    if patterns is not None and not (isinstance(patterns, list) and all(map(is_pattern, patterns))):
+        raise UserError(f"{path}: data_types.keep_in_fp32_modules is {show(patterns)}; it must be a list of patterns")
+    name = config["optimizer"]["type"]
+    if stage > 0 and config.get("zero_allow_untested_optimizer") is False and name.lower() not in TESTED:
+        raise UserError(f"{path}: zero_allow_untested_optimizer is false, and DeepSpeed has not tested ZeRO with the "
+                        f"optimizer {name}")
+
+
+def is_pattern(value) -> bool:
+    """Whether DeepSpeed can look for names with it."""
+    with contextlib.suppress(re.error):
+        return isinstance(value, str) and re.compile(value.replace("*", ".*")) is not None
+    return False
+
+
+def check_outputs(path: str, config: dict) -> None:
+    """Raises UserError for a monitor or profiler that is switched on and cannot write where it is told to."""
+    for key, name in (("tensorboard", "output_path"), ("csv_monitor", "output_path"),
+                      ("flops_profiler", "output_file")):
+        block = config.get(key, {})
+        if not block.get("enabled", False) or not block.get(name):
+            continue
+        place = pathlib.Path(os.path.abspath(block[name]))
+        folder = next(folder for folder in (place, *place.parents) if folder.exists())
+        if name == "output_file" and folder == place:
+            folder = place.parent if place.is_file() else place / "is a folder"
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"{path}: {key}.{name} is {show(block[name])}, which cannot be written")
 
 
 def check_packages(path: str, config: dict) -> None:
     """Raises UserError for a monitor that is switched on and cannot work on this machine."""
+    check_outputs(path, config)
     needs = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
     for key, package in needs.items():
         block = config.get(key, {})

@@ -18,6 +18,7 @@ import hjson
 from minimind_ds.config.deepspeed_check import (
     check_keys,
     check_rules,
+    check_schema,
     check_schemas,
     check_whole,
     drop_auto,
@@ -132,7 +133,8 @@ def check_form(path: str, config: dict) -> None:
             elif isinstance(item, list):
                 below += [(f"{at}[{i}]", part) for i, part in enumerate(item)]
             elif not isinstance(item, (str, int, float, type(None))) or isinstance(item, str) and not is_text(item):
-                raise UserError(f"{path}: {at[:80]} is {show(item)}, which no JSON can hold as a setting")
+                kind = "no text that a file can hold" if isinstance(item, str) else "no value of JSON"
+                raise UserError(f"{path}: {at[:80]} is {show(item)}, which is {kind}")
             if len(below) > MOST_VALUES:
                 raise UserError(f"{path}: more than {MOST_VALUES} values; a DeepSpeed file has a hundred")
         level = below
@@ -298,7 +300,7 @@ def fill_zero(path: str, config: dict, model: ModelConfig) -> None:
                             "{\"device\": \"cpu\"}")
         # Stage 3's alone, and an optimizer's from stage 1 on: below, DeepSpeed would half obey.
         if stage < (3 if block == "offload_param" else 1):
-            zero.pop(block, None)
+            check_schema(path, f"zero_optimization.{block}", drop_auto(zero.pop(block, None) or {}))
 
 
 def check_muon(path: str, config: dict, run: RunConfig) -> None:

@@ -70,11 +70,14 @@ KEYS = {
                                                     "later steps, so no step has one gradient"),
     "zero_optimization.offload_optimizer.super_offload": Key(REFUSED, bool, "its optimizer runs in a process of its "
                                                                             "own, where a NaN goes unseen"),
+    "zero_optimization.leaf_module": Key(NO_EFFECT, dict, "every expert is in the graph of every step, so no module "
+                                                          "has to be a leaf"),
     "zero_optimization.legacy_stage1": Key(REFUSED, bool, OLD),
     "zero_optimization.mics_shard_size": Key(REFUSED, None, OLD),
     "zero_optimization.mics_hierarchical_params_gather": Key(REFUSED, bool, OLD),
     "zero_optimization.zeropp_loco_param": Key(REFUSED, None, OLD),
-    "zero_allow_untested_optimizer": Key(PASSED_ON, bool, "true where the file does not say"),
+    "zero_allow_untested_optimizer": Key(PASSED_ON, bool, "true where the file does not say; false with another "
+                                                          "optimizer than Adam, Adagrad, Lion, Muon is an error"),
     "zero_force_ds_cpu_optimizer": Key(NO_EFFECT, bool, "DeepSpeed makes the optimizer here, so it is its own"),
     "communication_data_type": Key(PASSED_ON, DTYPE_NAMES),
     "seq_parallel_communication_data_type": Key(NO_EFFECT, DTYPE_NAMES, "rows over ranks are this toolkit's own"),
@@ -173,6 +176,9 @@ KEYS = {
 # Blocks with a schema of DeepSpeed's own.
 SCHEMAS = {
     "zero_optimization": ("deepspeed.runtime.zero.config", "DeepSpeedZeroConfig"),
+    "zero_optimization.offload_param": ("deepspeed.runtime.zero.offload_config", "DeepSpeedZeroOffloadParamConfig"),
+    "zero_optimization.offload_optimizer": ("deepspeed.runtime.zero.offload_config",
+                                            "DeepSpeedZeroOffloadOptimizerConfig"),
     "fp16": ("deepspeed.runtime.precision_config", "DeepSpeedFP16Config"),
     "bf16": ("deepspeed.runtime.precision_config", "DeepSpeedBF16Config"),
     "comms_logger": ("deepspeed.comm.config", "CommsLoggerConfig"),
@@ -183,8 +189,8 @@ SCHEMAS = {
     "compile": ("deepspeed.compile.config", "CompileConfig"),
     "timers.throughput": ("deepspeed.utils.config", "DeepSpeedThroughputTimerConfig"),
 }
-# Blocks whose keys are another's to tell: a class's arguments, sequence_parallel's, or nobody's.
-OPEN = ("optimizer.params", "scheduler.params", "expert_parallel", "checkpoint.writer", "compile.kwargs",
+# Blocks whose keys are another's to tell: a class's arguments, or nobody's.
+OPEN = ("optimizer.params", "scheduler.params", "checkpoint.writer", "compile.kwargs",
         "checkpoint.parallel_write")
 
 
@@ -221,8 +227,13 @@ def limit(value) -> str:
     return " below 2^63 in size" if large else ""
 
 
+def near(name: str, known) -> list[str]:
+    """The known name that another was probably meant to be, if any."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+
+
 def unknown(path: str, key: str, known) -> UserError:
     """The error for an unknown key, with the nearest known one."""
-    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.75)
+    close = near(key.rpartition(".")[2], known)
     shown = show(key) if "." not in key else key[:80]
     return UserError(f"{path}: unknown key {shown}" + (f"; did you mean {close[0]!r}?" if close else ""))

@@ -11,6 +11,7 @@ import warnings
 
 import torch
 
+from minimind_ds.config.deepspeed_check import quiet
 from minimind_ds.config.deepspeed_keys import LARGEST, brief, limit, show, unknown
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import RunConfig
@@ -197,7 +198,7 @@ def check_params(run: RunConfig, block: dict, known: dict) -> None:
                     raise say(key, one, "at least 0 and below 1", i)
                 if one < 0 and key in (*OWNERS, *OWN_RATES):
                     raise say(key, one, "at least 0", i)
-            elif isinstance(default, bool) and not isinstance(one, bool):
+            elif (isinstance(default, bool) or key in MANNERS and one is not None) and not isinstance(one, bool):
                 raise say(key, one, "true or false")
             elif isinstance(default, str) and not isinstance(one, str):
                 raise say(key, one, "text")
@@ -222,18 +223,19 @@ def try_optimizer(path: str, name: str, params: dict) -> None:
 
 
 def try_params(path: str, what: str, block: str, params: dict, use) -> None:
-    """Raises UserError where use(params) fails; the parameter without which it would not is named."""
+    """Raises UserError where use(params) fails; parameters without any one of which it would not are named."""
     try:
         return use(params)
     except Exception as error:
         said = brief(error)
+    found = []
     for key, value in params.items():
         try:
             use({name: other for name, other in params.items() if name != key})
         except Exception:
             continue
-        raise UserError(f"{path}: {block}.params.{key} is {show(value)}: {said}")
-    raise UserError(f"{path}: {what}: {said}")
+        found.append(f"{block}.params.{key} is {show(value)}")
+    raise UserError(f"{path}: {' and '.join(found) or what}: {said}")
 
 
 def optimizer_device(config: dict) -> str:
@@ -288,6 +290,11 @@ def fill_scheduler(config: dict, run: RunConfig, total_steps: int) -> RunConfig:
     for key, default in known.items():
         if default is inspect.Parameter.empty and key not in params:
             raise UserError(f"{path}: scheduler {kind} needs params.{key}")
+    for key, value in params.items():
+        numbers = value if isinstance(value, list) else [value]
+        if kind in SCHEDULERS and key != "warmup_type" and not (value is None and known[key] is None) and not all(
+                isinstance(one, (int, float)) for one in numbers):
+            raise UserError(f"{path}: scheduler.params.{key} is {show(value)}; it must be a number")
     if params.get("warmup_type", "log") not in ("log", "linear"):
         raise UserError(f"{path}: scheduler.params.warmup_type is {show(params['warmup_type'])}; it must be "
                         "\"log\" or \"linear\"")
@@ -362,7 +369,7 @@ def try_scheduler(path: str, cls: type, params: dict, rates: list[str], total_st
     def walk(params: dict) -> None:
         groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in rates or "1"]
         optimizer = torch.optim.AdamW(groups, lr=1e-3)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
             schedule = cls(optimizer, **params)
             optimizer.step()

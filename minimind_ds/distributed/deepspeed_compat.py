@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -70,10 +69,10 @@ def choose_accelerator(device: torch.device) -> None:
 
 def start_no_programs(deepspeed) -> None:
     """On a CPU: nothing is compiled to find out whether it could be, and devices are counted once."""
-    if importlib.util.find_spec("cpuinfo"):
+    # Every operation that is built or loaded asks twice, by programs that run a second.
+    with contextlib.suppress(ImportError):
         import cpuinfo
 
-        # Every operation that is built or loaded asks twice, by programs that run a second.
         cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     # The shared-memory all-reduce is compiled at first use (about 45 s) and gains nothing at these sizes.
     deepspeed.ops.__compatible_ops__ = {}
