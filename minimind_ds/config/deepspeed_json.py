@@ -42,8 +42,8 @@ from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.run import RunConfig
 
-__all__ = ["builds_optimizer", "check_keys", "describe", "notes", "offloads_optimizer", "optimizer_device",
-           "own_settings", "read", "read_json", "resolve", "stage_of"]
+__all__ = ["builds_optimizer", "check_keys", "describe", "keeps_checkpoints", "notes", "offloads_optimizer",
+           "optimizer_device", "own_settings", "read", "read_json", "resolve", "stage_of"]
 
 # Files of peers are below 10 kB and 8 levels.
 MOST_BYTES, MOST_LEVELS, MOST_VALUES = 2**18, 32, 2**17
@@ -195,6 +195,9 @@ def resolve(raw: dict, run: RunConfig, model: ModelConfig, *, ranks: int, total_
     check_schemas(path, config)
     check_rules(path, config, run.dtype)
     check_muon(path, config, run)
+    if not keeps_checkpoints(config) and optimizer_device(config) != "nvme" and run.save_interval:
+        raise UserError(f"{path}: no checkpoints with {config['optimizer']['type']} at stage 3: DeepSpeed cannot load "
+                        "them; --save_interval 0 trains without, stages 0 to 2 keep them")
     check_whole(path, config)
     return config, run
 
@@ -313,6 +316,13 @@ def check_muon(path: str, config: dict, run: RunConfig) -> None:
                         "would clip the orthogonal update, not the gradient; --grad_clip 0, or stage 0")
     if stage == 3 and config["zero_optimization"].get("reduce_scatter", True):
         raise UserError(f"{path}: optimizer Muon at stage 3 needs zero_optimization.reduce_scatter false")
+
+
+def keeps_checkpoints(config: dict) -> bool:
+    """False where DeepSpeed could not go on from a checkpoint: it forgets moments on NVMe, and torch's Adagrad has its
+    parameters twice at stage 3."""
+    device, name = optimizer_device(config), own_name(config["optimizer"]["type"])
+    return device != "nvme" and not (name == "adagrad" and device == "none" and stage_of(config) == 3)
 
 
 def notes(raw: dict, run: RunConfig) -> list[str]:

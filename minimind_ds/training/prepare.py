@@ -80,7 +80,7 @@ class PreparedRun:
     @property
     def keeps_checkpoints(self) -> bool:
         """False where nothing could go on from one."""
-        return deepspeed_json.optimizer_device(self.ds) != "nvme"
+        return deepspeed_json.keeps_checkpoints(self.ds)
 
     @property
     def rows_ranks(self) -> int:

@@ -142,6 +142,8 @@ REFUSALS = {
     "amsgrad in DeepSpeed's Adam": (optimizer("AdamW", amsgrad=True), "torch_adam true does"),
     "what torch refuses": (optimizer("SGD", nesterov=True), "Nesterov momentum requires a momentum"),
     "Muon, clipped in parts": ({**optimizer("Muon"), "zero_optimization": {"stage": 1}}, "--grad_clip 0"),
+    "Adagrad's checkpoints at stage 3": ({**optimizer("Adagrad"), "zero_optimization": {"stage": 3}},
+                                         "--save_interval 0"),
     "no scheduler's type": ({"scheduler": {"params": {}}}, "scheduler has no type"),
     "an unknown scheduler": (scheduler("Foo"), "choose from OneCycle"),
     "a scheduler's typo": (scheduler("WarmupLR", warmup_steps=3), "unknown key scheduler.params.warmup_steps"),

@@ -33,10 +33,14 @@ RECORD = {"conversations": [{"role": "user", "content": "Hi"}, {"role": "assista
 
 
 def is_deepspeed(path: pathlib.Path) -> bool:
-    """Whether a file has any of the keys by which a DeepSpeed configuration is known."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return any(f'"{key}"' in text for key in KEYS if key.startswith(("train_", "zero_optimization", "gradient_acc",
-                                                                      "optimizer", "bf16", "fp16")) and "." not in key)
+    """Whether a file has any of the keys by which a DeepSpeed configuration is known, at its top if it can be read."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    try:
+        there = hjson.loads(text)
+    except ValueError:
+        there = [key for key in KEYS if f'"{key}"' in text]
+    return any(key.startswith(("train_", "zero_opt", "gradient_", "optimizer", "bf", "fp16")) and key in there
+               for key in KEYS if "." not in key)
 
 
 def run_flags(config: pathlib.Path, folder: pathlib.Path) -> list[str]:
@@ -75,6 +79,8 @@ def deepspeeds_word(path: pathlib.Path) -> str | None:
     made = None
     try:
         config = drop_auto(without_comments(hjson.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=dict)))
+        if "nvme_path" in path.read_text(encoding="utf-8-sig"):
+            return "not tried: it would write to the disk that the file names"
         for key in ("train_batch_size", "gradient_accumulation_steps"):
             config.pop(key, None)
         config["train_micro_batch_size_per_gpu"] = 1

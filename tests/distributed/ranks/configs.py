@@ -14,12 +14,14 @@ import pathlib
 import random
 import sys
 
+import torch
 import torch.distributed as dist
 import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
+from minimind_ds import checkpoint  # noqa: E402
 from minimind_ds.config.deepspeed_json import read_json, resolve  # noqa: E402
 from minimind_ds.config.errors import UserError  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
@@ -29,6 +31,7 @@ from minimind_ds.training.build import build_engine  # noqa: E402
 from minimind_ds.training.live import LiveRun  # noqa: E402
 from minimind_ds.training.loop import learning_rate, progress  # noqa: E402
 from minimind_ds.training.prepare import PreparedRun  # noqa: E402
+from minimind_ds.training.start import manifest_facts  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
 from tests.config.try_configs import prepared_with  # noqa: E402
 from tests.distributed.ranks.layouts import make_run  # noqa: E402
@@ -41,7 +44,7 @@ COLUMNS = {
     "AdamW of torch": ({"type": "AdamW", "params": {"torch_adam": True}}, {}, {}, {}),
     "Adam with L2": ({"type": "Adam", "params": {"adam_w_mode": False}}, {}, {}, {}),
     "SGD": ({"type": "SGD", "params": {"momentum": 0.9}}, {}, {}, {}),
-    "Adagrad": ({"type": "Adagrad", "params": {}}, {}, {}, {}),
+    "Adagrad": ({"type": "Adagrad", "params": {}}, {}, {}, {"save_interval": 0}),
     "NAdam": ({"type": "NAdam", "params": {}}, {}, {}, {}),
     "Lion on the CPU": ({"type": "Lion", "params": {}}, {}, {"offload_optimizer": {"device": "cpu"}}, {}),
     "AdamW on the CPU": ({"type": "AdamW", "params": {}}, {}, {"offload_optimizer": {"device": "cpu"}}, {}),
@@ -59,10 +62,14 @@ COLUMNS = {
     "summed": (None, {"gradient_allreduce_op": "sum"}, {}, {}),
 }
 CONTROL = (None, {}, {}, {})
+RESUMED = ("SGD", "Adagrad", "NAdam", "Lion on the CPU", "Muon")
 
 
-def curve(base: PreparedRun, stage: int, column: tuple) -> dict:
-    """Losses and norms of some steps at a stage, or what prepare() says against it; the data are the base's."""
+def curve(base: PreparedRun, stage: int, column: tuple, out: pathlib.Path, kept: bool) -> dict:
+    """Losses and norms of some steps at a stage, or what prepare() says against it; the data are the base's.
+
+    kept: with a checkpoint before the last step, which a new engine that has loaded it then takes, too.
+    """
     optimizer, top, zero, flags = column
     raw = {**read_json(str(DS_CONFIGS / f"zero{stage}.json")), **top, "zero_optimization": {"stage": stage, **zero},
            **({"optimizer": optimizer} if optimizer else {})}
@@ -71,22 +78,43 @@ def curve(base: PreparedRun, stage: int, column: tuple) -> dict:
         ds, run = resolve(raw, run, base.model_config, ranks=base.rows_ranks, total_steps=base.total_steps)
     except UserError as error:
         return {"refused": str(error)}
-    return trained(dataclasses.replace(base, ds=ds, run=run), STEPS)
+    prepared, live = dataclasses.replace(base, ds=ds, run=run), LiveRun()
+    if not kept or not prepared.keeps_checkpoints:
+        return trained(prepared, live, range(1, STEPS + 1))
+    case = trained(prepared, live, range(1, STEPS))
+    live.pending_save = checkpoint.save(live.engine, out, facts=manifest_facts(prepared, STEPS - 1, 0, 0), keep=1)
+    live.finish_save()
+    last = [ended(prepared, live)]
+    live = LiveRun(engine=build_engine(prepared))
+    checkpoint.load(live.engine, checkpoint.folder_of(out) / checkpoint.name_of(STEPS - 1))
+    last.append(ended(prepared, live))
+    return {**case, "lines": [*case["lines"], *last[0]["lines"]], "ended": last}
 
 
-def trained(prepared: PreparedRun, steps: int) -> dict:
-    """Some steps of a run from its beginning, at the rates that the trainer's loop gives them."""
-    live, lines, run, rate = LiveRun(engine=build_engine(prepared)), [], prepared.run, None
+def ended(prepared: PreparedRun, live: LiveRun) -> dict:
+    """The last step, and the weights after it."""
+    case = trained(prepared, live, range(STEPS, STEPS + 1))
+    weights = engine.full_weights(live.engine, prepared.stage)
+    return {**case, "weights": {name: t.flatten().view(torch.int32).sum().item() for name, t in weights.items()}}
+
+
+def trained(prepared: PreparedRun, live: LiveRun, steps: range) -> dict:
+    """Some steps of a run, at the rates that the trainer's loop gives them; builds the engine if there is none."""
+    live.engine = live.engine or build_engine(prepared)
+    lines, run, rate, step = [], prepared.run, None, 0
     for epoch in range(run.epochs):
-        if len(lines) == steps:
-            break
         plan = prepared.plan(epoch)
-        batches = fetch(prepared, epoch, plan, range(len(plan)))
-        for epoch_step in range(min(len(plan), steps - len(lines))):
+        wanted = range(max(0, steps.start - step - 1), min(len(plan), steps.stop - step - 1))
+        batches = fetch(prepared, epoch, plan, wanted)
+        for epoch_step in wanted:
+            at = Position(step + epoch_step + 1, epoch, epoch_step)
             if "scheduler" not in prepared.ds:
-                rate = learning_rate(progress(run, len(lines) + 1, epoch, epoch_step, len(plan)), run)
+                rate = learning_rate(progress(run, at.step, epoch, epoch_step, len(plan)), run)
                 engine.set_lr(live.engine, rate)
-            lines.append(train_step(prepared, live, plan, Position(len(lines) + 1, epoch, epoch_step), batches).line())
+            lines.append(train_step(prepared, live, plan, at, batches).line())
+        step += len(plan)
+        if step >= steps.stop - 1:
+            break
     held = [{key: value for key, value in group.items() if key != "params"}
             for group in live.engine.optimizer.param_groups]
     return {"lines": lines, "held": held, "rate": rate}
@@ -96,7 +124,7 @@ def curves(world, out: pathlib.Path) -> dict:
     base = make_run(world, out, "dense", 0, 2, ["--max_seq_len", "64", "--pack_len", "64"], fields=SMALL)
     # DeepSpeed collects garbage for each engine at stage 3; what is loaded by now is none.
     gc.freeze()
-    return {name: [curve(base, stage, column) for stage in range(4)]
+    return {name: [curve(base, stage, column, out, name in RESUMED) for stage in range(4)]
             for name, column in {"control": CONTROL, **COLUMNS}.items()}
 
 
@@ -104,7 +132,7 @@ def files(world, out: pathlib.Path) -> dict:
     found = {}
     for path in sorted(out.parent.glob("*.json")):
         prepared = prepared_with(path, out, ranks=world.size, rank=world.rank, dtype=None)
-        found[path.stem] = {**trained(prepared, 2), "notes": prepared.notes}
+        found[path.stem] = {**trained(prepared, LiveRun(), range(1, 3)), "notes": prepared.notes}
     return found
 
 
@@ -157,7 +185,7 @@ def values(world, out: pathlib.Path, count: str) -> list[dict]:
         except UserError as error:
             found.append({**case, "refused": str(error)})
             continue
-        done = trained(prepared, 1)
+        done = trained(prepared, LiveRun(), range(1, 2))
         found.append({**case, **done, "run": yaml.safe_load(prepared.run.to_yaml()), "resolved": prepared.ds})
     return found
 
