@@ -4,9 +4,11 @@ import json
 
 import pytest
 
-from minimind_ds.config.deepspeed_json import read_json, resolve
+from minimind_ds.config.deepspeed_json import own_settings, read_json, resolve
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
 from minimind_ds.config.run import parse_run_config
+from minimind_ds.training.start import refuse_changes
 
 MODEL = PRESETS["debug"]
 
@@ -140,6 +142,23 @@ def test_a_file_that_is_not_a_json_object_is_an_error(tmp_path, text, expected):
     path.write_text(text)
     with pytest.raises(ValueError, match=expected):
         read_json(str(path))
+
+
+def test_a_resume_must_keep_what_the_files_optimizer_says_besides_the_flags(tmp_path):
+    def settings(**config):
+        return own_settings(resolved(tmp_path, config)[0], "cpu")
+
+    def sgd(**params):
+        return {"optimizer settings": settings(optimizer={"type": "SGD", "params": params})}
+
+    assert sgd(momentum=0.0) == sgd()
+    # How AdamW is computed is no setting of it.
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert settings() == settings(zero_optimization=offload) == settings(optimizer={"type": "AdamW", "params": {}})
+    with pytest.raises(UserError, match="its optimizer settings is {'optimizer': {'momentum': 0.9}"):
+        refuse_changes(sgd(momentum=0.9), sgd(momentum=0.5), "step_00000004")
+    # Checkpoints of earlier releases do not say.
+    refuse_changes({}, sgd(momentum=0.5), "step_00000004")
 
 
 def test_without_an_optimizer_adamw_is_chosen_and_offload_gets_deepspeeds_own(tmp_path):
