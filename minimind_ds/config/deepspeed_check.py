@@ -290,6 +290,9 @@ def check_rules(path: str, config: dict, dtype: str) -> None:
     if zero.get("compute_grad_norm") is False:
         raise UserError(f"{path}: zero_optimization.compute_grad_norm false is not supported: metrics.jsonl and "
                         "clipping need the norm; leave it out")
+    if zero.get("load_from_fp32_weights") is False:
+        raise UserError(f"{path}: zero_optimization.load_from_fp32_weights false is not supported: a resume takes the "
+                        "fp32 masters, to the last bit; leave it out")
     types = config.get("data_types", {})
     for key, stages in (("param_dtype", (0, 1, 2, 3)), ("grad_accum_dtype", (0, 1)), ("buffer_dtype", ())):
         said = types.get(key)

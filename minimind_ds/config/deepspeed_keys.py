@@ -72,6 +72,8 @@ KEYS = {
                                                                             "own, where a NaN goes unseen"),
     "zero_optimization.leaf_module": Key(NO_EFFECT, dict, "every expert is in the graph of every step, so no module "
                                                           "has to be a leaf"),
+    "zero_optimization.elastic_checkpoint": Key(REFUSED, bool, "a checkpoint here goes on at any stage and on any "
+                                                               "ranks by itself: --from_resume"),
     "zero_optimization.legacy_stage1": Key(REFUSED, bool, OLD),
     "zero_optimization.mics_shard_size": Key(REFUSED, None, OLD),
     "zero_optimization.mics_hierarchical_params_gather": Key(REFUSED, bool, OLD),

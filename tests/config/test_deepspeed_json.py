@@ -4,11 +4,13 @@ import json
 
 import pytest
 
+from minimind_ds.checkpoint import reshape
 from minimind_ds.config.deepspeed_json import own_settings, read_json, resolve
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
 from minimind_ds.config.run import parse_run_config
-from minimind_ds.training.start import refuse_changes
+from minimind_ds.training.start import layout_facts, refuse_changes
+from tests.config.try_configs import prepared_with
 
 MODEL = PRESETS["debug"]
 
@@ -159,6 +161,19 @@ def test_a_resume_must_keep_what_the_files_optimizer_says_besides_the_flags(tmp_
         refuse_changes(sgd(momentum=0.9), sgd(momentum=0.5), "step_00000004")
     # Checkpoints of earlier releases do not say.
     refuse_changes({}, sgd(momentum=0.5), "step_00000004")
+
+
+@pytest.mark.parametrize("stage, key, value", [(2, "round_robin_gradients", True), (3, "sub_group_size", 1000)])
+def test_a_resume_must_keep_how_states_lie(tmp_path, stage, key, value):
+    then, now = ({}, {})
+    for facts, zero in ((then, {key: value}), (now, {})):
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage, **zero}}))
+        facts.update(layout_facts(prepared_with(tmp_path / "ds.json", tmp_path)))
+    assert key not in reshape.MAY_DIFFER and then[key] == value
+    with pytest.raises(UserError, match=f"its {key} is {value}, this run's is"):
+        refuse_changes(then, now, "step_00000004")
+    with pytest.raises(UserError, match=key):
+        reshape.check(then, {**then, "ranks": 2}, tmp_path)
 
 
 def test_without_an_optimizer_adamw_is_chosen_and_offload_gets_deepspeeds_own(tmp_path):

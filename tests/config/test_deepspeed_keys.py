@@ -228,6 +228,8 @@ REFUSALS = {
                              "cycle_max_mom is 5: betas become"),
     "a warm-up nobody has": (scheduler("WarmupLR", warmup_type="cosine"), "must be \"log\" or \"linear\""),
     "a schedule that ends before the run": (scheduler("OneCycleLR", max_lr=1e-3, total_steps=20), "Tried to step 21"),
+    "checkpoints for other ranks": ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, "--from_resume"),
+    "a resume that loses bits": ({"zero_optimization": {"load_from_fp32_weights": False}}, "load_from_fp32_weights"),
     "an old stage 1": ({"zero_optimization": {"stage": 1, "legacy_stage1": True}}, "legacy_stage1"),
     "an untested optimizer": ({"zero_allow_untested_optimizer": False, "zero_optimization": {"stage": 1},
                                **optimizer("SGD")}, "has not tested ZeRO with the optimizer SGD"),

@@ -62,13 +62,13 @@ COLUMNS = {
     "summed": (None, {"gradient_allreduce_op": "sum"}, {}, {}),
 }
 CONTROL = (None, {}, {}, {})
-RESUMED = ("SGD", "Adagrad", "NAdam", "Lion on the CPU", "Muon")
+RESUMED = ("SGD", "Adagrad", "NAdam", "Lion on the CPU", "Muon", "round robin", "no sub-groups")
 
 
-def curve(base: PreparedRun, stage: int, column: tuple, out: pathlib.Path, kept: bool) -> dict:
+def curve(base: PreparedRun, stage: int, name: str, column: tuple, out: pathlib.Path) -> dict:
     """Losses and norms of some steps at a stage, or what prepare() says against it; the data are the base's.
 
-    kept: with a checkpoint before the last step, which a new engine that has loaded it then takes, too.
+    Where the column is resumed, there is a checkpoint before the last step, and a new engine takes that step, too.
     """
     optimizer, top, zero, flags = column
     raw = {**read_json(str(DS_CONFIGS / f"zero{stage}.json")), **top, "zero_optimization": {"stage": stage, **zero},
@@ -79,7 +79,7 @@ def curve(base: PreparedRun, stage: int, column: tuple, out: pathlib.Path, kept:
     except UserError as error:
         return {"refused": str(error)}
     prepared, live = dataclasses.replace(base, ds=ds, run=run), LiveRun()
-    if not kept or not prepared.keeps_checkpoints:
+    if name not in RESUMED or not prepared.keeps_checkpoints:
         return trained(prepared, live, range(1, STEPS + 1))
     case = trained(prepared, live, range(1, STEPS))
     live.pending_save = checkpoint.save(live.engine, out, facts=manifest_facts(prepared, STEPS - 1, 0, 0), keep=1)
@@ -124,7 +124,7 @@ def curves(world, out: pathlib.Path) -> dict:
     base = make_run(world, out, "dense", 0, 2, ["--max_seq_len", "64", "--pack_len", "64"], fields=SMALL)
     # DeepSpeed collects garbage for each engine at stage 3; what is loaded by now is none.
     gc.freeze()
-    return {name: [curve(base, stage, column, out, name in RESUMED) for stage in range(4)]
+    return {name: [curve(base, stage, name, column, out) for stage in range(4)]
             for name, column in {"control": CONTROL, **COLUMNS}.items()}
 
 
