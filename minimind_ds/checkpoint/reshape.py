@@ -48,7 +48,7 @@ def check(then: dict, now: dict, path: pathlib.Path) -> None:
                          f"Adam and AdamW are reshaped; {back}")
     for key in ("round_robin_gradients", "sub_group_size"):
         if then.get(key):
-            raise UserError(f"cannot resume from {path} on another layout: states written with zero_optimization.{key} "
+            raise UserError(f"cannot resume from {path} on another layout: states with zero_optimization.{key} "
                             f"are not reshaped; {back}")
     if "nvme" in (then["offload"], now["offload"]):
         raise UserError(f"cannot resume from {path} on another layout with optimizer states on NVMe; {back}")
