@@ -312,8 +312,10 @@ def check_muon(path: str, config: dict, run: RunConfig) -> None:
     if own_name(config["optimizer"]["type"]) != "muon" or stage == 0:
         return
     if run.grad_clip > 0:
+        of_file = "grad_clip" in run.given and not by_user(run, "grad_clip")
         raise UserError(f"{path}: optimizer Muon with gradient clipping {run.grad_clip:g} at stage {stage}: DeepSpeed "
-                        "would clip the orthogonal update, not the gradient; --grad_clip 0, or stage 0")
+                        "would clip the orthogonal update, not the gradient; "
+                        f"{'gradient_clipping 0' if of_file else '--grad_clip 0'}, or stage 0")
     if stage == 3 and config["zero_optimization"].get("reduce_scatter", True):
         raise UserError(f"{path}: optimizer Muon at stage 3 needs zero_optimization.reduce_scatter false")
 

@@ -142,6 +142,8 @@ REFUSALS = {
     "amsgrad in DeepSpeed's Adam": (optimizer("AdamW", amsgrad=True), "torch_adam true does"),
     "what torch refuses": (optimizer("SGD", nesterov=True), "Nesterov momentum requires a momentum"),
     "Muon, clipped in parts": ({**optimizer("Muon"), "zero_optimization": {"stage": 1}}, "--grad_clip 0"),
+    "Muon, clipped by the file": ({**optimizer("Muon"), "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}},
+                                  "; gradient_clipping 0, or stage 0"),
     "Adagrad's checkpoints at stage 3": ({**optimizer("Adagrad"), "zero_optimization": {"stage": 3}},
                                          "--save_interval 0"),
     "no scheduler's type": ({"scheduler": {"params": {}}}, "scheduler has no type"),
