@@ -52,7 +52,9 @@ def agree(run: RunConfig, name: str, value, where: str) -> RunConfig:
     if name in run.given and getattr(run, name) != kind(value):
         raise UserError(f"{name} is {getattr(run, name)} ({run.place(name)}) and {show(value)} in {run.deepspeed} "
                         f"({where}): give it once, or \"auto\" in the JSON")
-    return run.replace(**{name: kind(value)}, given={**run.given, name: f"{where} in {run.deepspeed}"})
+    # A flag that agrees is still a flag that was given.
+    given = run.given if by_user(run, name) else {**run.given, name: f"{where} in {run.deepspeed}"}
+    return run.replace(**{name: kind(value)}, given=given)
 
 
 def by_user(run: RunConfig, name: str) -> bool:

@@ -87,6 +87,15 @@ def test_a_flag_that_the_scheduler_makes_meaningless_is_an_error_that_names_both
     assert flags[0] in said and "ds.json" in said
 
 
+def test_a_flag_that_agrees_with_the_file_is_no_less_meaningless(tmp_path):
+    config = {**ADAMW_ONE_CYCLE, **optimizer("AdamW", lr=1e-3, betas=[0.8, 0.95])}
+    for flag, value in (("--learning_rate", "1e-3"), ("--adam_beta2", "0.95")):
+        assert flag in refusal(tmp_path, config, flag, value)
+    _, _, notes = resolved(tmp_path, config)
+    for key in ("lr", "betas"):
+        assert any(f"optimizer.params.{key} has no effect" in note for note in notes)
+
+
 def test_what_a_scheduler_block_leaves_out_comes_from_the_flags(tmp_path):
     for kind in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
         flags = ("--min_lr_ratio", "0.2") if kind == "WarmupCosineLR" else ()
