@@ -62,7 +62,9 @@ COLUMNS = {
     "summed": (None, {"gradient_allreduce_op": "sum"}, {}, {}),
 }
 CONTROL = (None, {}, {}, {})
-RESUMED = ("SGD", "Adagrad", "NAdam", "Lion on the CPU", "Muon", "round robin", "no sub-groups")
+# Columns that are resumed, and at which stages.
+RESUMED = {"SGD": (0, 1, 2, 3), "Adagrad": (0, 1, 2), "NAdam": (0, 1, 2, 3), "Lion on the CPU": (1, 2, 3),
+           "Muon": (0, 1, 2, 3), "round robin": (1, 2), "no sub-groups": (3,)}
 
 
 def curve(base: PreparedRun, stage: int, name: str, column: tuple, out: pathlib.Path) -> dict:
@@ -79,7 +81,7 @@ def curve(base: PreparedRun, stage: int, name: str, column: tuple, out: pathlib.
     except UserError as error:
         return {"refused": str(error)}
     prepared, live = dataclasses.replace(base, ds=ds, run=run), LiveRun()
-    if name not in RESUMED or not prepared.keeps_checkpoints:
+    if stage not in RESUMED.get(name, ()):
         return trained(prepared, live, range(1, STEPS + 1))
     case = trained(prepared, live, range(1, STEPS))
     live.pending_save = checkpoint.save(live.engine, out, facts=manifest_facts(prepared, STEPS - 1, 0, 0), keep=1)
