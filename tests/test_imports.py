@@ -110,7 +110,7 @@ def test_files_and_functions_stay_readable():
 LATE = {
     "deepspeed": "takes seconds, which --help and a mistake in a flag need not wait for",
     "minimind_ds.distributed.expert_parallel": "imports deepspeed",
-    "pydantic": "comes with deepspeed",
+    "pydantic": "comes with deepspeed", "cpuinfo": "comes with deepspeed",
     "triton": "optional: torch's CPU builds come without it",
     "minimind_ds.kernels.triton.operations": "imports triton",
     "minimind_ds.bench.kernels.interpreter": "replaces Triton's interpreter in the process that imports it",

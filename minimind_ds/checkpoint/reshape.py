@@ -46,6 +46,10 @@ def check(then: dict, now: dict, path: pathlib.Path) -> None:
     if now["optimizer"].lower() not in ("adam", "adamw"):
         raise UserError(f"cannot resume from {path} on another layout with the optimizer {now['optimizer']}: only "
                          f"Adam and AdamW are reshaped; {back}")
+    for key in ("round_robin_gradients", "sub_group_size"):
+        if then.get(key):
+            raise UserError(f"cannot resume from {path} on another layout: states with zero_optimization.{key} "
+                            f"are not reshaped; {back}")
     if "nvme" in (then["offload"], now["offload"]):
         raise UserError(f"cannot resume from {path} on another layout with optimizer states on NVMe; {back}")
 

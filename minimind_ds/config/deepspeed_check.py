@@ -11,6 +11,8 @@ import logging
 import math
 import netrc
 import os
+import pathlib
+import re
 
 from minimind_ds.config.deepspeed_keys import (
     FILLED,
@@ -26,8 +28,11 @@ from minimind_ds.config.deepspeed_keys import (
     SCHEMAS,
     STEPS,
     WHOLE,
+    brief,
     inner_keys,
     is_comment,
+    limit,
+    near,
     schema_of,
     show,
     unknown,
@@ -36,6 +41,8 @@ from minimind_ds.config.errors import UserError
 
 # Types that accept "auto": Hugging Face's integration drops the key, and DeepSpeed's default applies.
 AUTO_FITS = (bool, POSITIVE, WHOLE, NUMBER, dict)
+# DeepSpeed's ZERO_SUPPORTED_OPTIMIZERS, by the names of a file.
+TESTED = ("adam", "adamw", "adagrad", "lion", "muon")
 
 
 def without_comments(config):
@@ -53,6 +60,7 @@ def check_keys(path: str, raw: dict) -> None:
     raw = without_comments(raw)
     for key in sorted(raw, key=lambda key: key not in ("tensor_parallel", "pipeline")):
         known = KEYS.get(key)
+        refuse_dots(path, key)
         if known is None:
             raise unknown(path, key, KEYS)
         if known.what == REFUSED:
@@ -60,6 +68,12 @@ def check_keys(path: str, raw: dict) -> None:
     for key, value in raw.items():
         if KEYS[key].what != REFUSED:
             check_block(path, key, value)
+
+
+def refuse_dots(path: str, key: str) -> None:
+    """KEYS has inner keys with dots; a file has not."""
+    if "." in key:
+        raise UserError(f"{path}: key {show(key)} has a dot: what is after it stands in an object of its own")
 
 
 def refuse_unless_off(path: str, key: str, value) -> None:
@@ -94,12 +108,16 @@ def check_block(path: str, key: str, value) -> None:
             return None
         if value == "auto":
             raise UserError(f"{path}: \"auto\" at {key} cannot be filled in; write a value")
-        raise UserError(f"{path}: {key} is {show(value)}; it must be {told(known.kind)}")
+        raise UserError(f"{path}: {key} is {show(value)}; it must be {told(known.kind)}{limit(value)}")
     if not isinstance(value, dict) or key in OPEN:
         return None
     inner = inner_keys(key)
     for name, part in value.items():
+        refuse_dots(path, name)
         if name not in inner and not has_schema(key) and inner:
+            # What else AutoEP's block may hold is read_dims's to say.
+            if key == "expert_parallel" and not near(name, inner):
+                continue
             raise unknown(path, f"{key}.{name}", inner)
         check_block(path, f"{key}.{name}", part)
     return None
@@ -183,27 +201,32 @@ def drop_auto(config: dict) -> dict:
 
 
 def check_schemas(path: str, config: dict) -> None:
-    """DeepSpeed's own schemas, for the blocks that have one."""
-    from pydantic import ValidationError
-
-    for key in SCHEMAS:
+    """DeepSpeed's own schemas, for the blocks that have one; inner ones first, which know more names."""
+    for key in sorted(SCHEMAS, key=lambda key: -key.count(".")):
         block = config
         for part in key.split("."):
-            block = block.get(part, {})
-        schema = schema_of(key)
-        try:
-            with quiet():
-                schema(**block)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join([key, *(str(part) for part in first["loc"])])
-            if first["type"] == "extra_forbidden":
-                names = list(schema.model_fields) + [f.alias for f in schema.model_fields.values() if f.alias]
-                raise unknown(path, name, names) from None
-            given = show(first["input"]) if first["loc"] else "as it stands"
-            raise UserError(f"{path}: {name} is {given}: {first['msg']}") from None
-        except (ValueError, TypeError, AssertionError) as error:
-            raise UserError(f"{path}: {key}: {error}") from None
+            block = block.get(part) or {}
+        check_schema(path, key, block)
+
+
+def check_schema(path: str, key: str, block: dict) -> None:
+    """Raises UserError on what a block's schema refuses."""
+    from pydantic import ValidationError
+
+    schema = schema_of(key)
+    try:
+        with quiet():
+            schema(**block)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join([key, *(str(part) for part in first["loc"])])
+        if first["type"] == "extra_forbidden":
+            names = list(schema.model_fields) + [f.alias for f in schema.model_fields.values() if f.alias]
+            raise unknown(path, name, names) from None
+        given = f" is {show(first['input'])}" if first["loc"] else ""
+        raise UserError(f"{path}: {name}{given}: {first['msg']}") from None
+    except (ValueError, TypeError, AssertionError, OverflowError) as error:
+        raise UserError(f"{path}: {key}: {brief(error)}") from None
 
 
 @contextlib.contextmanager
@@ -237,8 +260,8 @@ def check_whole(path: str, config: dict) -> None:
         for key, value in config.items():
             alone = refusal({key: value})
             if alone is not None:
-                raise UserError(f"{path}: DeepSpeed refuses {key}: {alone}")
-        raise UserError(f"{path}: DeepSpeed refuses it: {error}")
+                raise UserError(f"{path}: DeepSpeed refuses {key}: {brief(alone)}")
+        raise UserError(f"{path}: DeepSpeed refuses it: {brief(error)}")
 
 
 def check_rules(path: str, config: dict, dtype: str) -> None:
@@ -262,22 +285,56 @@ def check_rules(path: str, config: dict, dtype: str) -> None:
     if zero.get("allgather_bucket_size", 2) % 2 and stage in (1, 2):
         raise UserError(f"{path}: zero_optimization.allgather_bucket_size is {zero['allgather_bucket_size']}; "
                         "DeepSpeed wants an even number")
+    if zero.get("zero_hpz_partition_size", 1) < 1:
+        raise UserError(f"{path}: zero_optimization.zero_hpz_partition_size is 0; it must be at least 1")
     if zero.get("compute_grad_norm") is False:
         raise UserError(f"{path}: zero_optimization.compute_grad_norm false is not supported: metrics.jsonl and "
                         "clipping need the norm; leave it out")
+    if zero.get("load_from_fp32_weights") is False:
+        raise UserError(f"{path}: zero_optimization.load_from_fp32_weights false is not supported: a resume takes the "
+                        "fp32 masters, to the last bit; leave it out")
     types = config.get("data_types", {})
-    for key, stages in (("param_dtype", (0, 1, 2, 3)), ("grad_accum_dtype", (0, 1))):
+    for key, stages in (("param_dtype", (0, 1, 2, 3)), ("grad_accum_dtype", (0, 1)), ("buffer_dtype", ())):
         said = types.get(key)
+        if said is not None and said not in PRECISION_OF:
+            raise UserError(f"{path}: data_types.{key} is {show(said)}; DeepSpeed wants {said.lower()!r}")
         if said is not None and PRECISION_OF[said] != dtype and stage in stages:
             raise UserError(f"{path}: data_types.{key} is {said!r}, and the run's precision is {dtype}; DeepSpeed "
                             f"wants them alike at stage {stage}; leave it out")
     patterns = types.get("keep_in_fp32_modules")
-    if patterns is not None and not (isinstance(patterns, list) and all(isinstance(p, str) for p in patterns)):
-        raise UserError(f"{path}: data_types.keep_in_fp32_modules is {show(patterns)}; it must be a list of names")
+    if patterns is not None and not (isinstance(patterns, list) and all(map(is_pattern, patterns))):
+        raise UserError(f"{path}: data_types.keep_in_fp32_modules is {show(patterns)}; it must be a list of patterns")
+    name = config["optimizer"]["type"]
+    if stage > 0 and config.get("zero_allow_untested_optimizer") is False and name.lower() not in TESTED:
+        raise UserError(f"{path}: zero_allow_untested_optimizer is false, and DeepSpeed has not tested ZeRO with the "
+                        f"optimizer {name}")
+
+
+def is_pattern(value) -> bool:
+    """Whether DeepSpeed can look for names with it."""
+    with contextlib.suppress(re.error):
+        return isinstance(value, str) and re.compile(value.replace("*", ".*")) is not None
+    return False
+
+
+def check_outputs(path: str, config: dict) -> None:
+    """Raises UserError for a monitor or profiler that is switched on and cannot write where it is told to."""
+    for key, name in (("tensorboard", "output_path"), ("csv_monitor", "output_path"),
+                      ("flops_profiler", "output_file")):
+        block = config.get(key, {})
+        if not block.get("enabled", False) or not block.get(name):
+            continue
+        place = pathlib.Path(os.path.abspath(block[name]))
+        folder = next(folder for folder in (place, *place.parents) if folder.exists())
+        if name == "output_file" and folder == place:
+            folder = place.parent if place.is_file() else place / "is a folder"
+        if not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"{path}: {key}.{name} is {show(block[name])}, which cannot be written")
 
 
 def check_packages(path: str, config: dict) -> None:
     """Raises UserError for a monitor that is switched on and cannot work on this machine."""
+    check_outputs(path, config)
     needs = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}
     for key, package in needs.items():
         block = config.get(key, {})

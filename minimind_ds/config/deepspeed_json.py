@@ -18,13 +18,15 @@ import hjson
 from minimind_ds.config.deepspeed_check import (
     check_keys,
     check_rules,
+    check_schema,
     check_schemas,
     check_whole,
     drop_auto,
+    fits,
     no_effect,
     strip,
 )
-from minimind_ds.config.deepspeed_keys import KEYS, LARGEST, show
+from minimind_ds.config.deepspeed_keys import KEYS, POSITIVE, limit, show
 from minimind_ds.config.deepspeed_optimizer import (
     agree,
     builds_optimizer,
@@ -34,16 +36,19 @@ from minimind_ds.config.deepspeed_optimizer import (
     offloads_optimizer,
     optimizer_device,
     own_name,
+    own_settings,
 )
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.run import RunConfig
 
-__all__ = ["builds_optimizer", "check_keys", "describe", "notes", "offloads_optimizer", "optimizer_device", "read",
-           "read_json", "resolve", "stage_of"]
+__all__ = ["builds_optimizer", "check_keys", "describe", "keeps_checkpoints", "notes", "offloads_optimizer",
+           "optimizer_device", "own_settings", "read", "read_json", "resolve", "stage_of"]
 
 # Files of peers are below 10 kB and 8 levels.
-MOST_BYTES, MOST_LEVELS = 2**18, 32
+MOST_BYTES, MOST_LEVELS, MOST_VALUES = 2**18, 32, 2**17
+# Rows of a step: a batch of four million tokens has 2^16 rows of 64.
+MOST_ROWS = 2**24
 
 # DeepSpeed's keys for sequence and expert parallelism, which this toolkit carries out itself.
 PARALLEL_KEYS = ("sequence_parallel_size", "data_parallel_size", "expert_parallel")
@@ -52,7 +57,7 @@ PARALLEL_KEYS = ("sequence_parallel_size", "data_parallel_size", "expert_paralle
 def read(run: RunConfig) -> dict:
     """A run's DeepSpeed configuration: its file, or the block in its YAML."""
     if run.deepspeed_block is not None and run.deepspeed == run.given.get("deepspeed"):
-        check_levels(run.deepspeed, run.deepspeed_block)
+        check_form(run.deepspeed, run.deepspeed_block)
         return copy.deepcopy(run.deepspeed_block)
     return read_json(run.deepspeed)
 
@@ -81,6 +86,8 @@ def read_json(path: str) -> dict:
         raise UserError(f"the DeepSpeed file {path} is not UTF-8") from None
     if len(data) > MOST_BYTES:
         raise UserError(f"{path} is larger than {MOST_BYTES >> 10} KiB; a DeepSpeed file is not")
+    if not text.strip():
+        raise UserError(f"the DeepSpeed file {path} is empty")
     try:
         config = parse(text, no_doubles)
     except UserError:
@@ -94,7 +101,7 @@ def read_json(path: str) -> dict:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise UserError(f"{path}: a DeepSpeed file holds one JSON object")
-    check_levels(path, config)
+    check_form(path, config)
     return config
 
 
@@ -112,19 +119,33 @@ def parse(text: str, hook):
             raise error from None
 
 
-def check_levels(path: str, config) -> None:
-    """Raises UserError for what is nested more deeply than any configuration, and for keys that are no text."""
-    level = [config]
+def check_form(path: str, config: dict) -> None:
+    """Raises UserError for what no configuration holds: many levels or values, odd keys, what is no JSON (in YAML)."""
+    level = [("", config)]
     for _ in range(MOST_LEVELS):
-        objects = [item for item in level if isinstance(item, dict)]
-        odd = [key for item in objects for key in item if not isinstance(key, str)]
-        if odd:
-            raise UserError(f"{path}: key {show(odd[0])} is not a string")
-        level = [part for item in level if isinstance(item, (dict, list))
-                 for part in (item.values() if isinstance(item, dict) else item)]
+        below = []
+        for at, item in level:
+            if isinstance(item, dict):
+                for key in item:
+                    if not isinstance(key, str) or not key.isprintable():
+                        raise UserError(f"{path}: key {show(key)} is no text on one line")
+                below += [(f"{at}.{key}" if at else key, part) for key, part in item.items()]
+            elif isinstance(item, list):
+                below += [(f"{at}[{i}]", part) for i, part in enumerate(item)]
+            elif not isinstance(item, (str, int, float, type(None))) or isinstance(item, str) and not is_text(item):
+                kind = "no text that a file can hold" if isinstance(item, str) else "no value of JSON"
+                raise UserError(f"{path}: {at[:80]} is {show(item)}, which is {kind}")
+            if len(below) > MOST_VALUES:
+                raise UserError(f"{path}: more than {MOST_VALUES} values; a DeepSpeed file has a hundred")
+        level = below
         if not level:
             return
     raise UserError(f"{path}: nested too deeply")
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be written to a file and name one: no half of a surrogate pair, no NUL."""
+    return "\0" not in value and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def resolve(raw: dict, run: RunConfig, model: ModelConfig, *, ranks: int, total_steps: int,
@@ -174,6 +195,9 @@ def resolve(raw: dict, run: RunConfig, model: ModelConfig, *, ranks: int, total_
     check_schemas(path, config)
     check_rules(path, config, run.dtype)
     check_muon(path, config, run)
+    if not keeps_checkpoints(config) and optimizer_device(config) != "nvme" and run.save_interval:
+        raise UserError(f"{path}: no checkpoints with {config['optimizer']['type']} at stage 3: DeepSpeed cannot load "
+                        "them; --save_interval 0 trains without, stages 0 to 2 keep them")
     check_whole(path, config)
     return config, run
 
@@ -203,8 +227,10 @@ def own_batch(config: dict, run: RunConfig, ranks: int) -> RunConfig:
         if value not in (None, "auto"):
             run = agree(run, name, value, key)
     if total not in (None, "auto"):
-        if not isinstance(total, int) or isinstance(total, bool) or not 0 < total < LARGEST:
-            raise UserError(f"{run.deepspeed}: train_batch_size is {show(total)}; it must be a positive whole number")
+        if not fits(POSITIVE, total):
+            raise UserError(f"{run.deepspeed}: train_batch_size is {show(total)}; it must be a positive whole "
+                            f"number{limit(total)}")
+        total = int(total)
         rows = run.batch_size * ranks
         if "batch_size" in run.given and "accumulation_steps" not in run.given and total % rows == 0:
             run = agree(run, "accumulation_steps", total // rows, "train_batch_size")
@@ -214,6 +240,10 @@ def own_batch(config: dict, run: RunConfig, ranks: int) -> RunConfig:
             raise UserError(f"{run.deepspeed}: train_batch_size is {show(total)}, but batch_size {run.batch_size} × "
                              f"accumulation_steps {run.accumulation_steps} × {ranks} ranks is "
                              f"{run.batch_size * run.accumulation_steps * ranks}")
+    if run.batch_size * run.accumulation_steps * ranks > MOST_ROWS:
+        raise UserError(f"{run.deepspeed}: a step of {show(run.batch_size)} rows a micro-batch "
+                        f"({run.place('batch_size')}) x {show(run.accumulation_steps)} micro-batches "
+                        f"({run.place('accumulation_steps')}) x {ranks} ranks is more than {MOST_ROWS:,} rows")
     config["train_micro_batch_size_per_gpu"] = run.batch_size
     config["gradient_accumulation_steps"] = run.accumulation_steps
     return run
@@ -225,7 +255,7 @@ def own_precision(config: dict, run: RunConfig) -> RunConfig:
     for name in ("fp16", "bf16"):
         if name in config:
             said[name] = config[name].get("enabled", False)
-            if said[name] not in (True, False, "auto"):
+            if not isinstance(said[name], bool) and said[name] != "auto":
                 raise UserError(f"{path}: {name}.enabled is {show(said[name])}; it must be true, false or \"auto\"")
     if [said.get(name) for name in ("fp16", "bf16")] == [True, True]:
         raise UserError(f"{path}: fp16 and bf16 are both enabled; keep one")
@@ -273,7 +303,7 @@ def fill_zero(path: str, config: dict, model: ModelConfig) -> None:
                             "{\"device\": \"cpu\"}")
         # Stage 3's alone, and an optimizer's from stage 1 on: below, DeepSpeed would half obey.
         if stage < (3 if block == "offload_param" else 1):
-            zero.pop(block, None)
+            check_schema(path, f"zero_optimization.{block}", drop_auto(zero.pop(block, None) or {}))
 
 
 def check_muon(path: str, config: dict, run: RunConfig) -> None:
@@ -282,10 +312,19 @@ def check_muon(path: str, config: dict, run: RunConfig) -> None:
     if own_name(config["optimizer"]["type"]) != "muon" or stage == 0:
         return
     if run.grad_clip > 0:
+        of_file = "grad_clip" in run.given and not by_user(run, "grad_clip")
         raise UserError(f"{path}: optimizer Muon with gradient clipping {run.grad_clip:g} at stage {stage}: DeepSpeed "
-                        "would clip the orthogonal update, not the gradient; --grad_clip 0, or stage 0")
+                        "would clip the orthogonal update, not the gradient; "
+                        f"{'gradient_clipping 0' if of_file else '--grad_clip 0'}, or stage 0")
     if stage == 3 and config["zero_optimization"].get("reduce_scatter", True):
         raise UserError(f"{path}: optimizer Muon at stage 3 needs zero_optimization.reduce_scatter false")
+
+
+def keeps_checkpoints(config: dict) -> bool:
+    """False where DeepSpeed could not go on from a checkpoint: it forgets moments on NVMe, and torch's Adagrad has its
+    parameters twice at stage 3."""
+    device, name = optimizer_device(config), own_name(config["optimizer"]["type"])
+    return device != "nvme" and not (name == "adagrad" and device == "none" and stage_of(config) == 3)
 
 
 def notes(raw: dict, run: RunConfig) -> list[str]:
@@ -301,9 +340,10 @@ def notes(raw: dict, run: RunConfig) -> list[str]:
             lines.append(f"{run.deepspeed}: zero_optimization.{block} has no effect: it begins with stage {least}")
     if own_name(raw.get("optimizer", {}).get("type", "")) == "muon" and stage > 0:
         lines.append(f"{run.deepspeed}: with Muon at stage {stage} grad_norm is null: DeepSpeed has the update's only")
-    rate = raw.get("optimizer", {}).get("params", {}).get("lr", "auto")
-    if "learning_rate" in run.unused and rate != "auto":
-        lines.append(f"{run.deepspeed}: optimizer.params.lr has no effect: the rates are set elsewhere in the file")
+    params = raw.get("optimizer", {}).get("params", {})
+    for key, flag, what in (("lr", "learning_rate", "the rates"), ("betas", "adam_beta1", "betas")):
+        if flag in run.unused and params.get(key, "auto") != "auto":
+            lines.append(f"{run.deepspeed}: optimizer.params.{key} has no effect: {what} are set elsewhere")
     if not {"fp16", "bf16", "bfloat16"} & set(raw):
         lines.append(f"{run.deepspeed} names no precision: {run.dtype}, from {run.place('dtype')}")
     return lines

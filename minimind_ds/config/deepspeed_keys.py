@@ -40,7 +40,7 @@ class Key(NamedTuple):
 
 
 OLD = "DeepSpeed has removed it"
-FIXED_PLAN = "the plan of an epoch is fixed by data, seed and rows per step"
+PLAN = "the plan of an epoch is fixed by data, seed and rows per step"
 MASTERS = "checkpoints and exports hold fp32 masters"
 
 # Top-level keys, and inner ones (with dots) where DeepSpeed has no schema or this trainer differs from it.
@@ -70,10 +70,16 @@ KEYS = {
                                                     "later steps, so no step has one gradient"),
     "zero_optimization.offload_optimizer.super_offload": Key(REFUSED, bool, "its optimizer runs in a process of its "
                                                                             "own, where a NaN goes unseen"),
+    "zero_optimization.leaf_module": Key(NO_EFFECT, dict, "every expert is in the graph of every step, so no module "
+                                                          "has to be a leaf"),
+    "zero_optimization.elastic_checkpoint": Key(REFUSED, bool, "a checkpoint here goes on at any stage and on any "
+                                                               "ranks by itself: --from_resume"),
+    "zero_optimization.legacy_stage1": Key(REFUSED, bool, OLD),
     "zero_optimization.mics_shard_size": Key(REFUSED, None, OLD),
     "zero_optimization.mics_hierarchical_params_gather": Key(REFUSED, bool, OLD),
     "zero_optimization.zeropp_loco_param": Key(REFUSED, None, OLD),
-    "zero_allow_untested_optimizer": Key(PASSED_ON, bool, "true where the file does not say"),
+    "zero_allow_untested_optimizer": Key(PASSED_ON, bool, "true where the file does not say; false with another "
+                                                          "optimizer than Adam, Adagrad, Lion, Muon is an error"),
     "zero_force_ds_cpu_optimizer": Key(NO_EFFECT, bool, "DeepSpeed makes the optimizer here, so it is its own"),
     "communication_data_type": Key(PASSED_ON, DTYPE_NAMES),
     "seq_parallel_communication_data_type": Key(NO_EFFECT, DTYPE_NAMES, "rows over ranks are this toolkit's own"),
@@ -144,8 +150,8 @@ KEYS = {
     "managed_gradient_accumulation": Key(REFUSED, bool, "the trainer decides where a step ends"),
     "hybrid_engine": Key(REFUSED, dict, "it serves reinforcement learning"),
     "autotuning": Key(NO_EFFECT, dict, "only the launcher's --autotuning starts it; launch/benchmark.py sweeps"),
-    "data_efficiency": Key(REFUSED, dict, FIXED_PLAN),
-    "curriculum_learning": Key(REFUSED, dict, FIXED_PLAN),
+    "data_efficiency": Key(REFUSED, dict, PLAN),
+    "curriculum_learning": Key(REFUSED, dict, PLAN),
     "progressive_layer_drop": Key(REFUSED, dict, OLD),
     "weight_quantization": Key(REFUSED, dict, "weights are trained in full precision"),
     "quantize_training": Key(REFUSED, dict, OLD),
@@ -172,6 +178,9 @@ KEYS = {
 # Blocks with a schema of DeepSpeed's own.
 SCHEMAS = {
     "zero_optimization": ("deepspeed.runtime.zero.config", "DeepSpeedZeroConfig"),
+    "zero_optimization.offload_param": ("deepspeed.runtime.zero.offload_config", "DeepSpeedZeroOffloadParamConfig"),
+    "zero_optimization.offload_optimizer": ("deepspeed.runtime.zero.offload_config",
+                                            "DeepSpeedZeroOffloadOptimizerConfig"),
     "fp16": ("deepspeed.runtime.precision_config", "DeepSpeedFP16Config"),
     "bf16": ("deepspeed.runtime.precision_config", "DeepSpeedBF16Config"),
     "comms_logger": ("deepspeed.comm.config", "CommsLoggerConfig"),
@@ -182,8 +191,8 @@ SCHEMAS = {
     "compile": ("deepspeed.compile.config", "CompileConfig"),
     "timers.throughput": ("deepspeed.utils.config", "DeepSpeedThroughputTimerConfig"),
 }
-# Blocks whose keys are another's to tell: a class's arguments, sequence_parallel's, or nobody's.
-OPEN = ("optimizer.params", "scheduler.params", "expert_parallel", "checkpoint.writer", "compile.kwargs",
+# Blocks whose keys are another's to tell: a class's arguments, or nobody's.
+OPEN = ("optimizer.params", "scheduler.params", "checkpoint.writer", "compile.kwargs",
         "checkpoint.parallel_write")
 
 
@@ -208,8 +217,25 @@ def show(value) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def brief(error: Exception) -> str:
+    """Another's error for a message: one line of ordinary length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def limit(value) -> str:
+    """What a message adds where a number is too large."""
+    large = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) >= LARGEST
+    return " below 2^63 in size" if large else ""
+
+
+def near(name: str, known) -> list[str]:
+    """The known name that another was probably meant to be, if any."""
+    return difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+
+
 def unknown(path: str, key: str, known) -> UserError:
     """The error for an unknown key, with the nearest known one."""
-    close = difflib.get_close_matches(key.rpartition(".")[2], known, n=1, cutoff=0.75)
+    close = near(key.rpartition(".")[2], known)
     shown = show(key) if "." not in key else key[:80]
     return UserError(f"{path}: unknown key {shown}" + (f"; did you mean {close[0]!r}?" if close else ""))

@@ -7,12 +7,12 @@ they have no place for is an error.
 from __future__ import annotations
 
 import inspect
-import math
 import warnings
 
 import torch
 
-from minimind_ds.config.deepspeed_keys import LARGEST, show, unknown
+from minimind_ds.config.deepspeed_check import quiet
+from minimind_ds.config.deepspeed_keys import LARGEST, brief, limit, show, unknown
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import RunConfig
 
@@ -32,23 +32,29 @@ TAKEN_OUT = {"torch_adam": False, "adam_w_mode": True, "fp32_optimizer_states": 
 MUON = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.0, "ns_method": "gram", "betas": (0.9, 0.95), "eps": 1e-10,
         "muon_lr": None, "adam_lr": None, "per_head_muon": False, **TAKEN_OUT}
 OWN_RATES = ("muon_lr", "adam_lr")
+# They say how an update is computed, not what it is.
+MANNERS = ("torch_adam", "fp32_optimizer_states", "set_grad_none", "fused", "foreach", "capturable", "differentiable")
 # DeepSpeed's schedulers (runtime/lr_schedules.py).  The first three take their rates from their own arguments.
 WARMUPS = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 SCHEDULERS = ("OneCycle", "LRRangeTest", *WARMUPS)
+# Steps that a scheduler is tried for: a tenth of a second.
+MOST_TRIED = 10_000
 
 
 def agree(run: RunConfig, name: str, value, where: str) -> RunConfig:
     """The run with `name` = value from the JSON; an error if the flag was given with another value."""
     kind = type(getattr(run, name))
     if isinstance(value, bool) != (kind is bool) or not isinstance(value, (int, float)) or not abs(value) < LARGEST:
-        raise UserError(f"{run.deepspeed}: {where} is {show(value)}; it must be a "
-                        f"{'flag' if kind is bool else 'number'}")
+        must = "true or false" if kind is bool else f"a number{limit(value)}"
+        raise UserError(f"{run.deepspeed}: {where} is {show(value)}; it must be {must}")
     if kind is int and value != int(value):
         raise UserError(f"{run.deepspeed}: {where} is {show(value)}; it must be a whole number")
     if name in run.given and getattr(run, name) != kind(value):
         raise UserError(f"{name} is {getattr(run, name)} ({run.place(name)}) and {show(value)} in {run.deepspeed} "
                         f"({where}): give it once, or \"auto\" in the JSON")
-    return run.replace(**{name: kind(value)}, given={**run.given, name: f"{where} in {run.deepspeed}"})
+    # A flag that agrees is still a flag that was given.
+    given = run.given if by_user(run, name) else {**run.given, name: f"{where} in {run.deepspeed}"}
+    return run.replace(**{name: kind(value)}, given=given)
 
 
 def by_user(run: RunConfig, name: str) -> bool:
@@ -189,12 +195,12 @@ def check_params(run: RunConfig, block: dict, known: dict) -> None:
         for i, one in enumerate(value if key == "betas" else [value]):
             if key in OWNERS or key in OWN_RATES or type(default) in (int, float):
                 if isinstance(one, bool) or not isinstance(one, (int, float)) or not abs(one) < LARGEST:
-                    raise say(key, one, "a number", i)
+                    raise say(key, one, f"a number{limit(one)}", i)
                 if key == "betas" and not 0 <= one < 1 or key == "momentum" and not 0 <= one < 1:
                     raise say(key, one, "at least 0 and below 1", i)
                 if one < 0 and key in (*OWNERS, *OWN_RATES):
                     raise say(key, one, "at least 0", i)
-            elif isinstance(default, bool) and not isinstance(one, bool):
+            elif (isinstance(default, bool) or key in MANNERS and one is not None) and not isinstance(one, bool):
                 raise say(key, one, "true or false")
             elif isinstance(default, str) and not isinstance(one, str):
                 raise say(key, one, "text")
@@ -210,12 +216,28 @@ def check_params(run: RunConfig, block: dict, known: dict) -> None:
 
 def try_optimizer(path: str, name: str, params: dict) -> None:
     """One step of torch's optimizer on one element; what it does not like is the user's to know."""
-    one = torch.nn.Parameter(torch.zeros(1, 1))
-    one.grad = torch.zeros(1, 1)
-    try:
+    def step(params: dict) -> None:
+        one = torch.nn.Parameter(torch.zeros(1, 1))
+        one.grad = torch.zeros(1, 1)
         getattr(torch.optim, name)([one], **params).step()
+
+    try_params(path, f"optimizer {name}", "optimizer", params, step)
+
+
+def try_params(path: str, what: str, block: str, params: dict, use) -> None:
+    """Raises UserError where use(params) fails; parameters without any one of which it would not are named."""
+    try:
+        return use(params)
     except Exception as error:
-        raise UserError(f"{path}: optimizer {name}: {error}") from None
+        said = brief(error)
+    found = []
+    for key, value in params.items():
+        try:
+            use({name: other for name, other in params.items() if name != key})
+        except Exception:
+            continue
+        found.append(f"{block}.params.{key} is {show(value)}")
+    raise UserError(f"{path}: {' and '.join(found) or what}: {said}")
 
 
 def optimizer_device(config: dict) -> str:
@@ -239,6 +261,16 @@ def builds_optimizer(config: dict) -> bool:
     return name in ("adam", "adamw", "lion", "lamb", "muon") and not block["params"].get("torch_adam")
 
 
+def own_settings(config: dict, device: str) -> dict:
+    """Of a resolved file: what its optimizer and scheduler say that no flag does and that decides an update."""
+    block = config["optimizer"]
+    name, params = own_name(block["type"]), block["params"]
+    defaults = arguments("", name, params, config, device)
+    return {"optimizer": {key: value for key, value in params.items()
+                          if key not in (*OWNERS, *MANNERS) and value != defaults.get(key)},
+            "scheduler": config.get("scheduler", {}).get("params", {})}
+
+
 def fill_scheduler(config: dict, run: RunConfig, total_steps: int) -> RunConfig:
     """`scheduler` complete, as Hugging Face's Trainer fills its "auto" values; flags without a place in it refused."""
     if "scheduler" not in config:
@@ -260,7 +292,15 @@ def fill_scheduler(config: dict, run: RunConfig, total_steps: int) -> RunConfig:
     for key, default in known.items():
         if default is inspect.Parameter.empty and key not in params:
             raise UserError(f"{path}: scheduler {kind} needs params.{key}")
-    try_scheduler(path, cls, params, len([key for key in OWN_RATES if key in config["optimizer"]["params"]]))
+    for key, value in params.items():
+        numbers = value if isinstance(value, list) else [value]
+        if kind in SCHEDULERS and key != "warmup_type" and not (value is None and known[key] is None) and not all(
+                isinstance(one, (int, float)) for one in numbers):
+            raise UserError(f"{path}: scheduler.params.{key} is {show(value)}; it must be a number")
+    if params.get("warmup_type", "log") not in ("log", "linear"):
+        raise UserError(f"{path}: scheduler.params.warmup_type is {show(params['warmup_type'])}; it must be "
+                        "\"log\" or \"linear\"")
+    try_scheduler(path, cls, params, [key for key in OWN_RATES if key in config["optimizer"]["params"]], total_steps)
     return run
 
 
@@ -326,18 +366,28 @@ def own_shape(run: RunConfig, kind: str, params: dict, known: dict, total_steps:
     return run
 
 
-def try_scheduler(path: str, cls: type, params: dict, rates: int) -> None:
-    """Some steps of the scheduler over a small optimizer."""
-    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(max(1, rates))]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3)
-    try:
-        with warnings.catch_warnings():
+def try_scheduler(path: str, cls: type, params: dict, rates: list[str], total_steps: int) -> None:
+    """The scheduler over a small optimizer, for as many steps as the run has, up to MOST_TRIED."""
+    def walk(params: dict) -> None:
+        groups = [{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in rates or "1"]
+        optimizer = torch.optim.AdamW(groups, lr=1e-3)
+        with warnings.catch_warnings(), quiet():
             warnings.simplefilter("ignore")
             schedule = cls(optimizer, **params)
-            for _ in range(3):
-                optimizer.step()
+            optimizer.step()
+            for _ in range(min(total_steps or 1, MOST_TRIED)):
+                check_groups(optimizer.param_groups)
                 schedule.step()
-                if not all(0 <= group["lr"] < math.inf for group in optimizer.param_groups):
-                    raise ValueError(f"the rate becomes {optimizer.param_groups[0]['lr']}")
-    except Exception as error:
-        raise UserError(f"{path}: scheduler {cls.__name__}: {error}") from None
+            check_groups(optimizer.param_groups)
+
+    try_params(path, f"scheduler {cls.__name__}", "scheduler", params, walk)
+
+
+def check_groups(groups: list[dict]) -> None:
+    """Raises ValueError for a rate or a beta that a scheduler made impossible."""
+    for group in groups:
+        # -1e-12: the rounding of a cosine.
+        if not -1e-12 <= group["lr"] < LARGEST:
+            raise ValueError(f"the rate becomes {group['lr']}")
+        if not all(0 <= beta < 1 for beta in group["betas"]):
+            raise ValueError(f"betas become {group['betas']}")

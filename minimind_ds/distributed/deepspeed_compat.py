@@ -27,8 +27,8 @@ WORKAROUNDS = {
     "choose_accelerator": Workaround("without a GPU the choice of a device starts programs, and may find none", SEEN,
                                      "a documented way to say so in the configuration"),
     "start_no_programs": Workaround("runs a compiler to see whether operations could be built; stage 3 starts numactl "
-                                    "at every bucket of gradients to count devices", SEEN,
-                                    "both are remembered upstream"),
+                                    "at every bucket of gradients to count devices, and every operation others to "
+                                    "know the processor", SEEN, "they are remembered upstream"),
     "compile_without_symbols": Workaround("C++ operations are compiled with symbols for debuggers: two thirds of the "
                                           "time", SEEN, "-g is gone from the builder's arguments"),
     "undo_warm_start": Workaround("stage 0 in half precision takes one step on zero gradients when it is made, so "
@@ -66,6 +66,11 @@ def choose_accelerator(device: torch.device) -> None:
 
 def start_no_programs(deepspeed) -> None:
     """On a CPU: nothing is compiled to find out whether it could be, and devices are counted once."""
+    # Every operation that is built or loaded asks twice, by programs that run a second.
+    with contextlib.suppress(ImportError):
+        import cpuinfo
+
+        cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     # The shared-memory all-reduce is compiled at first use (about 45 s) and gains nothing at these sizes.
     deepspeed.ops.__compatible_ops__ = {}
     accelerator = deepspeed.get_accelerator()

@@ -197,9 +197,8 @@ def compare_with_run(files: dict[str, str], rest: list[str], ranks: int) -> dict
     launcher = pathlib.Path(sys.executable).with_name("deepspeed")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        flags = without_deepspeed(rest)
         command = [str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port()),
-                   str(LAUNCH / "plan.py"), "--child", folder, *flags, "--save_dir", folder]
+                   str(LAUNCH / "plan.py"), "--child", folder, *rest, "--save_dir", folder]
         (pathlib.Path(folder) / "files.json").write_text(json.dumps(files))
         done = subprocess.run(command, text=True, capture_output=True)
         results = [pathlib.Path(folder) / f"rank{rank}.json" for rank in range(ranks)]
@@ -216,23 +215,11 @@ def compare_with_run(files: dict[str, str], rest: list[str], ranks: int) -> dict
     return found
 
 
-def without_deepspeed(rest: list[str]) -> list[str]:
-    """The flags but --deepspeed: every file has its turn."""
-    kept, skip = [], False
-    for word in rest:
-        if skip or word == "--deepspeed":
-            skip = not skip
-            continue
-        if not word.startswith("--deepspeed="):
-            kept.append(word)
-    return kept
-
-
 def measure_here(folder: pathlib.Path, rest: list[str]) -> int:
     """What the launcher runs: a step of every file on this rank."""
     world = read_world()
     files, found = json.loads((folder / "files.json").read_text()), {}
-    runs = {name: prepare("sft", [*rest, "--deepspeed", path], world) for name, path in files.items()}
+    runs = {name: prepare("sft", rest, world, deepspeed=path) for name, path in files.items()}
     start(world)
     for name, prepared in runs.items():
         found[name] = measure.measure(prepared)

@@ -143,7 +143,8 @@ def train(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:
         for line in summary(prepared, start):
             metrics.say(line)
         if metrics.empty:
-            metrics.write({"step": start.step, "epoch": start.epoch, "data": prepared.stores[0].table()})
+            metrics.write({"step": start.step, "epoch": start.epoch, "data": prepared.stores[0].table(),
+                           "notes": [*prepared.notes, *start.notes]})
         if start.changed:
             metrics.write({"step": start.step, "epoch": start.epoch, "changed": start.changed})
         with Watchdog(world.rank, world.size, 60 * run.hang_minutes) as live.watchdog:

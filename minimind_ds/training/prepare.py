@@ -78,7 +78,7 @@ class PreparedRun:
     @property
     def keeps_checkpoints(self) -> bool:
         """False where nothing could go on from one."""
-        return deepspeed_json.optimizer_device(self.ds) != "nvme"
+        return deepspeed_json.keeps_checkpoints(self.ds)
 
     @property
     def data_parallel_size(self) -> int:
@@ -117,14 +117,19 @@ def weights_path(run: RunConfig, config: ModelConfig, lora: Lora | None) -> path
     return pathlib.Path(run.save_dir) / weight_files.file_name(name, config)
 
 
-def prepare(program: str, argv: list[str], world: World) -> PreparedRun:
+def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | None = None) -> PreparedRun:
     """Read, check and resolve everything.
+
+    Args:
+        deepspeed: a file in place of the one that argv names.
 
     Raises:
         ValueError: one clear line about the user's input.
     """
     choose_accelerator(world.device)
     run = parse_run_config(argv, program, PROGRAMS[program])
+    if deepspeed is not None:
+        run = run.replace(deepspeed=deepspeed)
     if run.deepspeed is None:
         raise UserError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero2.json")
     raw = deepspeed_json.read(run)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import socket
 import time
@@ -19,6 +20,7 @@ from minimind_ds.checkpoint import reshape
 from minimind_ds.config import deepspeed_json, untrusted
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import DEFAULTS, MAY_CHANGE, MUST_STAY
+from minimind_ds.convert.minimind import expected_shapes
 from minimind_ds.data.sources import content_change
 from minimind_ds.resilience import restarts
 from minimind_ds.training.live import LiveRun
@@ -27,6 +29,10 @@ from minimind_ds.training.spikes import SpikeDetector, taken_losses
 
 # Twice what an NFS server usually gives a client that is gone; how often to look meanwhile.
 LEASE_S, LOOK_S = 180.0, 5.0
+
+
+# How DeepSpeed lays out a rank's states unless a file says otherwise; checkpoints of earlier releases do not say.
+PARTITIONS = {"round_robin_gradients": False, "sub_group_size": None}
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ def look_for_resume_point(prepared: PreparedRun) -> ResumePoint:
     if path is None:
         return ResumePoint(notes=tuple(notes))
     refuse_changes(manifest["identity"], identity(prepared), path)
-    then, now = manifest["layout"], layout_facts(prepared)
+    then, now = {**PARTITIONS, **manifest["layout"]}, layout_facts(prepared)
     refuse_changes(then, {name: fact for name, fact in now.items() if name not in reshape.MAY_DIFFER}, path)
     if then != now:
         reshape.check(then, now, path)
@@ -132,6 +138,7 @@ def identity(prepared: PreparedRun) -> dict:
     facts["rows per step"] = run.batch_size * run.accumulation_steps * prepared.data_parallel_size
     facts["tokenizer"] = prepared.tokenizer.fingerprint
     facts["data"] = prepared.stores[0].content
+    facts["optimizer settings"] = deepspeed_json.own_settings(prepared.ds, prepared.world.device.type)
     facts["LoRA"] = prepared.lora.identity() if prepared.lora else None
     return {**facts, **{f"model.{k}": v for k, v in prepared.model_config.to_dict().items()}}
 
@@ -150,8 +157,14 @@ def may_change(prepared: PreparedRun) -> dict:
 
 
 def layout_facts(prepared: PreparedRun) -> dict:
-    run, ds = prepared.run, prepared.ds
-    return {"ranks": prepared.world.size, "ZeRO stage": prepared.stage, "dtype": run.dtype,
+    run, ds, zero = prepared.run, prepared.ds, prepared.ds.get("zero_optimization", {})
+    # At stage 3 the states of so many parameters lie together; of all, where the model has no more.
+    group, all_of_them = zero.get("sub_group_size", 1e9), sum(map(math.prod, expected_shapes(
+        prepared.model_config).values()))
+    return {**PARTITIONS, **({"round_robin_gradients": zero.get("round_robin_gradients", False)}
+                             if prepared.stage in (1, 2) else {}),
+            **({"sub_group_size": int(group)} if prepared.stage == 3 and group < all_of_them else {}),
+            "ranks": prepared.world.size, "ZeRO stage": prepared.stage, "dtype": run.dtype,
             "batch_size": run.batch_size, "accumulation_steps": run.accumulation_steps,
             "optimizer": ds["optimizer"]["type"], "offload": deepspeed_json.optimizer_device(ds),
             "scheduler": ds.get("scheduler", {}).get("type"), "sequence_parallel_size": prepared.dims.sequence,
@@ -167,9 +180,11 @@ def manifest_facts(prepared: PreparedRun, step: int, epoch: int, epoch_step: int
 def refuse_changes(then: dict, now: dict, path) -> None:
     """Raises UserError, naming the first of `now`'s facts that was another `then`.
 
-    A flag that the checkpoint's release did not know had the effect of its default.
+    A flag that the checkpoint's release did not know had the effect of its default; before "optimizer settings" were
+    kept, nobody compared them.
     """
-    then = {**{name: DEFAULTS[name] for name in now if name in DEFAULTS}, **then}
+    then = {**{name: DEFAULTS.get(name, now[name]) for name in now if name in (*DEFAULTS, "optimizer settings")},
+            **then}
     # The model first: of everything that differs it explains the most.
     for name in sorted(now, key=lambda n: not n.startswith("model.")):
         if name == "data" and then.get(name) != now[name]:

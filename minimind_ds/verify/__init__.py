@@ -108,7 +108,8 @@ def verify(prepared: PreparedRun, kind: str, b: ReducedRun, options: argparse.Na
         for line in table(found):
             say(line)
         report = [{"ok": ok, "failed": failed(found), "laws": [finding.to_dict() for finding in found],
-                   "warnings": warned, "data": stats, "model": b.config.to_dict(), "cut_down": b.cut,
+                   "warnings": warned, "notes": list(prepared.notes), "data": stats,
+                   "model": b.config.to_dict(), "cut_down": b.cut,
                    "deepspeed": prepared.ds, "dtype": prepared.run.dtype, "ranks": prepared.world.size,
                    "device": prepared.world.device.type, "kernels": prepared.kernels.reason,
                    "versions": {name: version(name) for name in ("torch", "deepspeed")},

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from minimind_ds.bench import throughput
 from minimind_ds.bench.throughput import cell, loops, ratios, report, sweep, trace, trl_ratio
 from minimind_ds.bench.throughput.watch import PARTS
 from minimind_ds.training import build, step
@@ -324,12 +325,14 @@ def test_gaps_of_a_profile_are_the_time_outside_operators():
     assert trace.overlap(trace.union([(0, 2), (5, 9), (1, 3)]), [(2, 6)]) == 2
 
 
+def test_a_shipped_file_has_a_bare_name():
+    assert throughput.parse("", ["--deepspeed", "zero1"])[0].deepspeed == CELLS["files"]
+
+
 @pytest.mark.parametrize("words, complaint", [
     (["--rows", "4096x0"], "--rows"), (["--preset", "huge"], "--preset huge"), (["--ranks", "two"], "--ranks two"),
     (["--deepspeed", "absent.json"], "absent.json")])
 def test_a_wrong_flag_is_one_line(words, complaint, tmp_path, capsys, monkeypatch):
-    from minimind_ds.bench import throughput
-
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"):
         monkeypatch.setenv(name, {"WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.get(name, "0"))
     assert throughput.main([*words, "--out", str(tmp_path)]) == 2

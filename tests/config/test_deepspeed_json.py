@@ -4,9 +4,13 @@ import json
 
 import pytest
 
-from minimind_ds.config.deepspeed_json import read_json, resolve
+from minimind_ds.checkpoint import reshape
+from minimind_ds.config.deepspeed_json import own_settings, read_json, resolve
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
 from minimind_ds.config.run import parse_run_config
+from minimind_ds.training.start import layout_facts, refuse_changes
+from tests.config.try_configs import prepared_with
 
 MODEL = PRESETS["debug"]
 
@@ -140,6 +144,36 @@ def test_a_file_that_is_not_a_json_object_is_an_error(tmp_path, text, expected):
     path.write_text(text)
     with pytest.raises(ValueError, match=expected):
         read_json(str(path))
+
+
+def test_a_resume_must_keep_what_the_files_optimizer_says_besides_the_flags(tmp_path):
+    def settings(**config):
+        return own_settings(resolved(tmp_path, config)[0], "cpu")
+
+    def sgd(**params):
+        return {"optimizer settings": settings(optimizer={"type": "SGD", "params": params})}
+
+    assert sgd(momentum=0.0) == sgd()
+    # How AdamW is computed is no setting of it.
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    assert settings() == settings(zero_optimization=offload) == settings(optimizer={"type": "AdamW", "params": {}})
+    with pytest.raises(UserError, match="its optimizer settings is {'optimizer': {'momentum': 0.9}"):
+        refuse_changes(sgd(momentum=0.9), sgd(momentum=0.5), "step_00000004")
+    # Checkpoints of earlier releases do not say.
+    refuse_changes({}, sgd(momentum=0.5), "step_00000004")
+
+
+@pytest.mark.parametrize("stage, key, value", [(2, "round_robin_gradients", True), (3, "sub_group_size", 1000)])
+def test_a_resume_must_keep_how_states_lie(tmp_path, stage, key, value):
+    then, now = ({}, {})
+    for facts, zero in ((then, {key: value}), (now, {})):
+        (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage, **zero}}))
+        facts.update(layout_facts(prepared_with(tmp_path / "ds.json", tmp_path)))
+    assert key not in reshape.MAY_DIFFER and then[key] == value
+    with pytest.raises(UserError, match=f"its {key} is {value}, this run's is"):
+        refuse_changes(then, now, "step_00000004")
+    with pytest.raises(UserError, match=key):
+        reshape.check(then, {**then, "ranks": 2}, tmp_path)
 
 
 def test_without_an_optimizer_adamw_is_chosen_and_offload_gets_deepspeeds_own(tmp_path):

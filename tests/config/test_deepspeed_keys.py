@@ -32,6 +32,7 @@ def resolved(tmp_path, config, *flags):
     # The second time, with the numbers that the file owns, as prepare does.
     again, same = deepspeed_json.resolve(raw, run, PRESETS["debug"], ranks=2, total_steps=200)
     assert again == ds and same.to_yaml() == run.to_yaml()
+    check_packages(run.deepspeed, ds)
     return ds, run, deepspeed_json.notes(raw, run)
 
 
@@ -84,6 +85,15 @@ def test_a_flag_that_the_optimizer_has_no_place_for_is_an_error_and_run_yaml_lea
 def test_a_flag_that_the_scheduler_makes_meaningless_is_an_error_that_names_both(tmp_path, kind, params, flags):
     said = refusal(tmp_path, {**optimizer("AdamW", lr="auto"), **scheduler(kind, **params)}, *flags)
     assert flags[0] in said and "ds.json" in said
+
+
+def test_a_flag_that_agrees_with_the_file_is_no_less_meaningless(tmp_path):
+    config = {**ADAMW_ONE_CYCLE, **optimizer("AdamW", lr=1e-3, betas=[0.8, 0.95])}
+    for flag, value in (("--learning_rate", "1e-3"), ("--adam_beta2", "0.95")):
+        assert flag in refusal(tmp_path, config, flag, value)
+    _, _, notes = resolved(tmp_path, config)
+    for key in ("lr", "betas"):
+        assert any(f"optimizer.params.{key} has no effect" in note for note in notes)
 
 
 def test_what_a_scheduler_block_leaves_out_comes_from_the_flags(tmp_path):
@@ -141,10 +151,14 @@ REFUSALS = {
     "amsgrad in DeepSpeed's Adam": (optimizer("AdamW", amsgrad=True), "torch_adam true does"),
     "what torch refuses": (optimizer("SGD", nesterov=True), "Nesterov momentum requires a momentum"),
     "Muon, clipped in parts": ({**optimizer("Muon"), "zero_optimization": {"stage": 1}}, "--grad_clip 0"),
+    "Muon, clipped by the file": ({**optimizer("Muon"), "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}},
+                                  "; gradient_clipping 0, or stage 0"),
+    "Adagrad's checkpoints at stage 3": ({**optimizer("Adagrad"), "zero_optimization": {"stage": 3}},
+                                         "--save_interval 0"),
     "no scheduler's type": ({"scheduler": {"params": {}}}, "scheduler has no type"),
     "an unknown scheduler": (scheduler("Foo"), "choose from OneCycle"),
     "a scheduler's typo": (scheduler("WarmupLR", warmup_steps=3), "unknown key scheduler.params.warmup_steps"),
-    "a scheduler's text": (scheduler("WarmupLR", warmup_num_steps="abc"), "must be a positive integer"),
+    "a scheduler's text": (scheduler("WarmupLR", warmup_num_steps="abc"), "'abc'; it must be a number"),
     "a scheduler's null": ({"scheduler": {"type": "WarmupLR", "params": None}}, "scheduler.params is None"),
     "a scheduler's gap": (scheduler("OneCycle", cycle_min_lr=0.1), "OneCycle needs params.cycle_max_lr"),
     "a negative rate": (scheduler("OneCycle", cycle_min_lr=-1.0, cycle_max_lr=-0.5), "the rate becomes"),
@@ -197,6 +211,49 @@ REFUSALS = {
     "tensor parallelism, and odd keys": ({"_comment": "mine", "strange": 1, "tensor_parallel": {"autotp_size": 2}},
                                          "'tensor_parallel' is not supported"),
     "sparse gradients": ({"sparse_gradients": True}, "DeepSpeed has removed it"),
+    "a one for true": ({"bf16": {"enabled": 1}}, "bf16.enabled is 1; it must be true"),
+    "a null for false": ({"fp16": {"enabled": None}}, "fp16.enabled is None"),
+    "a path of keys for a block": ({"checkpoint.tag_validation": "fail"}, "'checkpoint.tag_validation' has a dot"),
+    "another": ({"zero_optimization": {"offload_param.device": "cpu"}}, "'offload_param.device' has a dot"),
+    "a key of two lines": ('{"gradient\\nclipping": 1}', r"key 'gradient\nclipping' is no text on one line"),
+    "a letter of another script": ({"gr\u0430dient_clipping": 1}, "did you mean 'gradient_clipping'"),
+    "a blank in a key": ({"fp16 ": {}}, "unknown key 'fp16 '; did you mean 'fp16'"),
+    "a NUL": ({"csv_monitor": {"output_path": "a\0"}}, "csv_monitor.output_path is 'a\\x00', which is no text"),
+    "half a character": ('{"tensorboard": {"job_name": "\\ud800"}}', "tensorboard.job_name"),
+    "nothing": ("", "is empty"),
+    "a YAML": ("zero_optimization:\n  stage: 2\n", "zero_optimization is 'stage: 2'"),
+    "partitions of no rank": ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 0}}, "at least 1"),
+    "a number beyond all": (optimizer("AdamW", lr=1e30), "lr is 1e+30; it must be a number below 2^63"),
+    "rows beyond all": ({"train_micro_batch_size_per_gpu": 10**12}, "more than 16,777,216 rows"),
+    "half a row": ({"train_batch_size": 16.5}, "train_batch_size is 16.5; it must be a positive whole number"),
+    "a beta that is auto": (optimizer("AdamW", betas=["auto", 0.9]), "optimizer.params.betas[0] is 'auto'"),
+    "torch's flag as text": (optimizer("SGD", foreach="yes"), "optimizer.params.foreach is 'yes'; it must be true"),
+    "two that do not go together": (optimizer("SGD", momentum=0.9, nesterov=True, dampening=0.5),
+                                    "params.nesterov is True and optimizer.params.dampening is 0.5: Nesterov"),
+    "a cycle of text": (scheduler("OneCycle", cycle_min_lr="x", cycle_max_lr=1e-3), "cycle_min_lr is 'x'; it must be"),
+    "a rate that falls for ever": (scheduler("LRRangeTest", lr_range_test_step_size=1, lr_range_test_step_rate=-1.0),
+                                   "lr_range_test_step_rate is -1.0: the rate becomes"),
+    "a division by zero in the run's midst": (
+        scheduler("OneCycle", cycle_min_lr=1e-4, cycle_max_lr=1e-3, cycle_first_step_size=2, decay_step_size=1,
+                  decay_lr_rate=-1), "scheduler.params.decay_lr_rate is -1: float division by zero"),
+    "a momentum above one": (scheduler("OneCycle", cycle_min_lr=1e-4, cycle_max_lr=1e-3, cycle_max_mom=5),
+                             "cycle_max_mom is 5: betas become"),
+    "a warm-up nobody has": (scheduler("WarmupLR", warmup_type="cosine"), "must be \"log\" or \"linear\""),
+    "a schedule that ends before the run": (scheduler("OneCycleLR", max_lr=1e-3, total_steps=20), "Tried to step 21"),
+    "checkpoints for other ranks": ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, "--from_resume"),
+    "a resume that loses bits": ({"zero_optimization": {"load_from_fp32_weights": False}}, "load_from_fp32_weights"),
+    "an old stage 1": ({"zero_optimization": {"stage": 1, "legacy_stage1": True}}, "legacy_stage1"),
+    "an untested optimizer": ({"zero_allow_untested_optimizer": False, "zero_optimization": {"stage": 1},
+                               **optimizer("SGD")}, "has not tested ZeRO with the optimizer SGD"),
+    "a type in capitals": ({"data_types": {"buffer_dtype": "BF16"}}, "is 'BF16'; DeepSpeed wants 'bf16'"),
+    "a pattern that is none": ({"data_types": {"keep_in_fp32_modules": ["("]}}, "must be a list of patterns"),
+    "a folder in a file": ({"csv_monitor": {"enabled": True, "output_path": "/etc/passwd/x"}}, "cannot be written"),
+    "a report that is a folder": ({"flops_profiler": {"enabled": True, "output_file": "/"}}, "cannot be written"),
+    "an offload that is not used, misspelt": ({"zero_optimization": {"offload_param": {"devise": "cpu"}}},
+                                              "offload_param.devise; did you mean 'device'"),
+    "experts, misspelt": ({"expert_parallel": {"enabeld": True}}, "expert_parallel.enabeld; did you mean 'enabled'"),
+    "experts by text": ({"expert_parallel": {"enabled": "true"}}, "expert_parallel.enabled is 'true'"),
+    "compile by text": ({"compile": {"enabled": "yes"}}, "compile.enabled is 'yes'; it must be true or false"),
     "compression that is on": ({"compression_training": {"sparse_pruning": {"shared_parameters": {"enabled": True}}}},
                                "'compression_training'"),
 }
@@ -206,6 +263,7 @@ REFUSALS = {
 def test_what_deepspeed_would_refuse_or_get_wrong_is_refused_in_one_line(tmp_path, name):
     config, words = REFUSALS[name]
     said = refusal(tmp_path, config)
+    assert said.isprintable()
     assert words in said and "ds.json" in said, said
 
 

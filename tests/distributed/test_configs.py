@@ -1,14 +1,11 @@
-"""Optimizers and settings of users' DeepSpeed files, on real ranks: law 3's curves, and values as run.yaml has them.
-
-Muon's kernels are not compiled here: that takes minutes on a CPU.
-"""
+"""Optimizers and settings of users' DeepSpeed files, on real ranks: law 3's curves, values as in run.yaml."""
 
 import json
 import math
 
 import pytest
 
-from tests.distributed.ranks.configs import COLUMNS
+from tests.distributed.ranks.configs import COLUMNS, RESUMED
 
 pytestmark = pytest.mark.numeric
 
@@ -41,10 +38,20 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def curves(tmp_path_factory, deepspeed):
-    out = tmp_path_factory.mktemp("curves")
-    deepspeed(2, "tests/distributed/ranks/configs.py", str(out), "curves", TORCHDYNAMO_DISABLE="1")
-    return json.loads((out / "curves.json").read_text())
+def found(tmp_path_factory, deepspeed):
+    """What the one start of two ranks found, by mode, and what it printed."""
+    out = tmp_path_factory.mktemp("configs")
+    for name, config in FILES.items():
+        (out / f"{name}.json").write_text(json.dumps(config))
+    modes = ("curves", "values", "files")
+    ended = deepspeed(2, "tests/distributed/ranks/configs.py", str(out), "curves", "values:40", "files")
+    results = {mode: json.loads((out / "found" / f"{mode}.json").read_text()) for mode in modes}
+    return {**results, "printed": (ended.stdout + ended.stderr).lower()}
+
+
+@pytest.fixture(scope="module")
+def curves(found):
+    return found["curves"]
 
 
 @pytest.mark.parametrize("name", COLUMNS)
@@ -76,6 +83,15 @@ def test_optimizers_differ_and_learn(curves):
     assert all(abs(losses[name] / losses["control"] - 1) > 1e-3 for name in other), losses
 
 
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resume_goes_on_bit_for_bit(curves, name):
+    for stage in RESUMED[name]:
+        one, other = curves[name][stage]["ended"]
+        assert one["weights"] == other["weights"] and one["weights"]
+        for key in ("loss", "grad_norm", "lr"):
+            assert one["lines"][0][key] == other["lines"][0][key]
+
+
 def test_muons_groups_keep_their_ratio_and_both_are_logged(curves):
     for case in curves["Muon"]:
         for line in case.get("lines", []):
@@ -84,20 +100,16 @@ def test_muons_groups_keep_their_ratio_and_both_are_logged(curves):
             assert muon / adam == pytest.approx(2.0)
 
 
-def test_files_unlike_each_other_train_and_the_rate_in_the_metrics_is_the_steps_own(tmp_path, deepspeed):
-    for name, config in FILES.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(config))
-    ended = deepspeed(2, "tests/distributed/ranks/configs.py", str(tmp_path), "files",
-                      *(str(tmp_path / f"{name}.json") for name in FILES))
-    found = {path.rpartition("/")[2].removesuffix(".json"): case
-             for path, case in json.loads((tmp_path / "files.json").read_text()).items()}
-    for case in found.values():
+def test_files_unlike_each_other_train_and_the_rate_in_the_metrics_is_the_steps_own(found):
+    files = found["files"]
+    assert set(files) == set(FILES)
+    for case in files.values():
         assert len(case["lines"]) == 2 and all(math.isfinite(line["loss"]) for line in case["lines"])
     # The first step is taken at the cycle's lower end, the second half way up.
-    assert [line["lr"] for line in found["one_cycle"]["lines"]] == pytest.approx([1e-4, 5.05e-3], rel=1e-3)
+    assert [line["lr"] for line in files["one_cycle"]["lines"]] == pytest.approx([1e-4, 5.05e-3], rel=1e-3)
     # Their only effect is what they print.
     for words in ("comm op: all_reduce", "flops profiler", "MA 0."):
-        assert words.lower() in (ended.stdout + ended.stderr).lower(), words
+        assert words.lower() in found["printed"], words
 
 
 def held_as_said(case: dict) -> None:
@@ -122,10 +134,8 @@ def held_as_said(case: dict) -> None:
         assert {"adam_beta1", "adam_beta2"} <= set(run)
 
 
-@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.slow)])
-def test_what_run_yaml_says_is_what_the_optimizer_holds(tmp_path, deepspeed, count):
-    deepspeed(1, "tests/distributed/ranks/configs.py", str(tmp_path), "values", str(count), TORCHDYNAMO_DISABLE="1")
-    cases = json.loads((tmp_path / "values.json").read_text())["cases"]
+def check_values(cases: list[dict], count: int) -> None:
+    """That every case was refused in a line, or trained with the values that its run.yaml says."""
     trained = [case for case in cases if "refused" not in case]
     assert len(cases) == count and len(trained) >= count // 4
     for case in trained:
@@ -135,4 +145,14 @@ def test_what_run_yaml_says_is_what_the_optimizer_holds(tmp_path, deepspeed, cou
             assert case["run"][name.removeprefix("--")] == float(value)
     for case in cases:
         if "refused" in case:
-            assert "drawn.json" in case["refused"] and "\n" not in case["refused"]
+            assert "drawn_0.json" in case["refused"] and "\n" not in case["refused"]
+
+
+def test_what_run_yaml_says_is_what_the_optimizer_holds(found):
+    check_values(found["values"], 40)
+
+
+@pytest.mark.slow
+def test_what_run_yaml_says_is_what_the_optimizer_holds_in_many_runs(tmp_path, deepspeed):
+    deepspeed(1, "tests/distributed/ranks/configs.py", str(tmp_path), "values:500")
+    check_values(json.loads((tmp_path / "found" / "values.json").read_text()), 500)

@@ -144,11 +144,14 @@ def test_the_program_recommends_a_file_and_says_why():
 
 @pytest.mark.slow
 def test_measure_says_how_far_off_the_plan_is_for_each_file(tmp_path):
-    done = run("--config", str(tiny_yaml(tmp_path)), "--pack_len", "256", "--max_seq_len", "128", "--dtype", "fp32",
+    path = tiny_yaml(tmp_path)
+    with path.open("a") as file:
+        file.write('\ndeepspeed: {"zero_optimization": {"stage": 2}, "gradient_clipping": 0.5}\n')
+    done = run("--config", str(path), "--pack_len", "256", "--max_seq_len", "128", "--dtype", "fp32",
                "--cache_dir", str(tmp_path), "--measure", "--json")
     assert done.returncode == 0, done.stderr
     off = json.loads(done.stdout.splitlines()[-1])["off"]
-    assert set(off) == {f"zero{stage}" for stage in range(4)}
+    assert set(off) == {*(f"zero{stage}" for stage in range(4)), "tiny"}
     assert all(abs(share) <= 0.1 for kinds in off.values() for share in kinds.values()), off
 
 

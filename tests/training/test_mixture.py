@@ -37,8 +37,9 @@ def write_config(folder, shares: dict) -> list[str]:
         "save_dir": str(folder / "run"),
         "model": {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
                   "intermediate_size": 64}}))
-    return ["--config", str(folder / "run.yaml"), "--deepspeed", str(ROOT / "ds_configs" / "zero2.json"),
-            "--batch_size", "1"]
+    zero2 = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    (folder / "ds.json").write_text(json.dumps({**zero2, "dataloader_drop_last": True}))
+    return ["--config", str(folder / "run.yaml"), "--deepspeed", str(folder / "ds.json"), "--batch_size", "1"]
 
 
 def start(folder, ranks: int) -> list[subprocess.Popen]:
@@ -100,6 +101,7 @@ def test_metrics_say_what_each_source_gives_and_how_it_is_learnt(finished):
     assert [row["name"] for row in first["data"]] == ["a", "b", "c"]
     assert [row["share"] for row in first["data"]] == [1, 2, 0.5]
     assert sum(row["share_of_labels"] for row in first["data"]) == pytest.approx(1)
+    assert any("ds.json: dataloader_drop_last has no effect" in note for note in first["notes"])
     evals = [line for line in rest if "eval_loss" in line]
     assert evals
     for line in evals:

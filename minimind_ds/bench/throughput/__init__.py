@@ -16,6 +16,7 @@ from minimind_ds.bench.throughput import report, sweep
 from minimind_ds.config import program_flags
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
+from minimind_ds.config.run import find_shipped
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import World, read_world
 from minimind_ds.paths import DS_CONFIGS
@@ -61,6 +62,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     for name in ("deepspeed", "preset", "rows", "ranks"):
         if getattr(args, name):
             setattr(args, name, [word for words in getattr(args, name) for word in words])
+    if args.deepspeed:
+        args.deepspeed = [find_shipped(name, pathlib.Path()) for name in args.deepspeed]
     if not args.compare and not args.profile:
         args.out = args.out or pathlib.Path("out/benchmark")
     args.warm_up = args.warm_up if args.warm_up is not None else 1 if args.compare else 2
