@@ -57,7 +57,7 @@ def start(world: World, hang_minutes: float = 0.0, settings: dict | None = None)
     if world.device.type == "cpu":
         deepspeed_compat.start_no_programs(deepspeed)
     backend, timeout = "gloo" if world.device.type == "cpu" else "nccl", patience(hang_minutes)
-    if world.size > 1:
+    if world.size > 1 and not dist.is_initialized():
         # Ranks of a loaded machine may begin a minute apart.
         limit = datetime.timedelta(minutes=max(hang_minutes or TIMEOUT_MINUTES, 5))
         store = rendezvous.join(world, settings or {}, limit)

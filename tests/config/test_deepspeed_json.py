@@ -9,7 +9,7 @@ from minimind_ds.config.deepspeed_json import own_settings, read_json, resolve
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
 from minimind_ds.config.run import parse_run_config
-from minimind_ds.training.start import layout_facts, refuse_changes
+from minimind_ds.training.resume import layout_facts, refuse_changes
 from tests.config.try_configs import prepared_with
 
 MODEL = PRESETS["debug"]

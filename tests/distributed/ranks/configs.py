@@ -77,7 +77,7 @@ def curve(base: PreparedRun, stage: int, name: str, column: tuple, out: pathlib.
            **({"optimizer": optimizer} if optimizer else {})}
     run = base.run.replace(**flags, given={**base.run.given, **{name: f"--{name}" for name in flags}})
     try:
-        ds, run = resolve(raw, run, base.model_config, ranks=base.rows_ranks, total_steps=base.total_steps)
+        ds, run = resolve(raw, run, base.model_config, ranks=base.data_parallel_size, total_steps=base.total_steps)
     except UserError as error:
         return {"refused": str(error)}
     prepared, live = dataclasses.replace(base, ds=ds, run=run), LiveRun()
