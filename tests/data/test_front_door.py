@@ -1,0 +1,158 @@
+"""What people's files hold besides plain turns is honoured, refused in one line, or named; nothing is learnt wrongly.
+
+    python -m pytest tests/data/test_front_door.py
+"""
+
+import importlib.util
+import json
+from collections import Counter
+
+import pytest
+
+from minimind_ds.config.errors import UserError
+from minimind_ds.data.conversation import DataError, read_records
+from minimind_ds.data.json_text import parse
+from minimind_ds.data.shapes import parse_conversation
+
+needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow")
+ASK, ANSWER = {"role": "user", "content": "Time?"}, {"role": "assistant", "content": "Noon."}
+CALL, TOOL = {"name": "clock", "arguments": {"city": "Oslo"}}, {"name": "clock"}
+TEXT = {"type": "text", "text": "Noon."}
+
+
+def answered(**fields) -> dict:
+    return {"messages": [ASK, {**ANSWER, **fields}]}
+
+
+BAD = {
+    **{f"'{key}' is not supported: a turn is learnt as a whole": answered(**{key: value}) for key, value in
+       (("mask", False), ("loss_mask", 0), ("loss_scale", 0.0), ("assistant_masks", [0]), ("train_detail", 0))},
+    **{f"has a part with '{key}', which is not supported": answered(content=[TEXT, {**TEXT, key: value}])
+       for key, value in (("weight", 0), ("train", False), ("loss_mask", 0))},
+    "content is missing or null": answered(content=None, tool_calls="[]"),
+    "turn 2 (assistant): content is missing": answered(content=None, function_call="[]"),
+    "value holds no call": {"conversations": [ASK, {"from": "function_call", "value": "[]"}]},
+    "arguments of tool call 'clock' are JSON text within JSON text":
+        answered(tool_calls=[{"name": "clock", "arguments": json.dumps(json.dumps({"city": "Oslo"}))}]),
+    "'arguments' and 'parameters' differ": answered(tool_calls=[{**CALL, "parameters": {"city": "Rome"}}]),
+    "the record and its system turn list different tools": {
+        "messages": [{"role": "system", "content": "", "tools": [TOOL]}, ASK, ANSWER], "tools": [CALL]},
+    "history stands beside a prompt that is turns": {"prompt": [ASK], "completion": [ANSWER], "history": [["a", "b"]]},
+}
+
+
+@pytest.mark.parametrize("why", BAD)
+def test_what_cannot_be_carried_out_is_refused(why):
+    with pytest.raises(UserError) as caught:
+        parse_conversation(BAD[why])
+    assert why in str(caught.value)
+
+
+@pytest.mark.parametrize("label", [True, 0, 1.0, 0.0, "true", "False", "0", " 1.0"])
+def test_a_label_of_true_or_false_is_preference_data_however_it_is_spelled(label):
+    with pytest.raises(UserError, match="it holds 'label', as records for KTO do"):
+        parse_conversation({**answered(), "label": label})
+
+
+def test_what_means_nothing_is_named_wherever_it_stands():
+    ignored = Counter()
+    record = answered(content=[{**TEXT, "cache_control": {}}], tool_calls=[
+        {"id": "1", "type": "function", "function": {**CALL, "strict": True}}, {**CALL, "note": "x"}])
+    parse_conversation({**record, "label": "greeting"}, ignored)
+    assert ignored == {"part.cache_control": 1, "call.strict": 1, "call.note": 1, "label": 1}
+    ignored.clear()
+    parse_conversation({"prompt": "a", "completion": "b", "history": [["c", "d"]], "label": ""}, ignored)
+    assert not ignored
+
+
+def test_calls_are_read_under_llamas_name_and_beside_empty_ones():
+    want = parse_conversation(answered(tool_calls=[CALL]))
+    assert want == parse_conversation(answered(tool_calls=[{"name": "clock", "parameters": CALL["arguments"]}]))
+    assert parse_conversation({"messages": [{**ASK, "tool_calls": "[]"}, ANSWER]}) == parse_conversation(answered())
+
+
+def test_what_a_tool_found_stays_whole():
+    found = [{"text": "a", "id": 5}, {"text": "b", "id": 6}]
+    turn = {"role": "tool", "content": found}
+    assert parse_conversation({"messages": [ASK, ANSWER, turn]}).messages[2].content == json.dumps(found)
+    turn["content"] = [{"type": "text", "text": "a"}, {"text": "b"}]
+    assert parse_conversation({"messages": [ASK, ANSWER, turn]}).messages[2].content == "ab"
+
+
+def test_a_key_that_stands_twice_in_an_object_is_refused(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}, '
+                    '{"role": "assistant", "content": "b", "weight": 0, "weight": 1}]}')
+    with pytest.raises(DataError, match="line 1: .*the key 'weight' stands twice in one object"):
+        list(read_records(path, "conversations"))
+    with pytest.raises(UserError, match="the key 'a' stands twice"):
+        parse('[{"b": {"a": 1, "a": 1}}]', "it")
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"])
+def test_wide_text_is_told_without_a_byte_order_mark(encoding, tmp_path):
+    path = tmp_path / "data.jsonl"
+    for text in ('{"text": "a"}', "\n\n[\n]", '"x"'):
+        path.write_bytes(text.encode(encoding))
+        with pytest.raises(DataError, match=f"is {encoding[:6]} text, not data: iconv -f {encoding} -t UTF-8"):
+            read_records(path, "text")
+    path.write_bytes(bytes(100))
+    with pytest.raises(DataError, match="begins with zero bytes, not data"):
+        read_records(path, "text")
+
+
+@needs_pyarrow
+def test_columns_that_python_cannot_hold_are_no_obstacle(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    path = tmp_path / "data.parquet"
+    far = {"us": pa.array([2**62], pa.timestamp("us")), "zone": pa.array([1], pa.timestamp("ns", tz="Mars/Base")),
+           "day": pa.array([2**30], pa.date32()), "none": pa.array([None], pa.date64()),
+           "time": pa.array([1], pa.time32("s")), "span": pa.array([2**62], pa.duration("us"))}
+    pyarrow.parquet.write_table(pa.table({"prompt": ["a"], "completion": ["b"], **far}), path)
+    reader = read_records(path, "conversations")
+    assert len(list(reader)) == 1 and reader.ignored_keys == {name: 1 for name in far if name != "none"}
+    pyarrow.parquet.write_table(pa.table({"text": ["a"], "at": pa.array([[2**62]], pa.list_(pa.timestamp("us")))}),
+                                path)
+    with pytest.raises(DataError, match="data.parquet holds what cannot be read, after record 0: "):
+        list(read_records(path, "text"))
+    pyarrow.parquet.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), path)
+    with pytest.raises(DataError, match="two columns of one name"):
+        list(read_records(path, "text"))
+
+
+@needs_pyarrow
+def test_arguments_in_a_map_are_an_object(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    call = pa.struct([("name", pa.string()), ("arguments", pa.map_(pa.string(), pa.string()))])
+    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("tool_calls", pa.list_(call))])
+    path = tmp_path / "data.parquet"
+
+    def arguments(*pairs):
+        turns = [ASK, {"role": "assistant", "tool_calls": [{"name": "clock", "arguments": list(pairs)}]}]
+        pyarrow.parquet.write_table(pa.table({"messages": pa.array([turns], pa.list_(turn))}), path)
+        [(_, conversation)] = read_records(path, "conversations")
+        return conversation.messages[1].tool_calls[0].arguments
+    assert arguments(("city", "Oslo")) == '{"city": "Oslo"}' and arguments() == "{}"
+    with pytest.raises(DataError, match="holds what cannot be read"):
+        arguments(("city", "Oslo"), ("city", "Rome"))
+
+
+@needs_pyarrow
+def test_a_torn_arrow_file_is_an_error_and_not_a_crash(tmp_path):
+    import pyarrow as pa
+
+    table = pa.table({"text": ["a", "bc"]})
+    path = tmp_path / "data.arrow"
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write_table(table)
+    content = path.read_bytes()
+    at = content.index(b"\0\0\0\0\1\0\0\0\3\0\0\0")
+    # Where the second text ends: far behind the end of the file, before the first one's end.
+    for end in (b"\xff\xff\xff\x7f", b"\0\0\0\0"):
+        path.write_bytes(content[:at + 8] + end + content[at + 12:])
+        with pytest.raises(DataError, match="data.arrow (is damaged|cannot be read)"):
+            list(read_records(path, "text"))
