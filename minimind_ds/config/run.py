@@ -10,6 +10,7 @@ value was given, so that a later clash with the DeepSpeed JSON can name both pla
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -215,9 +216,9 @@ class RunConfig:
         left_out = ("given", "unused", "deepspeed_block", *self.unused)
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
         for name in PATHS - set(self.unused):
-            values[name] = absolute(values[name])
+            values[name] = each_path(os.path.abspath, values[name])
         if self.from_weight != "none":
-            values["from_weight"] = absolute(self.from_weight)
+            values["from_weight"] = os.path.abspath(self.from_weight)
         if self.deepspeed_block is not None:
             values["deepspeed"] = self.deepspeed_block
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
@@ -232,20 +233,20 @@ PATHS = {"deepspeed", "tokenizer", "data_path", "eval_path", "save_dir", "cache_
 MAY_CHANGE = tuple(f.name for f in FLAGS if f.metadata["resume"] == "may change")
 
 
-def absolute(value: str | dict | list | None):
-    """Paths from the root: one, a source with its share, or a list of either."""
+def each_path(change, value: str | dict | list | None):
+    """The value with its paths changed: one, a source with its share, or a list of either."""
     if isinstance(value, list):
-        return [absolute(entry) for entry in value]
+        return [each_path(change, entry) for entry in value]
     if isinstance(value, dict):
-        return {**value, "path": os.path.abspath(value["path"])}
-    return None if value is None else os.path.abspath(value)
+        return {**value, "path": change(value["path"])}
+    return None if value is None else change(value)
 
 
 def value_type(f: dataclasses.Field) -> type:
     """int, float, str or bool of a field written `int` or `int | None`."""
     hint = typing.get_type_hints(RunConfig)[f.name]
     if isinstance(hint, types.UnionType):
-        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+        return next(t for t in typing.get_args(hint) if t is not type(None))
     return hint
 
 
@@ -289,8 +290,7 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
     args = vars(parser.parse_args(words))
     args.pop("local_rank")
     shape = {name: args.pop(name) for name in spellings.SHAPE}
-    yaml_path = args.pop("config")
-    values, given = read_yaml(yaml_path) if yaml_path else ({}, {})
+    values, given = read_yaml(yaml_path) if (yaml_path := args.pop("config")) else ({}, {})
     for name, value in args.items():
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         if value is None:
@@ -300,6 +300,10 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
         if name in values and values[name] != value:
             raise UserError(f"{name} is {value} on the command line and {values[name]} in {yaml_path}: give it once")
         values[name], given[name] = value, written[name]
+    for name in (PATHS | {"from_weight", "from_resume"}) & values.keys():
+        if not values[name]:
+            raise UserError(f"{given[name]} is empty: name a path, or leave it out")
+        values[name] = each_path(os.path.expanduser, values[name])
     spellings.choose_model({name: value for name, value in shape.items() if value is not None}, values, given)
     run = RunConfig(**{**defaults, **values}, given=given)
     if run.learning_rate is None:
@@ -351,7 +355,7 @@ def read_yaml(path: str) -> tuple[dict, dict]:
     if isinstance(values.get("deepspeed"), dict):
         values |= {"deepspeed": given["deepspeed"], "deepspeed_block": values["deepspeed"]}
     elif "deepspeed" in values:
-        values["deepspeed"] = find_shipped(values["deepspeed"], pathlib.Path(path).parent)
+        values["deepspeed"] = find_shipped(os.path.expanduser(values["deepspeed"]), pathlib.Path(path).parent)
     return values, given
 
 
@@ -361,16 +365,19 @@ def check_type(path: str, f: dataclasses.Field, value):
         return None
     if f.metadata["paths"]:
         return check_paths(path, f, value)
-    # YAML reads 1e-4 (without a dot) as text; the other way round, 1 is a fine float.
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
+    value = as_float(value) if kind is float else value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{path}: {f.name} is {value!r}; it must be {kind.__name__}")
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise UserError(f"{path}: {f.name} is {value!r}; choose from {', '.join(f.metadata['choices'])}")
+    return value
+
+
+def as_float(value):
+    """YAML reads 1e-4 (without a dot) as text; the other way round, 1 is a fine float."""
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
     return value
 
 
@@ -379,13 +386,13 @@ def check_paths(path: str, f: dataclasses.Field, value) -> str | list:
     entries = value if isinstance(value, list) else [value]
     for entry in entries:
         if isinstance(entry, dict) and f.metadata["paths"] == "shares":
-            share = entry.get("share", 1)
-            number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            share = as_float(entry.get("share", 1))
             if not isinstance(entry.get("path"), str) or set(entry) - {"path", "share"}:
                 raise UserError(f"{path}: {f.name} holds {str(entry)[:200]!r}; an entry is a path, or {{path, share}}")
-            if not number or not 0 < share <= MOST_SHARE:
+            if not isinstance(share, float) or not 0 < share <= MOST_SHARE:
                 raise UserError(f"{path}: the share of {entry['path']} is {str(share)[:40]!r}; it must be a number "
                                 f"above 0, at most {MOST_SHARE}: how often a sample is seen in an epoch")
+            entry["share"] = share
         elif not isinstance(entry, str):
             raise UserError(f"{path}: {f.name} holds {str(entry)[:200]!r}, not a path")
     if not entries:

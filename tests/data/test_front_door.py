@@ -5,14 +5,19 @@
 
 import importlib.util
 import json
+import os
 from collections import Counter
 
 import pytest
 
 from minimind_ds.config.errors import UserError
-from minimind_ds.data.conversation import DataError, read_records
+from minimind_ds.config.run import parse_run_config
+from minimind_ds.data import sources
+from minimind_ds.data.conversation import DataError, notes, read_records
 from minimind_ds.data.json_text import parse
 from minimind_ds.data.shapes import parse_conversation
+from minimind_ds.data.tokenizer import load_tokenizer
+from minimind_ds.training.prepare import open_data
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow")
 ASK, ANSWER = {"role": "user", "content": "Time?"}, {"role": "assistant", "content": "Noon."}
@@ -156,3 +161,62 @@ def test_a_torn_arrow_file_is_an_error_and_not_a_crash(tmp_path):
         path.write_bytes(content[:at + 8] + end + content[at + 12:])
         with pytest.raises(DataError, match="data.arrow (is damaged|cannot be read)"):
             list(read_records(path, "text"))
+
+
+def test_answers_and_texts_without_a_word_are_counted(tmp_path):
+    path = tmp_path / "data.jsonl"
+    silent = [answered(content=""), answered(content=" ", weight=0), answered(content="", tool_calls=[CALL]),
+              answered(content="", thinking="hm"), {"instruction": "a", "output": " "}, answered()]
+    for kind, records, n in (("conversations", silent, 2), ("text", [{"text": ""}, {"text": "\n"}, {"text": "a"}], 2)):
+        path.write_text("\n".join(map(json.dumps, records)))
+        list(reader := read_records(path, kind))
+        [line] = notes(reader.counts())
+        assert line == f"texts, or answers to be learnt, that hold not one word: {n}; they teach to stop at once"
+
+
+# Files
+
+
+def test_folders_tell_what_they_pass_over_and_links_back_end(tmp_path):
+    for name in ("a.jsonl", "b.csv", "sub/c.jsonl.zst", "sub/d.jsonl", ".hidden"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    for name in ("up", "again", "sub/upper"):
+        (tmp_path / name).symlink_to(tmp_path)
+    assert [source.path.name for source in sources.expand(str(tmp_path))] == ["a.jsonl", "d.jsonl"]
+    [line] = sources.passed_over([{"path": str(tmp_path), "share": 2}, str(tmp_path / "a.jsonl")])
+    assert f"the folder {tmp_path} holds 2 files that are not read" in line and line.endswith(": b.csv, c.jsonl.zst")
+    with pytest.raises(DataError, match=r"matches no file; in a pattern, \[\[\] stands for \["):
+        sources.expand(f"{tmp_path}/[x]/*.jsonl")
+    with pytest.raises(DataError, match="a data path is empty"):
+        sources.expand([""])
+
+
+def test_a_run_says_what_it_never_sees_and_what_it_sees_twice(tmp_path):
+    names = {name: str(tmp_path / f"{name}.jsonl") for name in ("a", "copy", "few")}
+    for name, path in names.items():
+        with open(path, "w") as file:
+            file.writelines(json.dumps(answered(content=f"{name != 'few'} {n}")) + "\n" for n in range(9))
+    (tmp_path / "run.yaml").write_text(f"data_path: [{names['a']}, {{path: {names['few']}, share: 1e-2}}]\n"
+                                       f"eval_path: {names['copy']}\ncache_dir: {tmp_path / 'cache'}\n")
+    run = parse_run_config(["--config", str(tmp_path / "run.yaml")], "sft", {})
+    never, twice = sources.notes(*open_data("conversations", run, load_tokenizer(None)))
+    assert never == f"{names['few']} is never seen: a share of 0.01 of its 9 samples is none in 2 epochs"
+    assert twice == (f"{names['copy']} holds the same samples as {names['a']}: held-out data that is trained on says "
+                     "nothing of unseen data")
+
+
+def test_paths_of_flags_are_expanded_and_never_lost(tmp_path):
+    def parsed(*words):
+        return parse_run_config(list(words), "sft", {})
+    home = os.path.expanduser("~")
+    run = parsed("--data_path=~/a.jsonl", "--save_dir=~/run", "--from_weight=~/weights")
+    assert (run.data_path, run.save_dir, run.from_weight) == tuple(
+        os.path.join(home, name) for name in ("a.jsonl", "run", "weights"))
+    assert parsed("--data_path", "~/a", "b").data_path == [os.path.join(home, "a"), "b"]
+    for words in (("--data_path", "a", "--data_path", "b"), ("--train_file=a", "--train_file", "b")):
+        with pytest.raises(UserError, match="is given twice; name all its files after one, separated by spaces"):
+            parsed(*words)
+    for flag in ("--data_path", "--cache_dir", "--save_dir"):
+        with pytest.raises(UserError, match=f"{flag} is empty: name a path, or leave it out"):
+            parsed(flag, "")
