@@ -16,6 +16,8 @@ from minimind_ds.data import sources
 from minimind_ds.data.conversation import DataError, notes, read_records
 from minimind_ds.data.json_text import parse
 from minimind_ds.data.shapes import parse_conversation
+from minimind_ds.data.store import open_or_build
+from minimind_ds.data.tokenise import Encoder
 from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.training.prepare import open_data
 
@@ -220,3 +222,34 @@ def test_paths_of_flags_are_expanded_and_never_lost(tmp_path):
     for flag in ("--data_path", "--cache_dir", "--save_dir"):
         with pytest.raises(UserError, match=f"{flag} is empty: name a path, or leave it out"):
             parsed(flag, "")
+
+
+@pytest.mark.parametrize("change", ["deleted", "longer", "emptied"])
+def test_a_file_that_changes_while_it_is_read_is_named(change, tmp_path, monkeypatch):
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(answered(content=f"{n}")) + "\n" for n in range(9)))
+
+    def encode_after_change(self, items, first_index, encode=Encoder.__call__):
+        if change == "deleted":
+            path.unlink()
+        else:
+            path.write_text(path.read_text() + "\n" if change == "longer" else "")
+        return encode(self, items, first_index)
+    monkeypatch.setattr(Encoder, "__call__", encode_after_change)
+    with pytest.raises(DataError, match="data.jsonl changed while it was being read; start again"):
+        open_or_build(path, load_tokenizer(None), kind="conversations", max_seq_len=64, cache_dir=tmp_path / "cache")
+    assert all(left.name.endswith(".lock") for left in (tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "null", "{}", None])
+def test_a_cache_of_anything_is_built_again(content, tmp_path, capfd):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(answered()))
+
+    def opened():
+        return open_or_build(path, load_tokenizer(None), kind="conversations", max_seq_len=64, cache_dir=tmp_path)
+    store = opened()
+    meta = store.folder / "meta.json"
+    meta.unlink()
+    meta.mkdir() if content is None else meta.write_text(content)
+    assert opened().content == store.content and "is damaged; building it again" in capfd.readouterr().err
