@@ -98,13 +98,17 @@ def read_questions(path: str | Path, limit: int = 0) -> list[Question]:
     """The first `limit` records of a conversation file (0: all).
 
     Raises:
-        DataError: what read_records refuses, or a record that does not end with the assistant.
+        DataError: what read_records refuses, or a record that does not end with an answer of the assistant's that
+            may be learnt.
     """
     questions, records = [], read_records(path, "conversations")
     for number, conversation in records:
         last = conversation.messages[-1]
         if last.role != "assistant" or len(conversation.messages) < 2:
             raise DataError(f"{records.source.place(number)}: the last turn is not an assistant's answer to anything")
+        if not last.learn:
+            raise DataError(f"{records.source.place(number)}: the last answer is marked as one not to be learnt "
+                            "(weight, train or loss), so it is not the right one; leave the record out")
         prompt = replace(conversation, messages=conversation.messages[:-1])
         # Between the header and the stop token with its newline; an empty think block is not said.
         written = "".join(piece.text for piece in render(Conversation((last,)), drop_empty_think=True)[2:-2])

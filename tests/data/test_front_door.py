@@ -19,6 +19,7 @@ from minimind_ds.data.shapes import parse_conversation
 from minimind_ds.data.store import open_or_build
 from minimind_ds.data.tokenise import Encoder
 from minimind_ds.data.tokenizer import load_tokenizer
+from minimind_ds.inference import score
 from minimind_ds.training.prepare import open_data
 
 needs_pyarrow = pytest.mark.skipif(importlib.util.find_spec("pyarrow") is None, reason="needs pyarrow")
@@ -253,3 +254,11 @@ def test_a_cache_of_anything_is_built_again(content, tmp_path, capfd):
     meta.unlink()
     meta.mkdir() if content is None else meta.write_text(content)
     assert opened().content == store.content and "is damaged; building it again" in capfd.readouterr().err
+
+
+def test_an_answer_that_may_not_be_learnt_is_not_what_score_expects(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(answered()) + "\n" + json.dumps(answered(weight=0)))
+    with pytest.raises(DataError, match="line 2: the last answer is marked as one not to be learnt"):
+        score.read_questions(path)
+    assert [question.expected for question in score.read_questions(path, limit=1)] == ["Noon."]
