@@ -216,7 +216,7 @@ class RunConfig:
         left_out = ("given", "unused", "deepspeed_block", *self.unused)
         values = {k: v for k, v in dataclasses.asdict(self).items() if k not in left_out}
         for name in PATHS - set(self.unused):
-            values[name] = each_path(os.path.abspath, values[name])
+            values[name] = of_paths(os.path.abspath, values[name])
         if self.from_weight != "none":
             values["from_weight"] = os.path.abspath(self.from_weight)
         if self.deepspeed_block is not None:
@@ -233,10 +233,10 @@ PATHS = {"deepspeed", "tokenizer", "data_path", "eval_path", "save_dir", "cache_
 MAY_CHANGE = tuple(f.name for f in FLAGS if f.metadata["resume"] == "may change")
 
 
-def each_path(change, value: str | dict | list | None):
+def of_paths(change, value: str | dict | list | None):
     """The value with its paths changed: one, a source with its share, or a list of either."""
     if isinstance(value, list):
-        return [each_path(change, entry) for entry in value]
+        return [of_paths(change, entry) for entry in value]
     if isinstance(value, dict):
         return {**value, "path": change(value["path"])}
     return None if value is None else change(value)
@@ -303,7 +303,7 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
     for name in (PATHS | {"from_weight", "from_resume"}) & values.keys():
         if not values[name]:
             raise UserError(f"{given[name]} is empty: name a path, or leave it out")
-        values[name] = each_path(os.path.expanduser, values[name])
+        values[name] = of_paths(os.path.expanduser, values[name])
     spellings.choose_model({name: value for name, value in shape.items() if value is not None}, values, given)
     run = RunConfig(**{**defaults, **values}, given=given)
     if run.learning_rate is None:
