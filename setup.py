@@ -61,7 +61,7 @@ setup(
             "triton>=3.6,<3.10; platform_system == 'Linux'",
         ],
         # Data in Parquet and Arrow files.
-        "parquet": ["pyarrow>=18,<27"],
+        "parquet": ["pyarrow>=20,<27"],
         # The benchmark's pictures.
         "plot": ["matplotlib>=3.9,<3.12"],
         # benchmark.py --compare trl.

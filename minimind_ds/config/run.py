@@ -9,6 +9,7 @@ value was given, so that a later clash with the DeepSpeed JSON can name both pla
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -247,7 +248,7 @@ def value_type(f: dataclasses.Field) -> type:
     """int, float, str or bool of a field written `int` or `int | None`."""
     hint = typing.get_type_hints(RunConfig)[f.name]
     if isinstance(hint, types.UnionType):
-        hint = next(t for t in typing.get_args(hint) if t is not type(None))
+        return next(t for t in typing.get_args(hint) if t is not type(None))
     return hint
 
 
@@ -275,8 +276,7 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
     args = vars(parser(program, defaults).parse_args(words))
     args.pop("local_rank")
     shape = {name: args.pop(name) for name in spellings.SHAPE}
-    yaml_path = args.pop("config")
-    values, given = read_yaml(yaml_path) if yaml_path else ({}, {})
+    values, given = read_yaml(yaml_path) if (yaml_path := args.pop("config")) else ({}, {})
     for name, value in args.items():
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
         if value is None:
@@ -286,6 +286,10 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
         if name in values and values[name] != value:
             raise UserError(f"{name} is {value} on the command line and {values[name]} in {yaml_path}: give it once")
         values[name], given[name] = value, written[name]
+    for name in (PATHS | {"from_weight", "from_resume"}) & values.keys():
+        if not values[name]:
+            raise UserError(f"{given[name]} is empty: name a path, or leave it out")
+        values[name] = of_paths(os.path.expanduser, values[name])
     spellings.choose_model({name: value for name, value in shape.items() if value is not None}, values, given)
     run = RunConfig(**{**defaults, **values}, given=given)
     if run.learning_rate is None:
@@ -327,7 +331,7 @@ def read_yaml(path: str) -> tuple[dict, dict]:
     if isinstance(values.get("deepspeed"), dict):
         values |= {"deepspeed": given["deepspeed"], "deepspeed_block": values["deepspeed"]}
     elif "deepspeed" in values:
-        values["deepspeed"] = find_shipped(values["deepspeed"], pathlib.Path(path).parent)
+        values["deepspeed"] = find_shipped(os.path.expanduser(values["deepspeed"]), pathlib.Path(path).parent)
     return values, given
 
 
@@ -337,16 +341,19 @@ def check_type(path: str, f: dataclasses.Field, value):
         return None
     if f.metadata["paths"]:
         return check_paths(path, f, value)
-    # YAML reads 1e-4 (without a dot) as text; the other way round, 1 is a fine float.
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            value = float(value)
-        except ValueError:
-            pass
+    value = as_float(value) if kind is float else value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{path}: {f.name} is {value!r}; it must be {kind.__name__}")
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise UserError(f"{path}: {f.name} is {value!r}; choose from {', '.join(f.metadata['choices'])}")
+    return value
+
+
+def as_float(value):
+    """YAML reads 1e-4 (without a dot) as text; the other way round, 1 is a fine float."""
+    if isinstance(value, (int, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
     return value
 
 
@@ -355,13 +362,13 @@ def check_paths(path: str, f: dataclasses.Field, value) -> str | list:
     entries = value if isinstance(value, list) else [value]
     for entry in entries:
         if isinstance(entry, dict) and f.metadata["paths"] == "shares":
-            share = entry.get("share", 1)
-            number = isinstance(share, (int, float)) and not isinstance(share, bool)
+            share = as_float(entry.get("share", 1))
             if not isinstance(entry.get("path"), str) or set(entry) - {"path", "share"}:
                 raise UserError(f"{path}: {f.name} holds {str(entry)[:200]!r}; an entry is a path, or {{path, share}}")
-            if not number or not 0 < share <= MOST_SHARE:
+            if not isinstance(share, float) or not 0 < share <= MOST_SHARE:
                 raise UserError(f"{path}: the share of {entry['path']} is {str(share)[:40]!r}; it must be a number "
                                 f"above 0, at most {MOST_SHARE}: how often a sample is seen in an epoch")
+            entry["share"] = share
         elif not isinstance(entry, str):
             raise UserError(f"{path}: {f.name} holds {str(entry)[:200]!r}, not a path")
     if not entries:

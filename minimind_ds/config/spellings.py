@@ -54,6 +54,8 @@ HINTS = {
     "weight": "write --from_weight for the weights to start from, --save_weight for the name of those to write",
     "load_from": "write --from_weight for the weights to start from, --tokenizer for a tokenizer",
     "deepspeed_config": "write --deepspeed FILE",
+    **dict.fromkeys(("open_thinking", "historys", "max_new_tokens", "temperature", "top_p", "show_speed",
+                     "inference_rope_scaling"), "that is chat.py's"),
     **dict.fromkeys(("bf16", "fp16", "fp32", "torch_dtype", "precision"), PRECISION),
     **dict.fromkeys(("max_length", "max_seq_length", "sequence_len", "cutoff_len", "block_size"), ROWS),
     **dict.fromkeys(("warmup_steps", "warmup_iters", "lr_scheduler_type", "lr_scheduler"), SCHEDULE),
@@ -137,12 +139,14 @@ def translate(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """-> (the command line in our spelling, each flag as it was written, by our name).
 
     Raises:
-        UserError: one flag in two spellings.
+        UserError: one flag in two spellings, or data named twice, of which the first would be lost.
     """
     written = {}
     for word in filter(FLAG.fullmatch, argv):
         flag = word.partition("=")[0]
         name = ours(flag[2:])
+        if name in written and name in ("data_path", "eval_path"):
+            raise UserError(f"{flag} is given twice; name all its files after one, separated by spaces")
         if ours(written.setdefault(name, flag)[2:], {}) != ours(flag[2:], {}):
             raise UserError(f"{written[name]} and {flag} are one flag: give it once")
     return [at_home(respelt(word, SAME)) for word in argv], written

@@ -27,7 +27,7 @@ __all__ = ["MAX_LINE_BYTES", "Conversation", "DataError", "Message", "Records", 
 
 
 # Names of counts in a store's statistics begin so.
-IGNORED, SPELLED, SILENT = "ignored key ", "spelled ", "answers not to be learnt"
+IGNORED, SPELLED, SILENT, EMPTY = "ignored key ", "spelled ", "answers not to be learnt", "empty"
 
 
 class Records:
@@ -38,7 +38,8 @@ class Records:
     Attributes, complete at the end of an iteration: read and skipped (counts), first_skipped (the message of the first
     bad record, or ""), shapes (records of each), ignored_keys (how often keys stood there that mean nothing, those of
     turns as "turn.name"), spelled (how often pretraining text spells each of the markers),
-    silent (assistant turns that the file does not let be learnt).  record: the raw record of
+    silent (assistant turns that the file does not let be learnt), empty (texts, or answers to be learnt, that hold
+    not one word).  record: the raw record of
     the item that was last given.  position: bytes of the file that are read, about.
     """
 
@@ -51,7 +52,7 @@ class Records:
 
     def _reset(self):
         self.read, self.skipped, self.first_skipped = 0, 0, ""
-        self.silent = 0
+        self.silent = self.empty = 0
         self.shapes, self.ignored_keys, self.spelled = Counter(), Counter(), Counter()
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
@@ -72,11 +73,14 @@ class Records:
         self.record = decode_line(raw) if isinstance(raw, bytes) else raw
         if self.kind == "text":
             item = parse_text(self.record, self.ignored_keys, self.shapes)
+            self.empty += not item.strip()
             if self.markers is not None:
                 self.spelled.update(self.markers.findall(item))
         else:
             item = parse_conversation(self.record, self.ignored_keys, self.shapes)
             self.silent += sum([not message.learn for message in item.messages])
+            self.empty += sum([message.learn and message.role == "assistant" and not (
+                message.tool_calls or message.content.strip() or message.reasoning) for message in item.messages])
         return item
 
     @property
@@ -85,7 +89,8 @@ class Records:
 
     def counts(self) -> dict[str, int]:
         """What a run says of the file besides its samples, as numbers that can be added up over files (see notes)."""
-        return {SILENT: self.silent, **{IGNORED + name: count for name, count in sorted(self.ignored_keys.items())},
+        return {SILENT: self.silent, EMPTY: self.empty,
+                **{IGNORED + name: count for name, count in sorted(self.ignored_keys.items())},
                 **{SPELLED + name: count for name, count in sorted(self.spelled.items())}}
 
     def _bad(self, place: str, err: ValueError) -> None:
@@ -128,6 +133,9 @@ def notes(stats: dict[str, int], text_markers: str = "literal") -> list[str]:
     if keys:
         listed = ", ".join(f"{name} ({count:,})" for name, count in sorted(keys.items(), key=lambda item: -item[1]))
         lines.append(f"keys of the data that mean nothing here, with how often they stand there: {listed}")
+    if stats.get(EMPTY):
+        lines.append(f"texts, or answers to be learnt, that hold not one word: {stats[EMPTY]:,}; they teach to stop "
+                     "at once")
     if marks:
         listed = ", ".join(f"{name} ({count:,})" for name, count in sorted(marks.items(), key=lambda item: -item[1]))
         read = ("they are read as control tokens (--text_markers control)" if text_markers == "control" else

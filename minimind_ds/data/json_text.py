@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from typing import Any
 
 from minimind_ds.config.errors import UserError
@@ -73,7 +74,15 @@ def _finite(text: str) -> float:
     return value
 
 
-DECODER = json.JSONDecoder(parse_constant=_no_such_number, parse_float=_finite)
+def _once(pairs: list[tuple[str, Any]]) -> dict:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise UserError(f"the key {quoted(twice)} stands twice in one object")
+    return found
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_such_number, parse_float=_finite, object_pairs_hook=_once)
 
 
 def dump(value: Any, what: str) -> str:

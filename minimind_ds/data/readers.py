@@ -32,8 +32,6 @@ NO_DATA = {
     b"\xff\xfe\x00\x00": ("UTF-32 text", CONVERT.format("UTF-32")),
     b"\x00\x00\xfe\xff": ("UTF-32 text", CONVERT.format("UTF-32")),
     b"\xff\xfe": ("UTF-16 text", CONVERT.format("UTF-16")), b"\xfe\xff": ("UTF-16 text", CONVERT.format("UTF-16")),
-    **{start: ("UTF-16 text", CONVERT.format(f"UTF-16{order}"))
-       for start, order in ((b"{\0", "LE"), (b"[\0", "LE"), (b"\0{", "BE"), (b"\0[", "BE"))},
     b"PK\x03\x04": ("a zip archive", "unzip it first"),
     b"\xfd7zXZ\x00": ("xz-compressed", "unpack it with xz -d, or compress with gzip"),
     b"BZh": ("bzip2-compressed", "unpack it with bunzip2, or compress with gzip"),
@@ -46,15 +44,15 @@ NO_DATA = {
     b"\x93NUMPY": ("a NumPy array", "write its records as JSON lines"),
     b"SQLite format 3": ("an SQLite database", "write its records as JSON lines"),
     b"FEA1": ("Feather of the old kind", "write it again with pyarrow.feather.write_feather"),
-    b"\x80\x02": ("a pickle", "it is not opened, since it may run code; write its records as JSON lines"),
-    b"\x80\x03": ("a pickle", "it is not opened, since it may run code; write its records as JSON lines"),
-    b"\x80\x04": ("a pickle", "it is not opened, since it may run code; write its records as JSON lines"),
+    **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
+                    ("a pickle", "it is not opened, since it may run code; write its records as JSON lines")),
     b"\x7fELF": ("a program", "name a file of records"),
     b"version https://git-lfs": ("a Git LFS pointer, not the file itself", "git lfs pull fetches it"),
-    b"<!DOCTYPE": ("a web page", "was the download refused? Get the file itself"),
-    b"<!doctype": ("a web page", "was the download refused? Get the file itself"),
-    b"<html": ("a web page", "was the download refused? Get the file itself"),
+    **dict.fromkeys((b"<!DOCTYPE", b"<!doctype", b"<html"),
+                    ("a web page", "was the download refused? Get the file itself")),
 }
+# Which of the first four bytes are zero in text that begins with two ASCII characters (RFC 4627, section 3).
+WIDE = {(0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE", (0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE"}
 GZIP, PARQUET, ARROW_FILE, ARROW_STREAM = b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 HEAD_BYTES, READ_BYTES, ROWS = 4096, 1 << 20, 256
 SPACE = re.compile(r"[ \t\r\n]*")
@@ -107,8 +105,7 @@ def open_source(path: str | Path) -> RecordFile:
     if stat.S_ISDIR(mode):
         return _folder(path)
     if not stat.S_ISREG(mode):
-        kinds = {stat.S_ISFIFO: "a pipe", stat.S_ISSOCK: "a socket"}
-        what = next((name for test, name in kinds.items() if test(mode)), "a device")
+        what = "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
         raise DataError(f"{path} is {what}, not a file: data are read more than once; write them to a file first")
     with _readable(path):
         with path.open("rb") as file:
@@ -128,6 +125,10 @@ def _by_content(path: Path, head: bytes, inside: str) -> RecordFile:
     for start, (what, remedy) in NO_DATA.items():
         if head.startswith(start):
             raise DataError(f"{path} is {what}{inside}, not data: {remedy}")
+    if wide := WIDE.get(tuple(int(not byte) for byte in head[:4])):
+        raise DataError(f"{path} is {wide[:6]} text{inside}, not data: {CONVERT.format(wide)}")
+    if not head.strip(b"\0"):
+        raise DataError(f"{path} begins with zero bytes{inside}, not data: was it copied whole?")
     if head[257:262] == b"ustar":
         raise DataError(f"{path} is a tar archive{inside}, not data: unpack it first")
     if head.startswith((GZIP, PARQUET, ARROW_FILE, ARROW_STREAM)):
@@ -347,12 +348,17 @@ def _rows(paths: list[Path], source: RecordFile) -> Iterator[tuple[int, int, dic
         try:
             for batch in _batches(path):
                 for start in range(0, batch.num_rows, ROWS):
-                    for row in batch.slice(start, ROWS).to_pylist():
+                    for row in batch.slice(start, ROWS).to_pylist(maps_as_pydicts="strict"):
                         number += 1
                         yield number, 0, _without_nulls(row)
             source.done += path.stat().st_size
-        except (pyarrow.ArrowException, UnicodeDecodeError) as err:
+        except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError) as err:
             raise DataError(f"{path} is damaged, after record {number}: {reason(err)}") from None
+        except UserError:
+            raise
+        except (OverflowError, KeyError, ValueError) as err:
+            # A date of the year 10000 within a turn, a map that has a key twice.
+            raise DataError(f"{path} holds what cannot be read, after record {number}: {reason(err)}") from None
 
 
 def _batches(path: Path) -> Iterator:
@@ -363,12 +369,28 @@ def _batches(path: Path) -> Iterator:
         head = file.read(len(ARROW_FILE))
         file.seek(0)
         if head.startswith(PARQUET):
-            yield from pyarrow.parquet.ParquetFile(file).iter_batches(ROWS, use_threads=False)
+            batches = pyarrow.parquet.ParquetFile(file).iter_batches(ROWS, use_threads=False)
         elif head.startswith(ARROW_FILE):
             reader = pyarrow.ipc.open_file(file)
-            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
         else:
-            yield from pyarrow.ipc.open_stream(file)
+            batches = pyarrow.ipc.open_stream(file)
+        for batch in batches:
+            # Arrow trusts the offsets in a file, and would read beyond its end.
+            batch.validate(full=True)
+            names = batch.schema.names
+            if len(set(names)) < len(names):
+                raise DataError(f"{path} has two columns of one name ({', '.join(map(ascii, names))[:200]})")
+            yield pyarrow.RecordBatch.from_arrays([_timeless(column) for column in batch.columns], names)
+
+
+def _timeless(column: Any) -> Any:
+    """Dates and times as plain numbers: they mean nothing here, and Python does not have all of them."""
+    import pyarrow
+
+    if not pyarrow.types.is_temporal(column.type) or pyarrow.types.is_interval(column.type):
+        return column
+    return column.view(pyarrow.int64() if column.type.bit_width == 64 else pyarrow.int32())
 
 
 def _without_nulls(value: Any) -> Any:

@@ -40,7 +40,7 @@ from minimind_ds.data.conversation import (
 from minimind_ds.data.tokenizer import Tokenizer
 
 # Part of the key of anything that keeps samples: raise it when ids or labels of the same record change.
-RENDERING = 2
+RENDERING = 3
 # What became of a record: kept whole, cut at max_len, too long and dropped, left without a single label, or too long
 # and kept whole as several samples (pieces_of).
 FATES = ("whole", "cut", "dropped", "unlabelled", "split")

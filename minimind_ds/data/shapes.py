@@ -22,6 +22,7 @@ from minimind_ds.data.turns import (
     Conversation,
     Message,
     count_unknown,
+    empty,
     find,
     parse_messages,
     zero_or_one,
@@ -43,7 +44,7 @@ COMMON = frozenset(("system", "skill", *TOOL_KEYS, *REASONING_KEYS, *LEARN_KEYS,
 SPECIAL = frozenset(("system", *REASONING_KEYS, *LEARN_KEYS, *REFUSED))
 KNOWN = {"conversations": COMMON | {"conversations"}, "sharegpt": COMMON | {"conversations"},
          "messages": COMMON | {"messages"}, "alpaca": COMMON | {"instruction", "input", "output", "history"},
-         "prompt": COMMON | {"prompt", "completion"}, "query": COMMON | {"query", "response", "history"},
+         "prompt": COMMON | {"prompt", "completion", "history"}, "query": COMMON | {"query", "response", "history"},
          "text": frozenset(("text", *LEARN_KEYS, *MEDIA_KEYS))}
 
 
@@ -99,7 +100,8 @@ def parse_conversation(record: dict, ignored: Counter | None = None, shapes: Cou
     except RecursionError:
         raise UserError("it is nested too deeply") from None
     if ignored is not None and len(record) > 1:
-        count_unknown(record, KNOWN[shape], "", ignored)
+        # What is left of these is a class of the record, which means nothing here.
+        count_unknown(record, KNOWN[shape] - {"label"} if record.get("label") else KNOWN[shape], "", ignored)
     if shapes is not None:
         shapes[shape] += 1
     return conversation
@@ -129,10 +131,7 @@ def _refuse(record: dict) -> None:
     """Raises UserError for a key of the whole record that changes what may be learnt, and cannot be carried out."""
     for key in REFUSED.keys() & record.keys():
         value = record[key]
-        # Many a data set for other ends has labels of other kinds.
-        if key == "label" and not (isinstance(value, (bool, int)) and value in (0, 1)):
-            continue
-        if value not in ("", [], {}):
+        if not (empty(value) or key == "label" and is_class(value)):
             raise UserError(REFUSED[key].format(key))
     for key in LEARN_KEYS:
         if key in record:
@@ -140,6 +139,13 @@ def _refuse(record: dict) -> None:
             if not record[key]:
                 raise UserError(f"{key} of the whole record is {quoted(record[key])}: nothing of it may be learnt; "
                                 "leave it out of the file")
+
+
+def is_class(label: Any) -> bool:
+    """Whether a label is of another kind than KTO's, true or false: many a data set for other ends has some."""
+    if isinstance(label, str):
+        return label.strip().lower() not in ("true", "false", "0", "1", "0.0", "1.0")
+    return not (isinstance(label, (bool, int, float)) and label in (0, 1))
 
 
 def _turns(record: dict, turns: Any, ignored: Counter | None, context: int = 0) -> Conversation:
@@ -165,6 +171,8 @@ def _from_prompt(record: dict, ignored: Counter | None) -> Conversation:
     for name, turns in (("prompt", prompt), ("completion", completion)):
         if not isinstance(turns, list) or not turns:
             raise UserError(f"{name} is {'empty' if turns == [] else kind_of(turns)}; it must be a string or turns")
+    if record.get("history"):
+        raise UserError("history stands beside a prompt that is turns; put its turns there")
     # The prompt is context, as in TRL, whoever speaks in it.
     return _turns(record, [*prompt, *completion], ignored, context=len(prompt))
 

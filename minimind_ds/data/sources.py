@@ -68,11 +68,13 @@ def expand(given: str | list) -> list[Source]:
 
 def find(path: str) -> list[Path]:
     """The data files of a path, a glob or a folder."""
+    if not path:
+        raise DataError("a data path is empty: is a variable not set?")
     mode = mode_of(Path(path))
     if mode is None and glob.has_magic(path):
         found = [file for match in sorted(glob.glob(path, recursive=True)) for file in in_folder(Path(match))]
         if not found:
-            raise DataError(f"{path} matches no file")
+            raise DataError(f"{path} matches no file" + "; in a pattern, [[] stands for [" * ("[" in path))
         return found
     if mode is None:
         parts = [part.strip() for part in path.split(",")]
@@ -102,23 +104,44 @@ def mode_of(path: Path) -> int | None:
     return mode
 
 
-def in_folder(path: Path) -> list[Path]:
-    """The path, if it is a file or one data set; else the data files below it, sorted."""
-    if not path.is_dir() or any((path / name).is_file() for name in ONE_SET):
+def in_folder(path: Path, above: tuple[Path, ...] = (), others: list[Path] | None = None) -> list[Path]:
+    """The path, if it is a file or one data set; else the data files below it, sorted.
+
+    above: real paths of the folders that it lies in; a link back to one of them is not followed.
+    others: takes the files that are passed over because of their ending.
+    """
+    if not os.path.isdir(path) or any(os.path.isfile(path / name) for name in ONE_SET):
         return [path]
     try:
         entries = sorted(path.iterdir())
     except OSError as error:
         raise DataError(f"the folder {path} cannot be read: {error.strerror}") from None
-    found = []
+    found, above = [], (*above, path.resolve())
     for entry in entries:
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
-            found += in_folder(entry)
+        # Unlike Path.is_dir, False for what may not be looked at.
+        if os.path.isdir(entry):
+            found += in_folder(entry, above, others) if entry.resolve() not in above else []
         elif entry.name.endswith(DATA_ENDINGS) and mode_of(entry):
             found.append(entry)
+        elif others is not None:
+            others.append(entry)
     return found
+
+
+def passed_over(given: str | list) -> list[str]:
+    """What a run says of files in --data_path's folders that are not read because of their ending."""
+    lines = []
+    for entry in given if isinstance(given, list) else [given]:
+        folder, others = Path(entry["path"] if isinstance(entry, dict) else entry), []
+        if os.path.isdir(folder):
+            in_folder(folder, others=others)
+        if others:
+            listed = ", ".join(other.name for other in others[:5]) + ", ..." * (len(others) > 5)
+            lines.append(f"the folder {folder} holds {len(others):,} files that are not read, since they do not end "
+                         f"in {', '.join(DATA_ENDINGS)}: {listed}")
+    return lines
 
 
 def short_names(paths: list[Path]) -> list[str]:
@@ -263,6 +286,22 @@ def deal(n: int, share: float, epoch: int, seed: int, number: int) -> np.ndarray
     if end - first == n:
         return np.arange(n)
     return np.sort(permutation(n, seed, 10, number)[np.arange(first, end) % n])
+
+
+def notes(epochs: list[Mixture], held_out: Mixture | None) -> list[str]:
+    """What a run says of its sources: samples that it never sees, and files that hold the same."""
+    lines, seen = [], {}
+    for number, (source, store) in enumerate(zip(epochs[0].sources, epochs[0].stores)):
+        if not any(len(mixture.picks[number]) for mixture in epochs):
+            lines.append(f"{source.path} is never seen: a share of {source.share:g} of its {len(store):,} samples is "
+                         f"none in {len(epochs)} epochs")
+    for mixture in [epochs[0], *([held_out] if held_out else [])]:
+        for source, store in zip(mixture.sources, mixture.stores):
+            if (other := seen.setdefault(store.content, source.path)) is not source.path:
+                what = ("held-out data that is trained on says nothing of unseen data" if mixture is held_out else
+                        "they are seen twice as often")
+                lines.append(f"{source.path} holds the same samples as {other}: {what}")
+    return lines
 
 
 def whole_passes(sources: list[Source]) -> bool:

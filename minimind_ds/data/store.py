@@ -211,7 +211,7 @@ def open_or_build(path: str | Path, tok: Tokenizer, *, kind: str, max_seq_len: i
                 workers = worker_count(size) if workers is None else workers
                 build(folder, part if alone else None,
                       lambda aside: write_store(aside, records, encode, key, workers, bar))
-                if _key(path, identity) != key:
+                if not _is(path, identity, key):
                     shutil.rmtree(folder)
                     raise DataError(f"{path} changed while it was being read; start again")
                 store = _open(folder, key, path)
@@ -234,6 +234,14 @@ def _key(path: Path, identity: dict) -> str:
         facts = file.stat()
         parts += [str(file), facts.st_size, facts.st_mtime_ns, _hash_ends(file)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _is(path: Path, identity: dict, key: str) -> bool:
+    """Whether the data file is still there and the one that the key was made of."""
+    try:
+        return _key(path, identity) == key
+    except OSError:
+        return False
 
 
 def _hash_ends(path: Path) -> str:
@@ -265,7 +273,7 @@ def _open(folder: Path, key: str, path: Path) -> TokenStore | None:
         size = arrays["tokens.bin"].nbytes
         if size != meta["token_bytes"] or not (blocks.sound(0) and blocks.sound(len(blocks.checked) - 1)):
             return None
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     _refuse_foreign(folder)
     offsets = arrays["offsets.bin"]

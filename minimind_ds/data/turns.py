@@ -27,10 +27,13 @@ TOOL_KEYS = ("tools", "functions")
 LEARN_KEYS = ("weight", "train", "training", "loss")
 MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 # They choose tokens within a turn, which is not carried out.
-SPAN_KEYS = ("train_detail", "training_detail", "mask", "loss_mask", "loss_scale")
+SPAN_KEYS = ("train_detail", "training_detail", "mask", "masks", "loss_mask", "loss_scale", "assistant_masks",
+             "completion_mask")
 PLAIN_KEYS = frozenset(("role", "content"))
 TURN_KEYS = frozenset(("role", "from", "content", "value", *REASONING_KEYS, *CALL_KEYS, *TOOL_KEYS, *LEARN_KEYS,
                        *MEDIA_KEYS, *SPAN_KEYS))
+PART_KEYS = frozenset(("type", "text"))
+CALL_PARTS = frozenset(("id", "type", "index", "function", "name", "arguments", "parameters"))
 TEXT_PARTS = ("text", "input_text", "output_text")
 MEDIA_PARTS = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url")
 # Distinct names kept of keys that mean nothing; the rest of a hostile file's are counted together.
@@ -71,7 +74,7 @@ def parse_messages(turns: list, tools: Any = None, *, for_training: bool = True,
                    ignored: Counter | None = None) -> Conversation:
     """Validate turns; `tools` is a list of tool objects, or that list as JSON text.
 
-    Tools may also stand on a system turn, as in MiniMind's data; the last ones given count.
+    Tools may also stand on system turns, as in MiniMind's data, of which the last count.
 
     Args:
         for_training: ask for at least one assistant turn; a chat prompt has none yet.
@@ -86,18 +89,21 @@ def parse_messages(turns: list, tools: Any = None, *, for_training: bool = True,
     if not turns:
         raise UserError("the conversation is empty")
     messages = []
-    tool_texts = parse_tools(tools)
+    of_record = tool_texts = parse_tools(tools)
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict):
             raise UserError(f"turn {number} is {kind_of(turn)}, not an object")
         if None in turn.values():
             turn = {key: value for key, value in turn.items() if value is not None}
-        message = _message(turn, number, number <= context)
+        message = _message(turn, number, number <= context, ignored)
         if turn.keys() != PLAIN_KEYS:
             if given := find(turn, TOOL_KEYS, f"turn {number}: ")[1]:
                 if message.role != "system":
                     raise UserError(f"turn {number}: 'tools' belongs to a system turn, not to {message.role!r}")
                 tool_texts = parse_tools(given)
+                if of_record and tool_texts != of_record:
+                    raise UserError(f"turn {number}: the record and its system turn list different tools; give one of "
+                                    "the two")
             if ignored is not None:
                 count_unknown(turn, TURN_KEYS, "turn.", ignored)
         messages.append(message)
@@ -136,7 +142,7 @@ def count_unknown(holder: dict, known: frozenset, prefix: str, ignored: Counter)
         ignored[name if name in ignored or len(ignored) < MOST_NAMES else "(others)"] += 1
 
 
-def _message(turn: dict, number: int, context: bool) -> Message:
+def _message(turn: dict, number: int, context: bool, ignored: Counter | None) -> Message:
     # Nearly all turns of nearly all files.
     if turn.keys() == PLAIN_KEYS and isinstance(turn["content"], str):
         role = turn["role"]
@@ -149,13 +155,16 @@ def _message(turn: dict, number: int, context: bool) -> Message:
         raise UserError(f"turn {number}: {key} {quoted(speaker)} is not one of {', '.join(ROLES)}")
     where = f"turn {number} ({'assistant' if role == 'function_call' else role}): "
     for key in (*MEDIA_KEYS, *SPAN_KEYS):
-        if turn.get(key):
+        # A mask of 0 means something, an empty list of pictures does not.
+        if not empty(turn.get(key)):
             what = "the model reads text only" if key in MEDIA_KEYS else "a turn is learnt as a whole or not at all"
             raise UserError(f"{where}{key!r} is not supported: {what}")
     content_key, content = find(turn, ("content", "value"), where)
     call_key, calls = find(turn, CALL_KEYS, where)
     if role == "function_call":
         call_key, calls, content = content_key, [content] if isinstance(content, dict) else content, ""
+    calls = _calls(calls, where, call_key, ignored) if calls else ()
+    if role == "function_call":
         if not calls:
             raise UserError(f"{where}{call_key} holds no call")
         role = "assistant"
@@ -168,14 +177,14 @@ def _message(turn: dict, number: int, context: bool) -> Message:
     # OpenAI's format has null here when the answer is nothing but calls.
     if content is None and (calls or reasoning):
         content = ""
-    return Message(role, _content(content, role, where + content_key), reasoning,
-                   _calls(calls, where, call_key) if calls else (), _may_be_learnt(turn, role, where, context))
+    return Message(role, _content(content, role, where + content_key, ignored), reasoning, calls,
+                   _may_be_learnt(turn, role, where, context))
 
 
-def _content(content: Any, role: str, what: str) -> str:
+def _content(content: Any, role: str, what: str, ignored: Counter | None) -> str:
     """The text of a turn: a string, text parts joined, or for tools any object as JSON."""
     if isinstance(content, list):
-        content = _joined(content, role, what)
+        content = _joined(content, role, what, ignored)
     elif isinstance(content, dict) and role == "tool":
         content = dump(content, what)
     content = string(content, what)
@@ -188,11 +197,14 @@ def _content(content: Any, role: str, what: str) -> str:
     return content
 
 
-def _joined(parts: list, role: str, what: str) -> str:
+def _joined(parts: list, role: str, what: str, ignored: Counter | None) -> str:
     texts, other = [], None
     for part in parts:
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in TEXT_PARTS or (kind is None and isinstance(part, dict) and isinstance(part.get("text"), str)):
+        # What a tool found may well have a text among other things.
+        plain = isinstance(part, dict) and isinstance(part.get("text"), str) and (role != "tool" or len(part) == 1)
+        if kind in TEXT_PARTS or (kind is None and plain):
+            _check_part(part, what, ignored)
             texts.append(string(part.get("text"), f"{what}: text of a part"))
         else:
             other = quoted(kind) if isinstance(kind, str) else kind_of(part)
@@ -207,28 +219,50 @@ def _joined(parts: list, role: str, what: str) -> str:
     raise UserError(f"{what} is a list, not a string, and {f'has a part of type {other}' if other else 'is empty'}")
 
 
-def _calls(calls: Any, where: str, key: str) -> tuple[ToolCall, ...]:
+def _check_part(part: dict, what: str, ignored: Counter | None) -> None:
+    """Counts a text part's keys that mean nothing; raises UserError for one that says what of a turn is learnt."""
+    if part.keys() <= PART_KEYS:
+        return
+    for key in (*LEARN_KEYS, *SPAN_KEYS):
+        if not empty(part.get(key)):
+            raise UserError(f"{what} has a part with {key!r}, which is not supported: a turn is learnt as a whole or "
+                            "not at all")
+    if ignored is not None:
+        count_unknown(part, PART_KEYS, "part.", ignored)
+
+
+def empty(value: Any) -> bool:
+    """Whether a key of this value says nothing: null, or nothing inside."""
+    return value is None or value in ("", [], {})
+
+
+def _calls(calls: Any, where: str, key: str, ignored: Counter | None) -> tuple[ToolCall, ...]:
     what = where + key
     if isinstance(calls, str):
         calls = parse(calls, what)
     if key != "tool_calls" and isinstance(calls, dict):
         calls = [calls]
-    return tuple(_call(call, where) for call in list_of(calls, what))
+    return tuple(_call(call, where, ignored) for call in list_of(calls, what))
 
 
-def _call(call: Any, where: str) -> ToolCall:
-    if isinstance(call, dict):
-        call = call.get("function") or call
+def _call(call: Any, where: str, ignored: Counter | None) -> ToolCall:
+    outer = call if isinstance(call, dict) else {}
+    call = outer.get("function") or call
     if isinstance(call, str):
         call = parse(call, f"{where}a tool call")
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise UserError(f"{where}a tool call has no name")
-    name, arguments = string(call["name"], f"{where}tool call name"), call.get("arguments")
+    if ignored is not None:
+        count_unknown({**outer, **call}, CALL_PARTS, "call.", ignored)
+    name = string(call["name"], f"{where}tool call name")
+    arguments = find(call, ("arguments", "parameters"), f"{where}tool call {name[:40]!a}: ")[1]
     if arguments is None:
         raise UserError(f"{where}tool call {name[:40]!a} has no arguments")
     if isinstance(arguments, str):
         # What is no JSON would be learnt as an answer that no program can read.
-        parse(arguments, f"{where}arguments of tool call {name[:40]!a}")
+        if isinstance(parse(arguments, f"{where}arguments of tool call {name[:40]!a}"), str):
+            raise UserError(f"{where}arguments of tool call {name[:40]!a} are JSON text within JSON text; write them "
+                            "as JSON once")
     else:
         arguments = dump(arguments, where + "arguments")
     return ToolCall(name, string(arguments, where + "arguments"))

@@ -26,7 +26,7 @@ from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import RunConfig, parse_run_config
 from minimind_ds.config.run_flags import KINDS, PROGRAMS
 from minimind_ds.convert import minimind, weight_files
-from minimind_ds.data import loader
+from minimind_ds.data import loader, sources
 from minimind_ds.data.conversation import notes as data_notes
 from minimind_ds.data.hf_folder import template_notes
 from minimind_ds.data.sample import POLICIES
@@ -146,7 +146,8 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
         raise UserError(f"{final} is a folder, and the run's weights go there in the end: move it, or name another "
                         "--save_weight")
     stores, held_out = open_data(KINDS[program], run, tokenizer, progress=world.rank == 0)
-    notes += data_notes(stores[0].stats, run.text_markers)
+    notes += data_notes(stores[0].stats, run.text_markers) + sources.notes(stores, held_out)
+    notes += sources.passed_over(run.data_path)
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
     dims = sequence_parallel.read_dims(run.deepspeed, raw, world.size)
     ranks = max(1, world.size // dims.sequence)

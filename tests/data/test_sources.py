@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minimind_ds.config.errors import UserError
-from minimind_ds.config.run import parse_run_config
+from minimind_ds.config.run import of_paths, parse_run_config
 from minimind_ds.data.conversation import DataError
 from minimind_ds.data.loader import epoch_plan, load_micro_batch
 from minimind_ds.data.sources import content_change, deal, expand, mix, short_names, what_is_lost
@@ -94,7 +94,8 @@ def test_a_run_takes_paths_on_the_command_line_and_shares_in_yaml(tmp_path):
     assert parsed("data_path: a").data_path == parsed("data_path: [a]").data_path == "a"
     run = parsed("data_path: [a, {path: b, share: 2}, {path: c, share: 0.5}]")
     assert run.data_path == ["a", {"path": "b", "share": 2}, {"path": "c", "share": 0.5}]
-    assert run.data_names == "a, b, c" and parsed(run.to_yaml()).data_path == run.data_path
+    assert run.data_names == "a, b, c"
+    assert parsed(run.to_yaml()).data_path == of_paths(os.path.abspath, run.data_path)
     assert parsed("num_workers: auto").num_workers is None and parsed("num_workers: 3").num_workers == 3
     assert parsed("seed: 1", "--num_workers", "auto").num_workers is None
     for wrong, said in (("{path: b, share: 0}", "above 0"), ("{path: b, share: .nan}", "above 0"), ("7", "not a path"),
