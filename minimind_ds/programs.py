@@ -90,7 +90,8 @@ def rank() -> str:
 
 def is_rank() -> bool:
     """Was this process started as one of several, by a launcher or by srun?"""
-    return "RANK" in os.environ or ("SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1)
+    in_step = "SLURM_STEP_ID" in os.environ or "SLURM_STEPID" in os.environ
+    return "RANK" in os.environ or (in_step and os.environ.get("SLURM_NTASKS", "1") != "1")
 
 
 def command(argv: list[str] | None = None) -> int:

@@ -17,6 +17,11 @@ class UserError(ValueError):
     """Something the user can put right: the message says what is wrong, where, and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's exception says first, at most 200 characters."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def one_line(error: BaseException) -> str:
     return "error: " + " ".join(str(error).split())
 

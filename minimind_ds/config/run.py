@@ -319,7 +319,7 @@ def read_yaml(path: str) -> tuple[dict, dict]:
             if not isinstance(value, dict):
                 raise UserError(f"{path}: model is not a block of `field: value` lines")
         elif name not in by_name:
-            raise UserError(f"{path}: unknown key {key!r}{spellings.instead(name, by_name, sign='')}")
+            raise UserError(f"{path}: unknown key {untrusted.shown(key)}{spellings.instead(name, by_name, sign='')}")
         elif name != "deepspeed" or not isinstance(value, dict):
             value = check_type(path, by_name[name], value)
         read[name] = value
@@ -343,9 +343,10 @@ def check_type(path: str, f: dataclasses.Field, value):
         return check_paths(path, f, value)
     value = as_float(value) if kind is float else value
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{path}: {f.name} is {value!r}; it must be {kind.__name__}")
+        raise UserError(f"{path}: {f.name} is {untrusted.shown(value)}; it must be {kind.__name__}")
     if f.metadata["choices"] and value not in f.metadata["choices"]:
-        raise UserError(f"{path}: {f.name} is {value!r}; choose from {', '.join(f.metadata['choices'])}")
+        raise UserError(f"{path}: {f.name} is {untrusted.shown(value)}; choose from "
+                        f"{', '.join(f.metadata['choices'])}")
     return value
 
 

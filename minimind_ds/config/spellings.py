@@ -95,7 +95,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message):
         # Every rank parses the same line; one of them says so.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
             print(f"error: {' '.join(message.split())} (--help lists the flags)", file=sys.stderr)
         raise SystemExit(2)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
 from minimind_ds.convert import weight_files
 from minimind_ds.data.tokenizer import Tokenizer
@@ -90,12 +91,12 @@ def recorded(path: str | Path) -> Vocabulary | None:
     if text is None:
         return None
     try:
-        found = Vocabulary(**json.loads(text))
+        found = Vocabulary(**untrusted.json_object(text, "it"))
         if type(found.size) is int and found.size > 0 and isinstance(found.pieces, str):
             return found
     except (TypeError, ValueError, RecursionError):
         pass
-    raise UserError(f"{path}: what it says of its tokenizer is damaged: {text[:80]!r}")
+    raise UserError(f"{path}: what it says of its tokenizer is damaged: {untrusted.shown(text)}")
 
 
 def grow(state: dict[str, Tensor], rows: int, *, seed: int) -> dict[str, Tensor]:

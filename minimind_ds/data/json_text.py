@@ -63,6 +63,11 @@ def why_not(err: Exception) -> str:
     return f"is not valid JSON: {err}"
 
 
+def reason(err: Exception) -> str:
+    return " ".join((getattr(err, "strerror", None) or str(err) or type(err).__name__).split())[:200]
+
+
+
 def _no_such_number(name: str) -> float:
     raise UserError(f"{name} is no JSON number")
 

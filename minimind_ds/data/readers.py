@@ -24,7 +24,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from minimind_ds.config.errors import UserError
-from minimind_ds.data.json_text import DECODER, MAX_LINE_BYTES, DataError, decode_line, other_encoding, parse, why_not
+from minimind_ds.data import arrow
+from minimind_ds.data.json_text import (
+    DECODER,
+    MAX_LINE_BYTES,
+    DataError,
+    decode_line,
+    other_encoding,
+    parse,
+    reason,
+    why_not,
+)
 
 # First bytes: (what such a file is, what to do with it).
 CONVERT = "iconv -f {} -t UTF-8 OLD > NEW converts it"
@@ -53,8 +63,8 @@ NO_DATA = {
 }
 # Which of the first four bytes are zero in text that begins with two ASCII characters (RFC 4627, section 3).
 WIDE = {(0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE", (0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE"}
-GZIP, PARQUET, ARROW_FILE, ARROW_STREAM = b"\x1f\x8b", b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
-HEAD_BYTES, READ_BYTES, ROWS = 4096, 1 << 20, 256
+GZIP = b"\x1f\x8b"
+HEAD_BYTES, READ_BYTES = 4096, 1 << 20
 SPACE = re.compile(r"[ \t\r\n]*")
 # The longest thing JSON has that is broken off rather than wrong: `-Infinity`, or an escape of two surrogates.
 BROKEN_OFF = 16
@@ -79,6 +89,10 @@ class RecordFile:
         self.done = 0
         with _readable(self.path):
             yield from self.read(self)
+
+    def count(self, n_bytes: int) -> None:
+        """Adds bytes of a file that are read."""
+        self.done += n_bytes
 
     @property
     def position(self) -> int:
@@ -131,13 +145,13 @@ def _by_content(path: Path, head: bytes, inside: str) -> RecordFile:
         raise DataError(f"{path} begins with zero bytes{inside}, not data: was it copied whole?")
     if head[257:262] == b"ustar":
         raise DataError(f"{path} is a tar archive{inside}, not data: unpack it first")
-    if head.startswith((GZIP, PARQUET, ARROW_FILE, ARROW_STREAM)):
+    if head.startswith((GZIP, arrow.PARQUET, arrow.ARROW_FILE, arrow.ARROW_STREAM)):
         if inside:
             raise DataError(f"{path} is a binary file in gzip: gunzip it first")
-        form = "Parquet" if head.startswith(PARQUET) else "Arrow"
+        form = "Parquet" if head.startswith(arrow.PARQUET) else "Arrow"
         if importlib.util.find_spec("pyarrow") is None:
             raise DataError(f"{path} is {form}, which is read with pyarrow: pip install -e '.[parquet]'")
-        return RecordFile(path, form, "record", lambda source: _rows([path], source))
+        return RecordFile(path, form, "record", lambda source: arrow.rows([path], source.count))
     text = head.removeprefix(codecs.BOM_UTF8).lstrip()
     form, scan = "JSON lines", _lines
     if text.startswith(b"["):
@@ -179,9 +193,6 @@ def _readable(path: Path) -> Iterator[None]:
     except OSError as err:
         raise DataError(f"{path} cannot be read: {reason(err)}") from None
 
-
-def reason(err: Exception) -> str:
-    return " ".join((getattr(err, "strerror", None) or str(err) or type(err).__name__).split())[:200]
 
 
 def shown(path: Path) -> str:
@@ -313,7 +324,7 @@ def _folder(path: Path) -> RecordFile:
     sources = [open_source(file) for file in files]
     if any(source.form != "Arrow" for source in sources):
         raise DataError(f"{path}: not all files that its state.json names are Arrow")
-    return RecordFile(path, "datasets", "record", lambda source: _rows(files, source))
+    return RecordFile(path, "datasets", "record", lambda source: arrow.rows(files, source.count))
 
 
 def dataset_files(folder: str | Path) -> list[Path]:
@@ -338,63 +349,3 @@ def dataset_files(folder: str | Path) -> list[Path]:
             raise
         except (UserError, UnicodeDecodeError, KeyError, TypeError, IndexError):
             raise DataError(f"{folder} is no folder that datasets saved: its state.json is damaged") from None
-
-
-def _rows(paths: list[Path], source: RecordFile) -> Iterator[tuple[int, int, dict]]:
-    import pyarrow
-
-    number = 0
-    for path in paths:
-        try:
-            for batch in _batches(path):
-                for start in range(0, batch.num_rows, ROWS):
-                    for row in batch.slice(start, ROWS).to_pylist(maps_as_pydicts="strict"):
-                        number += 1
-                        yield number, 0, _without_nulls(row)
-            source.done += path.stat().st_size
-        except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError) as err:
-            raise DataError(f"{path} is damaged, after record {number}: {reason(err)}") from None
-        except UserError:
-            raise
-        except (OverflowError, KeyError, ValueError) as err:
-            # A date of the year 10000 within a turn, a map that has a key twice.
-            raise DataError(f"{path} holds what cannot be read, after record {number}: {reason(err)}") from None
-
-
-def _batches(path: Path) -> Iterator:
-    import pyarrow
-    import pyarrow.parquet
-
-    with path.open("rb") as file:
-        head = file.read(len(ARROW_FILE))
-        file.seek(0)
-        if head.startswith(PARQUET):
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches(ROWS, use_threads=False)
-        elif head.startswith(ARROW_FILE):
-            reader = pyarrow.ipc.open_file(file)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-        else:
-            batches = pyarrow.ipc.open_stream(file)
-        for batch in batches:
-            # Arrow trusts the offsets in a file, and would read beyond its end.
-            batch.validate(full=True)
-            names = batch.schema.names
-            if len(set(names)) < len(names):
-                raise DataError(f"{path} has two columns of one name ({', '.join(map(ascii, names))[:200]})")
-            yield pyarrow.RecordBatch.from_arrays([_timeless(column) for column in batch.columns], names)
-
-
-def _timeless(column: Any) -> Any:
-    """Dates and times as plain numbers: they mean nothing here, and Python does not have all of them."""
-    import pyarrow
-
-    if not pyarrow.types.is_temporal(column.type) or pyarrow.types.is_interval(column.type):
-        return column
-    return column.view(pyarrow.int64() if column.type.bit_width == 64 else pyarrow.int32())
-
-
-def _without_nulls(value: Any) -> Any:
-    """Columns give every object all the keys that any has, so a null here is a key that is not there."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
-    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

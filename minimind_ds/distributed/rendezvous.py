@@ -18,7 +18,7 @@ import time
 import psutil
 import torch.distributed as dist
 
-from minimind_ds.config.errors import UserError
+from minimind_ds.config.errors import UserError, first_line
 from minimind_ds.distributed.world import World
 
 # After which a rank that waits says so, and how often rank 0 looks who is there.
@@ -69,10 +69,6 @@ def check_interface() -> None:
 
 def place(world: World) -> str:
     return f"{world.address}:{world.port} (MASTER_ADDR:MASTER_PORT)"
-
-
-def first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def connect(world: World, deadline: float) -> dist.TCPStore:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.generation.streamers import BaseStreamer
 
 from minimind_ds.config import program_flags
-from minimind_ds.config.errors import UserError, one_line
+from minimind_ds.config.errors import UserError, first_line, one_line
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.convert import export, huggingface
@@ -148,7 +148,7 @@ def as_transformers(state: dict[str, torch.Tensor], config: ModelConfig, dtype: 
         target = torch.device(device)
         torch.empty(0, device=target)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"--device {device}: {first_line(error)}") from None
     hf_config = AutoConfig.for_model(**values)
     hf_config.architectures = values["architectures"]
     model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)

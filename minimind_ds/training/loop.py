@@ -23,7 +23,7 @@ from minimind_ds import checkpoint
 from minimind_ds.checkpoint import reshape
 from minimind_ds.checkpoint.async_save import SaveFailed
 from minimind_ds.config import deepspeed_json
-from minimind_ds.config.errors import UserError, one_line
+from minimind_ds.config.errors import UserError, first_line, one_line
 from minimind_ds.config.run import RunConfig
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.convert.vocabulary import Vocabulary
@@ -99,7 +99,7 @@ def main(program: str, argv: list[str]) -> int:
             raise
         doing = live.watchdog.doing if live.watchdog else "starting"
         print(f"error: rank {world.rank} on {socket.gethostname()} lost the other ranks in '{doing}': one of them "
-              f"ended or its node is gone ({str(error).splitlines()[0]}); --from_resume auto goes on from the last "
+              f"ended or its node is gone ({first_line(error)}); --from_resume auto goes on from the last "
               "checkpoint", file=sys.stderr, flush=True)
         # Leaving the broken process group in order would wait for those that are gone.
         os._exit(1)

@@ -140,14 +140,13 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
     # Adapters stand in the layers, whatever the vocabulary.
     run, lora = choose_lora(run, run.model_config(1))
     run, tokenizer, model_config, of_weights = starting_weights.tokenizer_and_model(run)
-    notes += of_weights + (template_notes(tokenizer.name, tokenizer.own_template) if program == "sft" else [])
+    notes += of_weights
     check_writable(pathlib.Path(run.save_dir))
     if (final := weights_path(run, model_config, lora)).is_dir():
         raise UserError(f"{final} is a folder, and the run's weights go there in the end: move it, or name another "
                         "--save_weight")
-    stores, held_out = open_data(KINDS[program], run, tokenizer, progress=world.rank == 0)
-    notes += data_notes(stores[0].stats, run.text_markers) + sources.notes(stores, held_out)
-    notes += sources.passed_over(run.data_path)
+    stores, held_out, of_data = read_data(program, run, tokenizer, progress=world.rank == 0)
+    notes += of_data
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
     dims = sequence_parallel.read_dims(run.deepspeed, raw, world.size)
     ranks = max(1, world.size // dims.sequence)
@@ -292,6 +291,15 @@ def check_writable(folder: pathlib.Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UserError(f"cannot write to --save_dir {folder}: {error.strerror}") from None
+
+
+def read_data(program: str, run: RunConfig, tokenizer: Tokenizer, *,
+              progress: bool) -> tuple[list[Mixture], Mixture | None, list[str]]:
+    """As open_data, and what the start of a run says of the data."""
+    stores, held_out = open_data(KINDS[program], run, tokenizer, progress=progress)
+    notes = template_notes(tokenizer.name, tokenizer.own_template) if program == "sft" else []
+    notes += data_notes(stores[0].stats, run.text_markers) + sources.notes(stores, held_out)
+    return stores, held_out, notes + sources.passed_over(run.data_path)
 
 
 def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer, *,

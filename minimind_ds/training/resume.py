@@ -118,8 +118,7 @@ def look_for_resume_point(prepared: PreparedRun) -> ResumePoint:
                if before.get(name, value) != value}
     notes = [*notes, *(f"{name} is {now!r} from here on; it was {then!r}" for name, (then, now) in changed.items())]
     return ResumePoint(path, manifest["step"], manifest["epoch"], manifest["epoch_step"],
-                 layout=then if then != now else None, changed=changed or None,
-                 notes=tuple(notes))
+                       layout=then if then != now else None, changed=changed or None, notes=tuple(notes))
 
 
 def refuse_to_delete(folder: pathlib.Path) -> None:

@@ -11,11 +11,10 @@ from minimind_ds.config import program_flags
 from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.run import parse_run_config
 from minimind_ds.config.run_flags import KINDS, PROGRAMS
-from minimind_ds.data.conversation import notes as data_notes
 from minimind_ds.distributed.world import alone
 from minimind_ds.training import starting_weights
 from minimind_ds.training.loop import describe_data
-from minimind_ds.training.prepare import choose, find_start_weights, open_data, plan_epoch, split_by_source
+from minimind_ds.training.prepare import choose, find_start_weights, plan_epoch, read_data, split_by_source
 
 
 def main(argv: list[str]) -> int:
@@ -46,11 +45,11 @@ def tokenize(program: str, flags: list[str]) -> list[str]:
     Raises:
         UserError: what the run's start would refuse of the flags, the data or the tokenizer.
     """
-    run, _ = choose(parse_run_config(flags, program, PROGRAMS[program]), alone())
-    run, _ = find_start_weights(run)
-    run, tokenizer, _, notes = starting_weights.tokenizer_and_model(run)
-    stores, held_out = open_data(KINDS[program], run, tokenizer, progress=True)
+    run, chosen = choose(parse_run_config(flags, program, PROGRAMS[program]), alone())
+    run, found = find_start_weights(run)
+    run, tokenizer, _, of_weights = starting_weights.tokenizer_and_model(run)
+    stores, held_out, notes = read_data(program, run, tokenizer, progress=True)
     said = describe_data(run, KINDS[program], stores[0], split_by_source(held_out, run, 1),
                          plan_epoch(stores[0], run, 1, 0))
-    return [*notes, *data_notes(stores[0].stats, run.text_markers), f"tokenizer: {tokenizer.name}", *said,
+    return [*chosen, *found, *of_weights, *notes, f"tokenizer: {tokenizer.name}", *said,
             f"tokenised data: {run.cache_dir}"]

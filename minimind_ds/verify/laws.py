@@ -207,8 +207,7 @@ def resume_law(b: ReducedRun) -> list[Check]:
     """A run that stops half-way and goes on in a new engine ends as one that never stopped, bit for bit."""
     folder = pathlib.Path(b.prepared.run.save_dir) / ".verify"
     prepared = b.layout(accumulation=2, dtype=b.prepared.run.dtype, save_dir=str(folder), save_interval=STEPS // 2,
-                        keep=2,
-                   keep_dropout=True)
+                        keep=2, keep_dropout=True)
     whole, resumed = Lines(), Lines()
     live = LiveRun(engine=loop.build_engine(prepared))
     loop.run_plan(prepared, live, loop.ResumePoint(), whole)

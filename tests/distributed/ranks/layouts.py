@@ -51,10 +51,11 @@ def make_run(world, out: pathlib.Path, model: str, stage: int, accumulation: int
     used = pathlib.Path(extra[extra.index("--deepspeed") + 1]) if "--deepspeed" in extra else path
     scheduler = json.loads(used.read_text(encoding="utf-8")).get("scheduler", {"params": {"warmup_num_steps": "auto"}})
     constant = ["--warmup_ratio", "0"] if scheduler["params"].get("warmup_num_steps") == "auto" else []
-    return prepare("sft", ["--config", str(yaml), "--deepspeed", str(path), "--data_path", str(few(out, world.rank)),
-                           "--save_dir", str(out / "run"), "--cache_dir", str(out / "cache"), "--dtype", dtype,
-                           "--max_seq_len", "128", "--pack_len", "128", "--batch_size", "2", "--learning_rate", "1e-2",
-                           "--accumulation_steps", str(accumulation), *constant, *extra], world)
+    data = [] if "--data_path" in extra else ["--data_path", str(few(out, world.rank))]
+    return prepare("sft", ["--config", str(yaml), "--deepspeed", str(path), *data, "--save_dir", str(out / "run"),
+                           "--cache_dir", str(out / "cache"), "--dtype", dtype, "--max_seq_len", "128", "--pack_len",
+                           "128", "--batch_size", "2", "--learning_rate", "1e-2", "--accumulation_steps",
+                           str(accumulation), *constant, *extra], world)
 
 
 def few(out: pathlib.Path, rank: int) -> pathlib.Path:
