@@ -17,7 +17,7 @@ import zipfile
 
 import pytest
 
-from minimind_ds.data import json_text, readers
+from minimind_ds.data import arrow, json_text, readers
 from minimind_ds.data.conversation import DataError, file_kind, read_records
 from tests.conftest import ROOT, environment
 from tests.waiting import HANG_S
@@ -232,7 +232,7 @@ def test_columns_give_the_records_they_were_made_of(form, tmp_path, monkeypatch)
     import pyarrow.feather
     import pyarrow.parquet
 
-    monkeypatch.setattr(readers, "ROWS", 3)
+    monkeypatch.setattr(arrow, "ROWS", 3)
     rows, table = columns(tmp_path)
     table = pyarrow.concat_tables([table] * 5)
     path = tmp_path / "data.jsonl"

@@ -1,12 +1,11 @@
 """LoRA under every ZeRO stage: one loss curve, adapters alone, resumed bit for bit, taken by the programs."""
 
 import json
-import runpy
 
 import pytest
 from safetensors.torch import load_file
 
-from minimind_ds.inference import chat
+from minimind_ds.inference import chat, score
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.numeric
@@ -64,7 +63,7 @@ def test_a_run_writes_its_adapters_alone_and_the_programs_take_them(runs, capsys
                for name, tensor in adapters.items()) and len(adapters) == 8
     base = str(out / "base_moe.safetensors")
     together = ["--weight", base, "--lora", str(out / "run"), "--tokenizer", str(out / "run" / "tokenizer")]
-    chats, scores = (runpy.run_path(str(ROOT / "launch" / name))["main"] for name in ("chat.py", "score.py"))
+    chats, scores = chat.main, score.main
     assert chats([*together, "--prompt", "Hi", "--temperature", "0", "--max_new_tokens", "3"]) == 0
     capsys.readouterr()
     assert scores([*together, "--data_path", str(ROOT / "examples" / "sft_heldout.jsonl"), "--limit", "2",
