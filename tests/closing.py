@@ -30,6 +30,7 @@ NEEDS = {
     "matplotlib": ("matplotlib", "pip install -e .[plot] && python -m pytest tests/bench/test_benchmark.py"),
     "pyarrow": ("pyarrow", "pip install -e .[parquet] && python -m pytest tests/data/test_readers.py"),
     "trl": ("TRL", "pip install -e .[trl] && python -m pytest tests/bench/test_benchmark.py"),
+    "fp16": ("a processor with fp16", ALL),
     "folder": ("MiniMind's tokenizer, goldens and data in ../shared", ALL),
     "root may": ("a user other than root", "python -m pytest tests/data/test_store.py"),
 }

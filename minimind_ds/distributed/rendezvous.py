@@ -21,8 +21,8 @@ import torch.distributed as dist
 from minimind_ds.config.errors import UserError, first_line
 from minimind_ds.distributed.world import World
 
-# After which a rank that waits says so, and how often rank 0 looks who is there.
-TELL_S, LOOK_S = 30.0, 0.05
+# After which a rank that waits says so; how often rank 0 looks who is there; how long it waits to be read.
+TELL_S, LOOK_S, READ_S = 30.0, 0.05, 5.0
 OPEN = "all ranks are here"
 
 
@@ -43,15 +43,21 @@ def join(world: World, settings: dict, limit: datetime.timedelta) -> dist.Store:
     here = {"host": socket.gethostname(), "settings": {name: str(value) for name, value in settings.items()}}
     store.set(f"rank/{world.rank}", json.dumps(here))
     if world.rank == 0:
-        wrong = meet(store, world, deadline)
+        wrong, others = meet(store, world, deadline)
         store.set("verdict", wrong or OPEN)
+        if wrong:
+            # The store ends with this process: the others are to read it first.
+            until = time.monotonic() + READ_S
+            while store.add("read", 0) < others and time.monotonic() < until:
+                time.sleep(LOOK_S)
     else:
         try:
             store.wait(["verdict"], limit + datetime.timedelta(seconds=TELL_S))
+            verdict = store.get("verdict").decode()
+            store.add("read", 1)
         except RuntimeError as error:
             raise UserError(f"rank {world.rank} on {socket.gethostname()} lost rank 0 at {place(world)} while the "
                             f"ranks were gathering: {first_line(error)}") from None
-        verdict = store.get("verdict").decode()
         wrong = None if verdict == OPEN else verdict
     if wrong:
         raise UserError(wrong)
@@ -131,8 +137,8 @@ def holder(port: int) -> str:
     return ""
 
 
-def meet(store: dist.Store, world: World, deadline: float) -> str | None:
-    """On rank 0: waits for all ranks and compares; -> what is wrong."""
+def meet(store: dist.Store, world: World, deadline: float) -> tuple[str | None, int]:
+    """On rank 0: waits for all ranks and compares; -> (what is wrong, how many others are here)."""
     here, told = {}, time.monotonic() + TELL_S
     while True:
         for rank in set(range(world.size)) - here.keys():
@@ -140,12 +146,12 @@ def meet(store: dist.Store, world: World, deadline: float) -> str | None:
                 here[rank] = json.loads(store.get(f"rank/{rank}"))
         missing = [rank for rank in range(world.size) if rank not in here]
         if not missing:
-            return difference(here)
+            return difference(here), len(here) - 1
         now, hosts = time.monotonic(), ", ".join(sorted({fact["host"] for fact in here.values()}))
         names = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
         if now > deadline:
             return (f"{len(missing)} of {world.size} ranks did not come to {place(world)}: {names}; those that did "
-                    f"are on {hosts}. Look at the first lines of the others' output")
+                    f"are on {hosts}. Look at the first lines of the others' output"), len(here) - 1
         if now > told:
             print(f"waiting for {len(missing)} of {world.size} ranks: {names}; here are ranks on {hosts}",
                   file=sys.stderr, flush=True)

@@ -326,7 +326,7 @@ def test_gaps_of_a_profile_are_the_time_outside_operators():
 
 
 def test_a_shipped_file_has_a_bare_name():
-    assert throughput.parse("", ["--deepspeed", "zero1"])[0].deepspeed == CELLS["files"]
+    assert throughput.parse(["--deepspeed", "zero1"])[0].deepspeed == CELLS["files"]
 
 
 @pytest.mark.parametrize("words, complaint", [
