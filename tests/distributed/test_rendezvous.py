@@ -1,18 +1,20 @@
 """What launchers say is believed only where it can be; whatever keeps ranks from meeting is one line."""
 
 import datetime
+import json
 import os
 import socket
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.distributed import rendezvous
 from minimind_ds.distributed.world import free_port, read_world
 from tests.conftest import OF_RANKS, ROOT, cache_dir, environment, rank_environment
-from tests.waiting import HANG_S
+from tests.waiting import HANG_S, until
 
 RANK = """
 import datetime, sys
@@ -144,3 +146,20 @@ def test_a_program_says_so_and_ends_with_2(tmp_path):
     said = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and said.startswith("error: this SLURM job has 2 tasks"), done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_s_restart_goes_on_from_the_checkpoint(tmp_path):
+    (tmp_path / "run.yaml").write_text("preset: debug\nmodel: {hidden_size: 48, num_hidden_layers: 2}\n")
+    run, log = tmp_path / "run", tmp_path / "log"
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1",
+             "launch/sft.py", "--config", str(tmp_path / "run.yaml"), "--deepspeed", "zero2", "--max_steps", "60",
+             "--epochs", "100", "--save_interval", "10", "--pack_len", "128", "--max_seq_len", "128", "--dtype",
+             "fp32", "--save_dir", str(run), "--cache_dir", cache_dir()]
+    agent = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment(), stdout=log.open("w"),
+                             stderr=subprocess.STDOUT)
+    until(lambda: list((run / "checkpoints").glob("step_*")), "a checkpoint", [agent], log)
+    psutil.Process(agent.pid).children()[-1].kill()
+    assert agent.wait(timeout=HANG_S) == 0 and "resuming from" in log.read_text(), log.read_text()[-4000:]
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert steps == list(range(1, 61))
