@@ -23,9 +23,7 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.data import IGNORE
@@ -38,6 +36,9 @@ from minimind_ds.data.conversation import (
     parse_messages,
 )
 from minimind_ds.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 # Part of the key of anything that keeps samples: raise it when ids or labels of the same record change.
 RENDERING = 3
@@ -386,5 +387,8 @@ def pieces_of(encoded: Encoded, max_len: int) -> list[Encoded]:
 
 
 def _as_sample(encoded: Encoded) -> Sample:
+    # Late: processes that tokenise do without it, 4 s and 200 MB each.
+    import torch
+
     return Sample(torch.tensor(encoded.ids, dtype=torch.int64), torch.tensor(encoded.labels, dtype=torch.int64),
                   encoded.fate)
