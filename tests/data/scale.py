@@ -17,9 +17,6 @@ import time
 
 import psutil
 
-from minimind_ds.data.loader import epoch_plan
-from minimind_ds.data.store import open_or_build
-from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.paths import EXAMPLES
 
 MEAN_BYTES = 650
@@ -82,6 +79,11 @@ class Memory(threading.Thread):
 
 
 def measure(path: pathlib.Path, cache: pathlib.Path, tokenizer: str | None, workers: int | None) -> dict:
+    # Here, since workers import this module as a program's: like launch/sft.py, it costs them nothing.
+    from minimind_ds.data.loader import epoch_plan
+    from minimind_ds.data.store import open_or_build
+    from minimind_ds.data.tokenizer import load_tokenizer
+
     tok = load_tokenizer(tokenizer)
     common = dict(kind="conversations", max_seq_len=768, cache_dir=cache)
     memory, began = Memory(), cpu_seconds()
