@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from minimind_ds.config.run import parse_run_config
+from tests.conftest import ROOT
 
 
 def parsed(tmp_path, text, *flags):
@@ -31,6 +32,12 @@ def test_the_resolved_yaml_reads_back_as_the_same_run_from_any_folder(tmp_path, 
     assert (again.from_weight, again.save_dir) == (f"{tmp_path}/base.pth", f"{tmp_path}/out")
     same = dict(given={}, data_path=None, from_weight="w", save_dir="out")
     assert again.to_yaml() == text and dataclasses.replace(again, **same) == dataclasses.replace(run, **same)
+
+
+def test_one_file_may_be_named_in_two_ways_in_two_places(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    run = parsed(tmp_path, "deepspeed: zero2\n", "--deepspeed", "ds_configs/zero2.json")
+    assert run.deepspeed.endswith("zero2.json")
 
 
 def test_a_tilde_is_the_home_folder_wherever_a_path_may_stand(tmp_path, monkeypatch):
