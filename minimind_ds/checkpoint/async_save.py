@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import itertools
 import json
 import pathlib
 import threading
@@ -23,9 +22,6 @@ from torch import Tensor
 
 from minimind_ds.distributed.torch_compat import default_store
 from minimind_ds.io import fsync
-
-# Every rank saves the same checkpoints in the same order.
-NUMBERS = itertools.count()
 
 
 def sha256(path: pathlib.Path) -> str:
@@ -83,8 +79,9 @@ class AsyncSave:
                  commit: Callable[[dict], None], what: str):
         self.files, self.root, self.commit, self.what = files, root, commit, what
         self.rank, self.ranks, self.wrong = dist.get_rank(), dist.get_world_size(), None
-        self.key = f"saving/{next(NUMBERS)}"
         self.store = default_store()
+        # Every rank saves the same checkpoints in the same order.
+        self.key = f"saving/{self.store.add(f'saving/number of rank {self.rank}', 1)}"
         self.thread = threading.Thread(target=self.run, name="saving", daemon=True)
         self.thread.start()
 

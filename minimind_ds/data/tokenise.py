@@ -169,6 +169,7 @@ def encoded_chunks(todo: Iterable[Batch], encode: Encoder, workers: int) -> Iter
                 future.cancel()
 
 
+# A cache: what this worker process was started with.
 _worker_encode: Encoder | None = None
 
 
