@@ -2,8 +2,8 @@
 
 A checkpoint is written aside, every file is fsynced and hashed into a manifest, the folder is renamed into place, and
 only then does `latest` point to it.  Loading checks every size and hash first; a torn or altered checkpoint is named
-and the newest good one is used.  DeepSpeed's own files are opened only after that check,
-with weights_only=True.
+and the newest good one is used.  DeepSpeed's own files are opened only after that check, with
+weights_only=True.
 
     <run>/checkpoints/step_00000040/{manifest.*, state/*.pt, rng_rank0.safetensors}    <run>/checkpoints/latest
 """

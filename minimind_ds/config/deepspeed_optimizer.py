@@ -234,7 +234,7 @@ def try_params(path: str, what: str, block: str, params: dict, use) -> None:
     for key, value in params.items():
         try:
             use({name: other for name, other in params.items() if name != key})
-        except Exception:
+        except Exception:  # noqa: BLE001  (as before without this one: it is not to blame)
             continue
         found.append(f"{block}.params.{key} is {show(value)}")
     raise UserError(f"{path}: {' and '.join(found) or what}: {said}")

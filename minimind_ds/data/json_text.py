@@ -67,7 +67,6 @@ def reason(err: Exception) -> str:
     return " ".join((getattr(err, "strerror", None) or str(err) or type(err).__name__).split())[:200]
 
 
-
 def _no_such_number(name: str) -> float:
     raise UserError(f"{name} is no JSON number")
 

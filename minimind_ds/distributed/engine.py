@@ -61,6 +61,8 @@ def start(world: World, hang_minutes: float = 0.0, settings: dict | None = None)
         # Ranks of a loaded machine may begin a minute apart.
         limit = datetime.timedelta(minutes=max(hang_minutes or TIMEOUT_MINUTES, 5))
         store = rendezvous.join(world, settings or {}, limit)
+        # Until here it was the time to gather; checkpoints and notes go through it from now on.
+        store.set_timeout(timeout)
         device = {"device_id": world.device} if world.device.type == "cuda" else {}
         dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout,
                                 **device)

@@ -29,8 +29,6 @@ from minimind_ds.training.spikes import SpikeDetector, taken_losses
 
 # Twice what an NFS server usually gives a client that is gone; how often to look meanwhile.
 LEASE_S, LOOK_S = 180.0, 5.0
-
-
 # How DeepSpeed lays out a rank's states unless a file says otherwise; checkpoints of earlier releases do not say.
 PARTITIONS = {"round_robin_gradients": False, "sub_group_size": None}
 
@@ -143,10 +141,10 @@ def identity(prepared: PreparedRun) -> dict:
 
 
 def must_be_alike(prepared: PreparedRun) -> dict:
-    """What all ranks of a run have to agree on before they begin."""
+    """What all ranks of a run have to agree on before they begin; where it begins is rank 0's to decide."""
     run = prepared.run
-    return {**identity(prepared), "torch": torch.__version__, "dtype": run.dtype, "from_resume": run.from_resume,
-            "save_interval": run.save_interval, "eval_interval": run.eval_interval,
+    return {**identity(prepared), "torch": torch.__version__, "dtype": run.dtype, "save_interval": run.save_interval,
+            "eval_interval": run.eval_interval,
             "the DeepSpeed configuration": json.dumps(prepared.ds, sort_keys=True)}
 
 

@@ -170,7 +170,7 @@ def finite(value: float | None) -> float | None:
 
 
 def check_loss(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at: Position, loss: float,
-          micro_losses: list[torch.Tensor]) -> tuple[bool, str | None]:
+               micro_losses: list[torch.Tensor]) -> tuple[bool, str | None]:
     """Whether this step's update is to be skipped, and what is wrong with its loss; the same on every rank.
 
     Raises:
@@ -239,7 +239,7 @@ def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
             for micro in range(run.accumulation_steps):
                 rows = local_rows(prepared, plan, epoch_step, micro)
                 batch = local_shard(prepared, loader.load_micro_batch(store, rows, run.row_len,
-                                                                   prepared.tokenizer.pad_id))
+                                                                      prepared.tokenizer.pad_id))
                 out = live.engine(batch.to(world.device))
                 sums[number] += torch.tensor([float(out.loss_sum), out.n_labelled], device=world.device)
     dist.all_reduce(sums)

@@ -191,12 +191,19 @@ def test_a_run_ends_before_it_trains_on_a_changed_block_and_the_next_one_mends_i
 # Processes, memory, progress
 
 
-def test_the_cores_a_process_may_use_are_counted(monkeypatch):
-    own = len(os.sched_getaffinity(0))
+def test_the_cores_a_process_may_use_are_counted(tmp_path, monkeypatch):
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(5)))
+    monkeypatch.setattr(tokenise, "Path", lambda path: quota)
     monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
-    assert 1 <= usable_cores() <= own
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "1")
-    assert usable_cores() == 1
+    # Affinity alone; a cgroup without a limit, with two and a half cores, with less than one; SLURM's share.
+    assert usable_cores() == 5
+    for text, cores in (("max 100000", 5), ("250000 100000", 3), ("50000 100000", 1)):
+        quota.write_text(text + "\n")
+        assert usable_cores() == cores
+    quota.unlink()
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "2")
+    assert usable_cores() == 2
     monkeypatch.setattr(tokenise, "usable_cores", lambda: 8)
     assert worker_count(1 << 20) == 0 and worker_count(5 * tokenise.BYTES_PER_WORKER) == 5
     assert worker_count(1 << 40) == 8

@@ -234,7 +234,7 @@ def create_masked_store(self, ptrs, value, mask, *rest, **named):
 
 def create_atomic_rmw(self, rmwOp, ptr, val, mask, *rest):
     if val.dtype.scalar == tl.bfloat16:
-        raise NotImplementedError("atomics on bf16 are not emulated")
+        raise TypeError("NumPy has no bf16 to add to atomically: keep such sums in fp32, as the kernels do")
     index = touched(ptr, mask, "add to")
     if OPTIONS.races:
         note_store(index, adds=True)

@@ -31,6 +31,9 @@ def hang_first(*args):
     if os.environ["RANK"] == "0":
         patience = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout
         print(f"collectives wait {patience.total_seconds() / 60:g} minutes", file=sys.stderr)
+        # As long as collectives: a checkpoint's verdict comes through it.
+        store = dist.distributed_c10d._get_default_store()
+        print(f"the store waits {store.timeout.total_seconds() / 60:g} minutes", file=sys.stderr)
     else:
         (sleep if os.environ["RANK"] == "1" else keep_the_interpreter)()
     return gather(*args)
