@@ -1,72 +1,51 @@
 #!/usr/bin/env bash
-# Everything that only a GPU can tell, in one command and under 10 minutes on an H200:
+# Everything that only a GPU can tell, in one command and within 9 minutes:
 #
-#   bash launch/gpu_check.sh OUT_DIR
+#   bash launch/gpu_check.sh OUT_DIR [--seconds 540] [--wheels DIR]
 #
-# Kernels against the reference, leak probes, training curves, kernel timings beside their floors and beside others'
-# kernels; training throughput against the padded loop, and of each ZeRO stage against PyTorch alone: JSON files in
-# OUT_DIR, one JSON document printed last.  The exit status is 1 if anything is wrong or missing.  Runs on the python
-# of the PATH where that has torch and triton, else in .venv.
-# Without a GPU: the same at tiny sizes, kernels in Triton's interpreter.
-#   GPU_CHECK_DATA  conversations for the throughput; default: made from the bundled sample, about 300 tokens each
-#   GPU_CHECK_FLAGS more flags for launch/check_kernels.py, for example "--no_pytest --without compiled"
+# Do our kernels agree with the reference, training throughput (dense, mixture of experts, MiniMind's padded loop) with
+# a profile, cuBLAS at the model's shapes, other tiles of our kernels, each ZeRO stage against PyTorch alone, kernels
+# against fp64, leak probes, training curves, kernel timings beside their floors.  OUT_DIR gets results.json, summary.md
+# (what to do next comes last), log.txt and a trace, whole after each part.  Exit status: 0, 1 if a result is wrong or
+# missing, 2 if nothing could be run.  Takes the python of .venv if there is one, else python3.
+# A machine without a network needs what it lacks brought along: DeepSpeed and what that imports, 20 MB at most.
+#
+#   bash launch/gpu_check.sh --make_wheels DIR [3.12]     where there is a network, for that Python
+#   bash launch/gpu_check.sh OUT_DIR --wheels DIR         there
+#
+# More flags: --parts, --limits (python3 -m minimind_ds.bench.gpu --help).
 case ${1:-} in -h | --help) sed -n '2,${/^##*SBATCH/q;/^[^#]/q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;; esac
 set -uo pipefail
-[ $# -eq 1 ] || { printf 'usage: bash launch/gpu_check.sh OUT_DIR\n' >&2; exit 2; }
-mkdir -p "$1" || exit 2
-out=$(cd "$1" && pwd)
-cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+[ $# -ge 1 ] || { printf 'usage: bash launch/gpu_check.sh OUT_DIR [--wheels DIR]\n' >&2; exit 2; }
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || exit 2
+python=python3
+[ ! -x "$root/.venv/bin/python" ] || python=$root/.venv/bin/python
 
-printf '== looking for torch and triton in %s\n' "$(command -v python)"
-if ! python -c 'import torch, triton' 2>/dev/null; then
-    source launch/setup_env.sh "[test]"
-    set +e
-fi
-missing=$(python - <<'PY'
-import importlib.util
-
-names = {"deepspeed": "deepspeed", "sentencepiece": "sentencepiece", "tokenizers": "tokenizers", "yaml": "pyyaml",
-         "safetensors": "safetensors", "transformers": "transformers", "numpy": "numpy", "tqdm": "tqdm",
-         "pytest": "pytest"}
-print(*(package for module, package in names.items() if importlib.util.find_spec(module) is None))
-PY
-) || exit 2
-[ -z "$missing" ] || { printf 'error: %s lacks %s: pip install %s\n' "$(command -v python)" "$missing" "$missing" >&2
-                       exit 2; }
-
-if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    sizes="--rows 4096x8 --padded_rows 64 --warm_up 3 --steps 10"
-    dense=minimind-3 stretch=1
-else
-    sizes="--rows 768 --padded_rows 1 --warm_up 0 --steps 1"
-    dense=debug stretch=5
+if [ "$1" = --make_wheels ]; then
+    [ $# -ge 2 ] || { printf 'usage: bash launch/gpu_check.sh --make_wheels DIR [3.12]\n' >&2; exit 2; }
+    version=${3:-3.12}
+    of() { sed -n "s/^$1==\([^;]*\).*/$1==\1/p" "$root/constraints.txt"; }
+    mkdir -p "$2" || exit 2
+    # DeepSpeed comes as source: no operation is built, so its wheel fits every Python.
+    DS_BUILD_OPS=0 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$2" "$(of deepspeed)" "$(of hjson)" || exit 2
+    "$python" -m pip download --quiet --no-deps --only-binary=:all: --python-version "$version" \
+        --implementation cp --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --dest "$2" \
+        "$(of pydantic)" "$(of pydantic-core)" "$(of annotated-types)" "$(of typing-inspection)" || exit 2
+    du -sh "$2"
+    exit
 fi
 
-status=0
-step() { printf '\n== %s (%s s since the start)\n' "$*" "$SECONDS"; }
-run() { timeout --kill-after=5 $((stretch * $1)) "${@:2}" || { printf '== failed (%s): %s\n' "$?" "${*:2}"; status=1; }; }
-rm -f "$out"/{correctness,curve,timings,throughput,throughput_moe,throughput_stages,summary}.json
-
-step "kernels: right, how fast, the same training curve"
-# shellcheck disable=SC2086
-run 400 python launch/check_kernels.py "$out" ${GPU_CHECK_FLAGS:-}
-
-step "training throughput"
-work=$(mktemp -d) || exit 2
-trap 'rm -rf "$work"' EXIT
-data=${GPU_CHECK_DATA:-$work/conversations.jsonl}
-[ -n "${GPU_CHECK_DATA:-}" ] || run 20 python -m minimind_ds.bench.kernels.long_data "$data"
-# The one place where throughput is measured.
-measure() { # SECONDS NAME PRESET flags: launch/benchmark.py's, into NAME.json
-    # shellcheck disable=SC2086
-    run "$1" python launch/benchmark.py "${@:4}" --preset "$3" --data_path "$data" --save_dir "$work/run" \
-        --cache_dir "$work/cache" --out "$out/$2.json" $sizes
-}
-measure 50 throughput "$dense" --compare padded --dtypes bf16
-measure 60 throughput_moe "$dense-moe" --compare padded --dtypes bf16
-measure 70 throughput_stages "$dense" --compare plain --dtype bf16
-
-step "summary"
-files=correctness,curve,timings,throughput,throughput_moe,throughput_stages
-python launch/check_kernels.py "$out" --summary $files || status=1
-exit $status
+out=$1
+mkdir -p "$out" || exit 2
+exec > >(tee "$out/log.txt") 2>&1
+wheels=
+for ((i = 2; i <= $#; i++)); do [ "${!i}" != --wheels ] || { next=$((i + 1)); wheels=${!next:-}; }; done
+if [ -n "$wheels" ]; then
+    site=$(mktemp -d) || exit 2
+    trap 'rm -rf "$site"' EXIT
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" \
+        "$wheels"/*.whl || exit 2
+    export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+fi
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+"$python" -m minimind_ds.bench.gpu "$@"

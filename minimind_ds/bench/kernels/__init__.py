@@ -10,25 +10,23 @@ GPU the same checks run at tiny sizes in Triton's interpreter.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
 import pathlib
 import signal
-import subprocess
 import sys
-import time
 import xml.etree.ElementTree
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from minimind_ds.bench.machine import machine
+from minimind_ds.bench.supervise import BAD, Group, all_right, records_of, supervise, write
 from minimind_ds.config import program_flags
 from minimind_ds.config.program_flags import PARTS
-from minimind_ds.io import write_file
 from minimind_ds.paths import LAUNCH, ROOT
 
-from .runner import DEVICE_BROKE, run_group
+from .runner import run_group
 
 # Seconds of wall time: correctness and curve run side by side (nothing there is timed), timings by themselves.
 # The interpreter takes INTERPRETED times as long.
@@ -37,8 +35,6 @@ BUDGETS = {"correctness": 190, "curve": 190, "timings": 170}
 TESTS = ("tests/kernels/test_triton_attention.py", "tests/kernels/test_triton_rope.py",
          "tests/kernels/test_triton_moe.py",
          "tests/kernels/test_triton_model.py", "tests/kernels/test_deepspeed_ops.py")
-# Statuses of a result that has to be right and is not.
-BAD = ("wrong", "failed", "stopped")
 WHAT = {
     "correctness": "outputs and gradients against the reference in fp64, and leak probes: changing one document moves "
                    "no bit of another; the groups named others are what ours is timed against",
@@ -46,15 +42,6 @@ WHAT = {
     "timings": "ms (median, quartiles) of forward and of forward + backward, checked against the reference first; the "
                "floor is max(bytes / bandwidth, FLOP / rate) at rates measured in the same process",
 }
-
-
-class Group(NamedTuple):
-    """A process to run: `file` receives its records; `command` is what starts it."""
-
-    part: str
-    name: str
-    file: pathlib.Path
-    command: tuple[str, ...]
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -132,7 +119,9 @@ def plan(args: argparse.Namespace, parts: list[str], cuda: bool) -> list[Group]:
     # A wheel has no tests.
     if "correctness" in parts and not args.no_pytest and not args.groups and (ROOT / "tests").is_dir():
         file = folder / "correctness.tests.json"
-        groups.insert(0, Group("correctness", "tests", file, pytest_command(file.with_suffix(".xml"))))
+        report = file.with_suffix(".xml")
+        groups.insert(0, Group("correctness", "tests", file, pytest_command(report),
+                               functools.partial(tests_record, report)))
         if not cuda:
             write(file, {"records": [{"op": "tests", "contender": "pytest", "ours": True, "status": "absent",
                                       "reason": "no GPU: python -m pytest tests/ runs them in the interpreter"}]})
@@ -149,81 +138,7 @@ def pytest_command(report: pathlib.Path) -> tuple[str, ...]:
             f"--junitxml={report}", *TESTS)
 
 
-def environment(cuda: bool) -> dict[str, str]:
-    """A child's: kernels are interpreted where there is no GPU, and only there."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return kept if cuda else {**kept, "TRITON_INTERPRET": "1", "DS_ACCELERATOR": "cpu"}
-
-
-def supervise(groups: list[Group], side_by_side: int, budget_s: float, cuda: bool) -> None:
-    """Runs every group's process, `side_by_side` at once, until each has ended or the time is up.
-
-    A process that dies is started again, and leaves out what it died of.
-    """
-    deadline = time.monotonic() + budget_s
-    waiting, running = [group for group in groups if group.command], {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < side_by_side:
-                group = waiting.pop(0)
-                print(f"-- {group.part}: {group.name}", flush=True)
-                running[group] = subprocess.Popen(group.command, cwd=ROOT, env=environment(cuda),
-                                                  start_new_session=True)
-            time.sleep(0.2)
-            late = time.monotonic() > deadline
-            for group, process in list(running.items()):
-                if process.poll() is None and not late:
-                    continue
-                if process.poll() is None:
-                    end(process)
-                del running[group]
-                if settle(group, process.returncode, late):
-                    waiting.insert(0, group)
-            if late:
-                for group in waiting:
-                    note(group, "stopped", f"not started: the {budget_s:.0f} s of its part were over")
-                waiting = []
-    finally:
-        for process in running.values():
-            end(process)
-
-
-def end(process: subprocess.Popen) -> None:
-    """The process and those it started (pytest's workers)."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
-
-
-def settle(group: Group, returncode: int, late: bool) -> bool:
-    """Notes how a group's process ended; True if it should be started again for what is left."""
-    if group.name == "tests":
-        write(group.file, {"records": [tests_record(group.file.with_suffix(".xml"), returncode)]})
-        return False
-    if late:
-        note(group, "stopped", "the time of its part was over")
-        return False
-    if returncode in (0, DEVICE_BROKE):
-        return returncode == DEVICE_BROKE
-    how = (f"killed by signal {-returncode}" + (" (the clock of a single check)" if returncode == -signal.SIGALRM
-                                                else "")) if returncode < 0 else f"ended with {returncode}"
-    return note(group, "failed", f"its process {how}; what it printed says more")
-
-
-def note(group: Group, status: str, reason: str) -> bool:
-    """Adds a record for the check that was under way; False if none was, so that starting again would not help."""
-    found = json.loads(group.file.read_text(encoding="utf-8")) if group.file.exists() else {"records": []}
-    name = found.pop("running", None)
-    print(f"   {status}: {group.part} {group.name} {name or ''}: {reason}", flush=True)
-    ours = not group.name.startswith("others")
-    found["records"].append({"item": name, "op": group.name, "ours": ours, "status": status, "reason": reason})
-    write(group.file, found)
-    return name is not None
-
-
-def tests_record(report: pathlib.Path, returncode: int) -> dict:
+def tests_record(report: pathlib.Path, returncode: int | None) -> dict:
     """What pytest's report says.  No test run at all is a failure: there is a GPU."""
     record = {"op": "tests", "contender": "pytest", "ours": True, "files": list(TESTS)}
     if not report.exists():
@@ -242,18 +157,13 @@ def collect(part: str, groups: list[Group], small: bool) -> dict:
     """One part's document from its groups' files."""
     records, rates, seconds = [], {}, {}
     for group in groups:
-        found = json.loads(group.file.read_text(encoding="utf-8")) if group.file.exists() else {"records": []}
+        found = records_of(group)
         records += [{"group": group.name, **record} for record in found["records"]]
         rates.update({group.name: found["rates"]} if "rates" in found else {})
         seconds[group.name] = found.get("seconds")
     return {"what": WHAT[part], "mode": "interpreter, tiny sizes" if small else "device", "ok": all_right(records),
             "counts": counts(records), "seconds": seconds, **({"rates": rates} if rates else {}),
             "results": records, "machine": machine()}
-
-
-def all_right(records: list[dict]) -> bool:
-    """No result of ours is wrong or missing, and there is one at all.  Others' faults are theirs."""
-    return bool(records) and not any(r["ours"] and r["status"] in BAD for r in records)
 
 
 def counts(records: list[dict]) -> dict:
@@ -287,8 +197,3 @@ def sum_up(path: pathlib.Path) -> dict:
             why = next((r[key] for key in ("reason", "errors", "moved", "failed") if r.get(key)), "")
             print(f"{path.stem}: {r['status']}{'' if r['ours'] else ' (not ours)'}: {name}: {why}", flush=True)
     return {"ok": found["ok"], **found["counts"], "mode": found["mode"]}
-
-
-def write(path: pathlib.Path, document: dict) -> None:
-    """Whole or not at all: a process may be killed at any moment."""
-    write_file(path, json.dumps(document, indent=1, ensure_ascii=False) + "\n")

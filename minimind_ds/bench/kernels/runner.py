@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pathlib
 import signal
 import time
 import traceback
+from collections.abc import Iterable
+
+from minimind_ds.bench.supervise import DEVICE_BROKE, write
 
 # Seconds that one check may take, compiling its kernels included; the interpreter's are none of the device's.
 LIMIT, LIMIT_SMALL = 100, 300
-# A fault after which nothing more runs in this process.
-# The exit status that says so: a new process has to go on.
-DEVICE_BROKE = 3
+# Faults after which nothing more runs in this process.
 BROKEN = ("CUDA error", "illegal memory access", "device-side assert", "unspecified launch failure", "cudaError")
 
 
@@ -24,7 +26,6 @@ def run_group(part: str, name: str, file: pathlib.Path, *, small: bool, without:
     import torch
     import triton
 
-    from . import write
     from .items import Setting, items, rate_of
 
     if triton.knobs.runtime.interpret:
@@ -37,18 +38,29 @@ def run_group(part: str, name: str, file: pathlib.Path, *, small: bool, without:
         raise RuntimeError("no GPU, and TRITON_INTERPRET is not 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = Setting(device, small, without)
+    rates = functools.partial(rate_of, torch.bfloat16, setting) if part == "timings" else None
+    return run_items(items(part, name, setting), part, file, LIMIT_SMALL if small else LIMIT, rates)
+
+
+def run_items(items: Iterable, part: str, file: pathlib.Path, limit_s: float, rates=None) -> int:
+    """Runs each item that the file has no record of.  -> 0, or DEVICE_BROKE.
+
+    Args:
+        limit_s: seconds that one item may take.
+        rates: what gives the machine's own rates, noted once.
+    """
     state = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"records": [], "seconds": 0.0}
     done = {record["item"] for record in state["records"]}
-    if part == "timings" and "rates" not in state:
-        state["rates"] = rate_of(torch.bfloat16, setting)
-    for item in items(part, name, setting):
+    if rates and "rates" not in state:
+        state["rates"] = rates()
+    for item in items:
         if item.name in done:
             continue
         state["running"] = item.name
         write(file, state)
         began = time.perf_counter()
         # Ends the process even where Python waits for a kernel that never ends.
-        signal.alarm(LIMIT_SMALL if small else LIMIT)
+        signal.alarm(int(limit_s))
         record = attempt(item)
         signal.alarm(0)
         took = time.perf_counter() - began

@@ -18,6 +18,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from minimind_ds.bench.throughput.cell import full_steps, prepare_cell
 from minimind_ds.bench.throughput.watch import PARTS, Parts, parted
+from minimind_ds.data.loader import Prefetcher
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import World
 from minimind_ds.training.build import build_engine
@@ -42,8 +43,12 @@ class Marks(Parts):
         self.open.pop().__exit__(None, None, None)
 
 
-def run(flags: list[str], world: World, folder: pathlib.Path, *, warm_up: int, steps: int) -> list[str]:
+def run(flags: list[str], world: World, folder: pathlib.Path, *, warm_up: int, steps: int,
+        top: int = TOP) -> list[str]:
     """Collective; rank 0 is profiled.  Writes trace.json and summary.json.  -> the summary's lines.
+
+    Args:
+        top: operators or kernels that the summary names.
 
     Raises:
         ValueError: a user's mistake in the flags.
@@ -54,19 +59,19 @@ def run(flags: list[str], world: World, folder: pathlib.Path, *, warm_up: int, s
     live, plan = LiveRun(engine=build_engine(prepared)), prepared.first_plan
     engine.set_lr(live.engine, prepared.run.learning_rate)
     order = [i % full_steps(prepared) for i in range(warm_up + steps)]
-    marks = Marks()
-    batches = marks.data(fetch(prepared, 0, plan, order))
+    marks, cuda = Marks(), world.device.type == "cuda"
 
     def step(i: int) -> None:
         with record_function(STEP):
             train_step(prepared, live, plan, Position(i + 1, 0, order[i]), batches)
-            if world.device.type == "cuda":
+            if cuda:
                 torch.cuda.synchronize()
 
-    with parted(live.engine, marks):
+    with parted(live.engine, marks), Prefetcher(fetch(prepared, 0, plan, order), pin=cuda) as ready:
+        batches = marks.data(ready)
         for i in range(warm_up):
             step(i)
-        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (world.device.type == "cuda")
+        activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * cuda
         if world.rank > 0:
             for i in range(warm_up, warm_up + steps):
                 step(i)
@@ -75,13 +80,13 @@ def run(flags: list[str], world: World, folder: pathlib.Path, *, warm_up: int, s
             for i in range(warm_up, warm_up + steps):
                 step(i)
     found.export_chrome_trace(str(folder / "trace.json"))
-    facts = summarise(found.events(), cuda=world.device.type == "cuda")
+    facts = summarise(found.events(), cuda=cuda, top=top)
     facts |= {"deepspeed": prepared.run.deepspeed, "preset": prepared.run.preset, "ranks": world.size, "steps": steps}
     (folder / "summary.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return screen(facts, folder)
 
 
-def summarise(events, *, cuda: bool) -> dict:
+def summarise(events, *, cuda: bool, top: int = TOP) -> dict:
     """Top operators or kernels, and how much of each part of the steps is gaps; times in ms a step."""
     def on_device(e) -> bool:
         return e.device_type == torch.autograd.DeviceType.CUDA
@@ -113,10 +118,10 @@ def summarise(events, *, cuda: bool) -> dict:
     gaps = wall - overlap(step_spans, busy)
     inside = {name: sum(p[name] for p in parts.values()) for name in ("ms", "gaps_ms")}
     parts["other"] = {"ms": wall / 1e3 / n - inside["ms"], "gaps_ms": gaps / 1e3 / n - inside["gaps_ms"]}
-    top = sorted(totals.items(), key=lambda item: -item[1][0])[:TOP]
+    largest = sorted(totals.items(), key=lambda item: -item[1][0])[:top]
     return {"device": "cuda" if cuda else "cpu", "step_ms": wall / 1e3 / n, "host_bound_share": gaps / wall,
             "operations_per_step": len(work) / n, "gap_us_mean": gaps / max(1, len(busy)), "parts": parts,
-            "top": [{"name": name, "ms": us / 1e3 / n, "calls": calls / n} for name, (us, calls) in top]}
+            "top": [{"name": name, "ms": us / 1e3 / n, "calls": calls / n} for name, (us, calls) in largest]}
 
 
 def union(spans: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -151,5 +156,5 @@ def screen(facts: dict, folder: pathlib.Path) -> list[str]:
     lines += [f"{part:<12}{p['ms']:>10.2f}{p['gaps_ms']:>12.2f}" for part, p in facts["parts"].items()
               if p["ms"] > 0.005]
     lines += ["", f"{'ms a step':>10}{'calls':>8}  top {what}, by their own time"]
-    lines += [f"{t['ms']:>10.2f}{t['calls']:>8.0f}  {t['name'][:90]}" for t in facts["top"]]
+    lines += [f"{t['ms']:>10.2f}{t['calls']:>8.0f}  {t['name'][:90]}" for t in facts["top"][:TOP]]
     return [*lines, "", f"trace: {folder / 'trace.json'}"]
