@@ -15,6 +15,9 @@ The method is ScatterMoE's (arXiv:2403.08245), with the activation fused in as w
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -75,6 +78,10 @@ AMPERE = {
 }
 # fp32 without tensor cores: exact products, for tests and small models.
 WIDE = dict.fromkeys(HOPPER, Sizes(64, 64, 16, 4, 2))
+
+
+# Whether the weights' gradients run beside the product for dx: their last, partly idle waves are filled by its tiles.
+BESIDE = False
 
 
 def sizes_for(dtype: torch.dtype) -> dict[str, Sizes]:
@@ -151,7 +158,28 @@ def hidden_gradient(dy: Tensor, sorted_dy: Tensor | None, down: Tensor, scale: T
     return dgate_up, hidden, dscale.sum(dim=0).view(scale.shape).to(scale.dtype)
 
 
-def weight_gradient(a: Tensor, b: Tensor, gathered: str, K: int, made: Plan, sizes: Sizes) -> Tensor:
+@functools.cache
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """Before the current one: what starts there first is not held up by what fills its gaps."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@contextlib.contextmanager
+def after_current(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Launches on `stream`, after what the current one holds by now; on the current one if None.
+
+    Who joins them keeps all tensors until then: memory is freed for the current stream.
+    """
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+def weight_gradient(a: Tensor, b: Tensor, gathered: str, K: int, made: Plan, sizes: Sizes,
+                    stream: torch.cuda.Stream | None = None) -> Tensor:
     """sum of a^T b over each expert's rows: (E, P, Q) from a (., P) and b (., Q).
 
     gathered: which of them is by token, for the form "gathered".  Other forms get both sorted; tails, if any, are
@@ -165,12 +193,14 @@ def weight_gradient(a: Tensor, b: Tensor, gathered: str, K: int, made: Plan, siz
     out = empty(a, split, E, P, Q, dtype=a.dtype if split == 1 else torch.promote_types(a.dtype, torch.float32))
     if sizes.tail:
         hopper.add_tails(a if gathered == "b" else b, made, sizes.tail)
-        hopper.weight_gradient(a, b, out, tiles, made, sizes, constants(sizes, a.dtype))
-    else:
-        gather = gathered if sizes.form == "gathered" else ""
-        weight_gradient_kernel[(tiles, split)](
-            a, b, out, made.order, made.offsets, E, P=P, Q=Q, K=K, GATHER_A=gather == "a", GATHER_B=gather == "b",
-            SPLIT=split, **constants(sizes, a.dtype))
+    gather = gathered if sizes.form == "gathered" else ""
+    with after_current(stream if split == 1 else None):
+        if sizes.tail:
+            hopper.weight_gradient(a, b, out, tiles, made, sizes, constants(sizes, a.dtype))
+        else:
+            weight_gradient_kernel[(tiles, split)](
+                a, b, out, made.order, made.offsets, E, P=P, Q=Q, K=K, GATHER_A=gather == "a",
+                GATHER_B=gather == "b", SPLIT=split, **constants(sizes, a.dtype))
     return out[0] if split == 1 else out.sum(dim=0).to(a.dtype)
 
 
@@ -196,18 +226,21 @@ class Moe(Function):
         wants_x, wants_gate_up, wants_down = ctx.needs_input_grad[:3]
         own, of_gate_up, of_down = (sizes[name] for name in ("hidden_gradient", "gate_up_gradient", "down_gradient"))
         M, sorted_dy, dx, dweight, ddown = len(made.order), None, None, None, None
+        stream = second_stream(x.device) if BESIDE and x.device.type == "cuda" else None
         with on(x.device):
             if own.form != "gathered" or of_down.form != "gathered":
                 sorted_dy = hopper.sort_rows(dy, made, K, of_down.tail)
             dgate_up, hidden, dweights = hidden_gradient(dy, sorted_dy, down, weights, saved, made, sizes)
+            if wants_gate_up:
+                x_rows = x if of_gate_up.form == "gathered" else hopper.sort_rows(x, made, K, of_gate_up.tail)
+                dweight = weight_gradient(dgate_up, x_rows, "b", K, made, of_gate_up, stream)
+            if wants_down:
+                dy_rows = dy if of_down.form == "gathered" else sorted_dy
+                ddown = weight_gradient(dy_rows, hidden, "a", K, made, of_down, stream)
             if wants_x:
                 dx = apply_linear(dgate_up[:M], gate_up, None, K, made, sizes["linear"])
-            if wants_gate_up:
-                rows = x if of_gate_up.form == "gathered" else hopper.sort_rows(x, made, K, of_gate_up.tail)
-                dweight = weight_gradient(dgate_up, rows, "b", K, made, of_gate_up)
-            if wants_down:
-                rows = dy if of_down.form == "gathered" else sorted_dy
-                ddown = weight_gradient(rows, hidden, "a", K, made, of_down)
+            if stream is not None:
+                torch.cuda.current_stream(x.device).wait_stream(stream)
         return dx, dweight, ddown, dweights, None, None, None
 
 

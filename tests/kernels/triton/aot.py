@@ -31,7 +31,8 @@ PROGRAMS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that one block may have: A100, H100 and H200.
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
 # Matrix instructions: HGMMA is Hopper's (wgmma), HMMA Ampere's; a bf16 kernel with FFMA products only is a slow one.
-COUNTED = ("HGMMA", "HMMA", "DMMA", "STL", "LDL")
+# UTMALDG is a copy through a tensor descriptor.
+COUNTED = ("HGMMA", "HMMA", "DMMA", "UTMALDG", "STL", "LDL")
 
 
 @dataclasses.dataclass(frozen=True)
