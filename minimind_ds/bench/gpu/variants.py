@@ -83,8 +83,8 @@ def experts_variants() -> Iterator[Variant]:
     gate_up = {form: Sizes(128, 128, 64, 8, 4, form) for form in ("persistent", "tma")}
     yield Variant("moe", "as shipped")
     yield Variant("moe", "weights' gradients tma", experts, "HOPPER", {**shipped, **weights("tma", 4)})
+    yield Variant("moe", "weights' gradients early", experts, "HOPPER", {**shipped, **weights("early", 3)})
     yield Variant("moe", "weights' gradients grouped_mm", experts, "HOPPER", {**shipped, **weights("grouped_mm", 4)})
-    yield Variant("moe", "weights' gradients sorted", experts, "HOPPER", {**shipped, **weights("sorted", 3)})
     for label, sizes in hidden.items():
         yield Variant("moe", f"hidden_gradient tma {label}", experts, "HOPPER", {**shipped, "hidden_gradient": sizes})
     for label, sizes in gate_up.items():

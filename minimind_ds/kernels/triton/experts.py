@@ -37,9 +37,9 @@ from .sort import Plan, plan
 class Sizes(NamedTuple):
     """A kernel's tile: `rows` x `columns` of output, summed over `depth` at a time; and which form of it runs.
 
-    form: "gathered" reads x and dy by token; every other needs a sorted copy of them first.  gate_up: "tma",
-        "persistent".  hidden_gradient: "tma".  Weights' gradients: "sorted" (the same kernel), "tma", "grouped_mm"
-        (PyTorch's).  linear has one form.
+    form: "gathered" reads x and dy by token; others than "early" need a sorted copy of them first.  gate_up: "tma",
+        "persistent".  hidden_gradient: "tma".  Weights' gradients: "early" (tokens are read earlier), "sorted" (the
+        same kernel), "tma", "grouped_mm" (PyTorch's).  linear has one form.
     ahead: quarters of gate and up that hidden_gradient's "tma" reads before its product, 0, 1 or 4.
     """
 
@@ -50,6 +50,11 @@ class Sizes(NamedTuple):
     stages: int
     form: str = "gathered"
     ahead: int = 0
+
+    @property
+    def by_token(self) -> bool:
+        """Whether x and dy are read by token, not from a sorted copy."""
+        return self.form in ("gathered", "early")
 
     @property
     def tail(self) -> int:
@@ -112,7 +117,7 @@ def apply_gate_up(x: Tensor, weight: Tensor, K: int, made: Plan, sizes: Sizes, s
     """x (T, C), weight (E, 2 I, C) -> gate_up (M, 2 I), empty unless `save`, and silu(gate) * up (M, I), sorted."""
     M, C, I, n = len(made.order), x.shape[1], weight.shape[1] // 2, len(made.blocks)
     gate_up, hidden = empty(x, M if save else 0, 2 * I), empty(x, M, I)
-    if sizes.form != "gathered":
+    if not sizes.by_token:
         hopper.gate_up(hopper.sort_rows(x, made, K, 0), weight, gate_up, hidden, made, sizes,
                        constants(sizes, x.dtype))
         return gate_up, hidden
@@ -148,7 +153,7 @@ def hidden_gradient(dy: Tensor, sorted_dy: Tensor | None, down: Tensor, scale: T
     dgate_up = empty(dy, M + E * sizes["gate_up_gradient"].tail, 2 * I)
     hidden = empty(dy, M + E * sizes["down_gradient"].tail, I)
     dscale = empty(dy, column_blocks, M, dtype=torch.promote_types(dy.dtype, torch.float32))
-    if own.form != "gathered":
+    if not own.by_token:
         hopper.hidden_gradient(sorted_dy, down, scale, gate_up, dgate_up, hidden, dscale, made, sizes["gate_up"].rows,
                                own, constants(own, dy.dtype))
     else:
@@ -193,14 +198,14 @@ def weight_gradient(a: Tensor, b: Tensor, gathered: str, K: int, made: Plan, siz
     out = empty(a, split, E, P, Q, dtype=a.dtype if split == 1 else torch.promote_types(a.dtype, torch.float32))
     if sizes.tail:
         hopper.add_tails(a if gathered == "b" else b, made, sizes.tail)
-    gather = gathered if sizes.form == "gathered" else ""
+    gather = gathered if sizes.by_token else ""
     with after_current(stream if split == 1 else None):
         if sizes.tail:
             hopper.weight_gradient(a, b, out, tiles, made, sizes, constants(sizes, a.dtype))
         else:
             weight_gradient_kernel[(tiles, split)](
                 a, b, out, made.order, made.offsets, E, P=P, Q=Q, K=K, GATHER_A=gather == "a",
-                GATHER_B=gather == "b", SPLIT=split, **constants(sizes, a.dtype))
+                GATHER_B=gather == "b", EARLY=sizes.form == "early", SPLIT=split, **constants(sizes, a.dtype))
     return out[0] if split == 1 else out.sum(dim=0).to(a.dtype)
 
 
@@ -228,14 +233,14 @@ class Moe(Function):
         M, sorted_dy, dx, dweight, ddown = len(made.order), None, None, None, None
         stream = second_stream(x.device) if BESIDE and x.device.type == "cuda" else None
         with on(x.device):
-            if own.form != "gathered" or of_down.form != "gathered":
+            if not (own.by_token and of_down.by_token):
                 sorted_dy = hopper.sort_rows(dy, made, K, of_down.tail)
             dgate_up, hidden, dweights = hidden_gradient(dy, sorted_dy, down, weights, saved, made, sizes)
             if wants_gate_up:
-                x_rows = x if of_gate_up.form == "gathered" else hopper.sort_rows(x, made, K, of_gate_up.tail)
+                x_rows = x if of_gate_up.by_token else hopper.sort_rows(x, made, K, of_gate_up.tail)
                 dweight = weight_gradient(dgate_up, x_rows, "b", K, made, of_gate_up, stream)
             if wants_down:
-                dy_rows = dy if of_down.form == "gathered" else sorted_dy
+                dy_rows = dy if of_down.by_token else sorted_dy
                 ddown = weight_gradient(dy_rows, hidden, "a", K, made, of_down, stream)
             if wants_x:
                 dx = apply_linear(dgate_up[:M], gate_up, None, K, made, sizes["linear"])
@@ -266,7 +271,7 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, gate_up, down, weights, experts))
         raise ValueError(f"x, gate_up, down, weights, experts do not fit each other: {shapes}")
     sizes = sizes or sizes_for(x.dtype)
-    if any(size.form != "gathered" for size in sizes.values()) and not hopper.fits(
+    if any(not size.by_token for size in sizes.values()) and not hopper.fits(
             experts.numel(), C, I, x.element_size(), sizes["hidden_gradient"].depth):
         sizes = GATHERED
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gate_up, down, weights))

@@ -136,7 +136,7 @@ def test_output_and_gradients_equal_the_reference(name):
     assert error(got, want) <= BOUNDS[case.dtype]
 
 
-FORMS = {"sorted": {}, "grouped_mm": {}, "tma": {}, "tma, 1 ahead, halves": {"ahead": 1, "parts": 2},
+FORMS = {"early": {}, "sorted": {}, "grouped_mm": {}, "tma": {}, "tma, 1 ahead, halves": {"ahead": 1, "parts": 2},
          "tma, 4 ahead": {"ahead": 4}, "persistent": {}}
 FORM_CASES = {
     "top-1": CASES["top-1"],
