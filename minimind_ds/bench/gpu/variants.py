@@ -70,7 +70,7 @@ def other_config(shipped, kernel: str, sizes: tuple, asked: str, D: int, dtype: 
 
 
 def experts_variants() -> Iterator[Variant]:
-    """Forms of the kernels (kernels/triton/experts.py): rows, columns, depth, warps, stages, form, quarters ahead."""
+    """Forms of the kernels (kernels/triton/experts.py): rows, columns, depth, warps, stages, form, ahead, bound."""
     Sizes, shipped = experts.Sizes, experts.HOPPER
     gate_up_gradient, down_gradient = Sizes(128, 256, 64, 8, 4), Sizes(256, 128, 64, 8, 4)
 
@@ -78,8 +78,9 @@ def experts_variants() -> Iterator[Variant]:
         return {"gate_up_gradient": gate_up_gradient._replace(form=form, stages=stages),
                 "down_gradient": down_gradient._replace(form=form, stages=stages)}
 
-    hidden = {"64 x 128, 4 ahead": Sizes(64, 128, 64, 4, 3, "tma", 4), "64 x 128": Sizes(64, 128, 64, 4, 3, "tma"),
-              "128 x 128, 4 ahead": Sizes(128, 128, 64, 8, 3, "tma", 4)}
+    hidden = {"128 x 128, 128 registers": Sizes(128, 128, 64, 8, 3, "tma", 0, 128),
+              "128 x 128, 4 ahead": Sizes(128, 128, 64, 8, 3, "tma", 4),
+              "64 x 128, 4 ahead": Sizes(64, 128, 64, 4, 3, "tma", 4)}
     gate_up = {form: Sizes(128, 128, 64, 8, 4, form) for form in ("persistent", "tma")}
     yield Variant("moe", "as shipped")
     yield Variant("moe", "weights' gradients tma", experts, "HOPPER", {**shipped, **weights("tma", 4)})
@@ -89,7 +90,7 @@ def experts_variants() -> Iterator[Variant]:
         yield Variant("moe", f"hidden_gradient tma {label}", experts, "HOPPER", {**shipped, "hidden_gradient": sizes})
     for label, sizes in gate_up.items():
         yield Variant("moe", f"gate_up {label}", experts, "HOPPER", {**shipped, "gate_up": sizes})
-    together = {"hidden_gradient": hidden["64 x 128, 4 ahead"], "gate_up": gate_up["persistent"]}
+    together = {"hidden_gradient": hidden["128 x 128, 128 registers"], "gate_up": gate_up["persistent"]}
     yield Variant("moe", "all tma", experts, "HOPPER", {**shipped, **weights("tma", 4), **together})
     yield Variant("moe", "weights' gradients beside dx", experts, "BESIDE", True)
 

@@ -41,6 +41,7 @@ class Sizes(NamedTuple):
         "persistent".  hidden_gradient: "tma".  Weights' gradients: "early" (tokens are read earlier), "sorted" (the
         same kernel), "tma", "grouped_mm" (PyTorch's).  linear has one form.
     ahead: quarters of gate and up that hidden_gradient's "tma" reads before its product, 0, 1 or 4.
+    bound: registers a thread may have, so that more blocks fit an SM; None: the compiler's choice.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class Sizes(NamedTuple):
     stages: int
     form: str = "gathered"
     ahead: int = 0
+    bound: int | None = None
 
     @property
     def by_token(self) -> bool:
@@ -106,7 +108,8 @@ def splits(tiles: int, rows: int, device: torch.device) -> int:
 
 def constants(sizes: Sizes, dtype: torch.dtype) -> dict:
     return dict(ROWS=sizes.rows, COLUMNS=sizes.columns, DEPTH=sizes.depth, num_warps=sizes.warps,
-                num_stages=sizes.stages, ACC=tl.float64 if dtype == torch.float64 else tl.float32)
+                num_stages=sizes.stages, maxnreg=sizes.bound,
+                ACC=tl.float64 if dtype == torch.float64 else tl.float32)
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

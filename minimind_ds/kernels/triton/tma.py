@@ -94,17 +94,25 @@ def gate_up_tma_kernel(x_desc, weight_desc, gate_up_ptr, hidden_ptr, blocks_ptr,
 
 
 @triton.jit
-def gate_and_up(gate_up_rows, column, valid, I: tl.constexpr):
-    mask = valid[:, None] & (column < I)[None, :]
+def mask_of(valid, column, I: tl.constexpr, EVEN: tl.constexpr):
+    """(rows, columns).  EVEN: all columns are inside."""
+    if EVEN:
+        return tl.broadcast_to(valid[:, None], [valid.shape[0], column.shape[0]])
+    return valid[:, None] & (column < I)[None, :]
+
+
+@triton.jit
+def gate_and_up(gate_up_rows, column, valid, I: tl.constexpr, EVEN: tl.constexpr):
+    mask = mask_of(valid, column, I, EVEN)
     pointers = gate_up_rows + column[None, :]
     return tl.load(pointers, mask=mask, other=0.0), tl.load(pointers + I, mask=mask, other=0.0)
 
 
 @triton.jit
 def swiglu_gradient_of(dhidden, gate, up, scale, dgate_up_rows, hidden_rows, column, valid, I: tl.constexpr,
-                       ACC: tl.constexpr):
+                       EVEN: tl.constexpr, ACC: tl.constexpr):
     """grouped_gemm.swiglu_gradient with gate and up read already."""
-    mask = valid[:, None] & (column < I)[None, :]
+    mask = mask_of(valid, column, I, EVEN)
     gate, up = gate.to(ACC), up.to(ACC)
     sigmoid = 1 / (1 + tl.exp(-gate))
     silu = gate * sigmoid
@@ -127,7 +135,7 @@ def hidden_gradient_tma_kernel(dy_desc, down_desc, scale_ptr, gate_up_ptr, dgate
     """grouped_gemm.hidden_gradient_kernel from sorted dy (M, C), C a multiple of DEPTH; weights (E * C, I).
 
     The epilogue reads a quarter of gate and up while it works on the one before; AHEAD quarters (0, 1 or 4) are read
-    before the product.  A row block of the table makes PARTS tiles of ROWS rows, next to each other.
+    before the product, as scale is.  A row block of the table makes PARTS tiles of ROWS rows, next to each other.
     """
     program = tl.program_id(0)
     expert, first, end, block = row_block_of(program // PARTS, blocks_ptr, n_blocks, tl.cdiv(I, COLUMNS))
@@ -139,39 +147,41 @@ def hidden_gradient_tma_kernel(dy_desc, down_desc, scale_ptr, gate_up_ptr, dgate
     gate_up_rows = gate_up_ptr + first.to(tl.int64) * (2 * I) + within[:, None] * (2 * I)
     dgate_up_rows = dgate_up_ptr + first.to(tl.int64) * (2 * I) + within[:, None] * (2 * I)
     hidden_rows = hidden_ptr + first.to(tl.int64) * I + within[:, None] * I
+    EVEN: tl.constexpr = I % COLUMNS == 0
     WIDTH: tl.constexpr = COLUMNS // 4
     column = block * COLUMNS + tl.arange(0, WIDTH)
+    choice = tl.load(order_ptr + tl.minimum(first + within, end - 1))
+    scale = tl.load(scale_ptr + choice).to(ACC)
     if AHEAD > 0:
-        gate_0, up_0 = gate_and_up(gate_up_rows, column, valid, I)
+        gate_0, up_0 = gate_and_up(gate_up_rows, column, valid, I, EVEN)
     if AHEAD > 1:
-        gate_1, up_1 = gate_and_up(gate_up_rows, column + WIDTH, valid, I)
-        gate_2, up_2 = gate_and_up(gate_up_rows, column + 2 * WIDTH, valid, I)
-        gate_3, up_3 = gate_and_up(gate_up_rows, column + 3 * WIDTH, valid, I)
+        gate_1, up_1 = gate_and_up(gate_up_rows, column + WIDTH, valid, I, EVEN)
+        gate_2, up_2 = gate_and_up(gate_up_rows, column + 2 * WIDTH, valid, I, EVEN)
+        gate_3, up_3 = gate_and_up(gate_up_rows, column + 3 * WIDTH, valid, I, EVEN)
     dhidden = tl.zeros([ROWS, COLUMNS], ACC)
     for start in range(0, depth, DEPTH):
         dy = dy_desc.load([first, start])
         w = down_desc.load([expert * depth + start, block * COLUMNS])
         dhidden = tl.dot(dy, w, dhidden, input_precision="ieee", out_dtype=ACC)
     if AHEAD == 0:
-        gate_0, up_0 = gate_and_up(gate_up_rows, column, valid, I)
-    choice = tl.load(order_ptr + tl.minimum(first + within, end - 1))
-    scale = tl.load(scale_ptr + choice).to(ACC)
+        gate_0, up_0 = gate_and_up(gate_up_rows, column, valid, I, EVEN)
     left, right = halves(dhidden, ROWS, COLUMNS)
     quarter_0, quarter_1 = halves(left, ROWS, COLUMNS // 2)
     quarter_2, quarter_3 = halves(right, ROWS, COLUMNS // 2)
     if AHEAD < 2:
-        gate_1, up_1 = gate_and_up(gate_up_rows, column + WIDTH, valid, I)
-    dscale = swiglu_gradient_of(quarter_0, gate_0, up_0, scale, dgate_up_rows, hidden_rows, column, valid, I, ACC)
+        gate_1, up_1 = gate_and_up(gate_up_rows, column + WIDTH, valid, I, EVEN)
+    dscale = swiglu_gradient_of(quarter_0, gate_0, up_0, scale, dgate_up_rows, hidden_rows, column, valid, I, EVEN,
+                                ACC)
     if AHEAD < 2:
-        gate_2, up_2 = gate_and_up(gate_up_rows, column + 2 * WIDTH, valid, I)
+        gate_2, up_2 = gate_and_up(gate_up_rows, column + 2 * WIDTH, valid, I, EVEN)
     dscale += swiglu_gradient_of(quarter_1, gate_1, up_1, scale, dgate_up_rows, hidden_rows, column + WIDTH, valid, I,
-                                 ACC)
+                                 EVEN, ACC)
     if AHEAD < 2:
-        gate_3, up_3 = gate_and_up(gate_up_rows, column + 3 * WIDTH, valid, I)
+        gate_3, up_3 = gate_and_up(gate_up_rows, column + 3 * WIDTH, valid, I, EVEN)
     dscale += swiglu_gradient_of(quarter_2, gate_2, up_2, scale, dgate_up_rows, hidden_rows, column + 2 * WIDTH, valid,
-                                 I, ACC)
+                                 I, EVEN, ACC)
     dscale += swiglu_gradient_of(quarter_3, gate_3, up_3, scale, dgate_up_rows, hidden_rows, column + 3 * WIDTH, valid,
-                                 I, ACC)
+                                 I, EVEN, ACC)
     tl.store(dscale_ptr + block.to(tl.int64) * M + choice, dscale, mask=valid)
 
 
