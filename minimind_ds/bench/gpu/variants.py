@@ -79,9 +79,9 @@ def experts_variants() -> Iterator[Variant]:
                 "down_gradient": down_gradient._replace(form=form, stages=stages)}
 
     hidden = {"128 x 128, 128 registers": Sizes(128, 128, 64, 8, 3, "tma", 0, 128),
-              "128 x 128, 4 ahead": Sizes(128, 128, 64, 8, 3, "tma", 4),
-              "64 x 128, 4 ahead": Sizes(64, 128, 64, 4, 3, "tma", 4)}
-    gate_up = {form: Sizes(128, 128, 64, 8, 4, form) for form in ("persistent", "tma")}
+              "128 x 128, 4 ahead": Sizes(128, 128, 64, 8, 3, "tma", 4)}
+    gate_up = {"persistent 128 x 128": Sizes(128, 128, 64, 8, 4, "persistent"),
+               "tma 128 x 64": Sizes(128, 64, 64, 4, 3, "tma"), "tma 128 x 128": Sizes(128, 128, 64, 8, 4, "tma")}
     yield Variant("moe", "as shipped")
     yield Variant("moe", "weights' gradients tma", experts, "HOPPER", {**shipped, **weights("tma", 4)})
     yield Variant("moe", "weights' gradients early", experts, "HOPPER", {**shipped, **weights("early", 3)})
@@ -90,7 +90,7 @@ def experts_variants() -> Iterator[Variant]:
         yield Variant("moe", f"hidden_gradient tma {label}", experts, "HOPPER", {**shipped, "hidden_gradient": sizes})
     for label, sizes in gate_up.items():
         yield Variant("moe", f"gate_up {label}", experts, "HOPPER", {**shipped, "gate_up": sizes})
-    together = {"hidden_gradient": hidden["128 x 128, 128 registers"], "gate_up": gate_up["persistent"]}
+    together = {"hidden_gradient": hidden["128 x 128, 128 registers"], "gate_up": gate_up["persistent 128 x 128"]}
     yield Variant("moe", "all tma", experts, "HOPPER", {**shipped, **weights("tma", 4), **together})
     yield Variant("moe", "weights' gradients beside dx", experts, "BESIDE", True)
 
