@@ -22,7 +22,7 @@ PRODUCTS = {name for name in KERNELS if name.startswith(("gate_up", "linear", "h
 SHARED = {80: 101_376, 90: 232_448}
 
 
-@pytest.mark.parametrize("facts", ["moe", "router"])
+@pytest.mark.parametrize("facts", ["moe", "form", "router"])
 def test_facts_hold_in_the_honest_interpreter(facts, request):
     hold(facts, slow=request.config.getoption("--slow"))
 

@@ -190,11 +190,12 @@ def weight_gradient(a: Tensor, b: Tensor, gathered: str, K: int, made: Plan, siz
                     stream: torch.cuda.Stream | None = None) -> Tensor:
     """sum of a^T b over each expert's rows: (E, P, Q) from a (., P) and b (., Q).
 
-    gathered: which of them is by token, for the form "gathered".  Other forms get both sorted; tails, if any, are
-    there for that one, and are made here for the other.
+    gathered: which of them is by token, for forms that read by token.  Other forms get both sorted; tails, if any,
+    are there for that one, and are made here for the other.
     """
     M, E, P, Q = len(made.order), len(made.offsets) - 1, a.shape[1], b.shape[1]
-    if sizes.form == "grouped_mm":
+    # For other types PyTorch has only a fallback, which waits for the GPU.
+    if sizes.form == "grouped_mm" and a.dtype == torch.bfloat16:
         return F.grouped_mm(a[:M].T, b[:M], offs=made.offsets[1:])
     tiles = E * triton.cdiv(P, sizes.rows) * triton.cdiv(Q, sizes.columns)
     split = splits(tiles, M // E, a.device)

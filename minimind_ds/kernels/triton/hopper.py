@@ -1,6 +1,6 @@
 """Host side of tma.py: sorted copies of rows, tensor descriptors, launches.
 
-    TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/moe_facts.py -k form
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/form_facts.py
 """
 
 from __future__ import annotations

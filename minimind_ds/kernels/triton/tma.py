@@ -10,7 +10,7 @@ sorted copies of x and dy, made by sort_rows_kernel.  A descriptor does not know
 Warp specialisation is not used: where Triton 3.6 splits a tile between two groups of warps, the halves are copied
 through a descriptor of the whole (3.7 refuses to compile that).
 
-    TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/moe_facts.py -k form
+    TRITON_INTERPRET=1 python -m pytest tests/kernels/triton/form_facts.py
 """
 
 from __future__ import annotations

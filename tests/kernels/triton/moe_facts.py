@@ -66,17 +66,6 @@ def tiles(block: int | None) -> dict[str, Sizes] | None:
     return block and dict.fromkeys(triton_moe.HOPPER, Sizes(block, block, block, 4, 1))
 
 
-def form_tiles(form: str, block: int = 32, ahead: int = 0, parts: int = 1) -> dict[str, Sizes]:
-    """tiles(block) with one form wherever a kernel has it; hidden_gradient's tiles are a part of a row block."""
-    made = tiles(block)
-    for name in ("gate_up_gradient", "down_gradient"):
-        made[name] = made[name]._replace(form="tma" if form == "persistent" else form)
-    if form in ("tma", "persistent"):
-        made["gate_up"] = made["gate_up"]._replace(form=form)
-        made["hidden_gradient"] = made["hidden_gradient"]._replace(form="tma", ahead=ahead, rows=block // parts)
-    return made
-
-
 def choices(case: Case, generator) -> torch.Tensor:
     T, E, K = case.T, case.E, case.K
     scores = torch.rand(T, E, generator=generator)
@@ -134,63 +123,6 @@ def test_output_and_gradients_equal_the_reference(name):
     got, want = ours(tensors, case.block), exact(tensors)
     assert [a.dtype for a in got] == [case.dtype] * 4 + [tensors[3].dtype]
     assert error(got, want) <= BOUNDS[case.dtype]
-
-
-FORMS = {"early": {}, "sorted": {}, "grouped_mm": {}, "tma": {}, "tma, 1 ahead, halves": {"ahead": 1, "parts": 2},
-         "tma, 4 ahead": {"ahead": 4}, "persistent": {}}
-FORM_CASES = {
-    "top-1": CASES["top-1"],
-    "top-2, odd sizes": Case(77, 64, 40, 3, 2, BF16),
-    "whole rounds": Case(128, 32, 32, 4, 1, FP16, "in turn"),
-    "one more than a block each": CASES["one more than a block each"],
-    "only the last expert": CASES["only the last expert"],
-    "an expert without tokens": CASES["an expert without tokens"],
-    "one token": CASES["one token"],
-    "no tokens": CASES["no tokens"],
-    "sizes no descriptor takes": CASES["top-3 of 6, no size a multiple of a block"],
-}
-
-
-@pytest.mark.parametrize("name", FORM_CASES)
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_gives_the_same_products(form, name):
-    case, kind = FORM_CASES[name], form.split(",")[0]
-    tensors = inputs(case)
-    got, want = ours(tensors, None, sizes=form_tiles(kind, **FORMS[form])), exact(tensors)
-    assert [a.dtype for a in got] == [case.dtype] * 4 + [tensors[3].dtype]
-    assert error(got, want) <= BOUNDS[case.dtype]
-    idle = [e for e in range(case.E) if not (tensors[4] == e).any()]
-    assert not got[2][idle].any() and not got[3][idle].any()
-
-
-@pytest.mark.parametrize("form", ["tma", "persistent"])
-def test_every_form_shares_sums_and_gives_a_token_its_own_bits(form, monkeypatch):
-    monkeypatch.setattr(triton_moe, "splits", lambda *_: 3)
-    case = Case(150, 32, 40, 3, 2, BF16)
-    tensors = inputs(case)
-    got = ours(tensors, None, sizes=form_tiles(form))
-    assert error(got, exact(tensors)) <= BOUNDS[BF16]
-    mine = slice(20, 29)
-    poisoned = [t.clone() for t in tensors]
-    others = torch.ones(case.T, dtype=torch.bool)
-    others[mine] = False
-    for t in (poisoned[0], poisoned[3], poisoned[5]):
-        t[others] = float("nan")
-    poisoned[4][others] = torch.tensor([2, 1])
-    again = ours(poisoned, None, sizes=form_tiles(form), races=False)
-    assert all(torch.equal(again[i][mine], got[i][mine]) for i in (0, 1, 4))
-
-
-@pytest.mark.parametrize("form", ["tma", "persistent"])
-def test_what_one_experts_rows_hold_stays_out_of_anothers_gradients(form):
-    case = Case(90, 32, 40, 3, 1, BF16)
-    tensors = inputs(case)
-    want = ours(tensors, None, sizes=form_tiles(form))
-    for t in (tensors[0], tensors[5]):
-        t[tensors[4][:, 0] == 1] = float("nan")
-    got = ours(tensors, None, sizes=form_tiles(form))
-    for i in (2, 3):
-        assert torch.equal(got[i][[0, 2]], want[i][[0, 2]]) and got[i][1].isnan().any()
 
 
 @pytest.mark.parametrize("choose, idle", [("not 2", [2]), ("last", [0, 1, 2])])
@@ -363,16 +295,22 @@ MUTANTS = {
 }
 
 
+def mutant(module, bugs: dict[str, tuple[str, str]], name: str, tmp_path):
+    """The module with one bug."""
+    old, new = bugs[name]
+    source = pathlib.Path(module.__file__).read_text(encoding="utf-8")
+    assert source.count(old) >= 1, f"the bug {name!r} no longer fits the source"
+    path = tmp_path / f"mutant_{list(bugs).index(name)}.py"
+    path.write_text(source.replace(old, new).replace("from .", "from minimind_ds.kernels.triton."), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    changed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    return changed
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_seeded_bug_is_noticed(name, tmp_path, monkeypatch):
-    old, new = MUTANTS[name]
-    source = pathlib.Path(grouped_gemm.__file__).read_text(encoding="utf-8")
-    assert source.count(old) >= 1, f"the bug {name!r} no longer fits the source"
-    path = tmp_path / f"mutant_{list(MUTANTS).index(name)}.py"
-    path.write_text(source.replace(old, new), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = mutant(grouped_gemm, MUTANTS, name, tmp_path)
     for kernel in ("gate_up_kernel", "linear_kernel", "hidden_gradient_kernel", "weight_gradient_kernel"):
         monkeypatch.setattr(triton_moe, kernel, getattr(module, kernel))
     monkeypatch.setattr(triton_moe, "splits", lambda *_: 2)
