@@ -19,7 +19,11 @@ ROWS, COLUMNS = 16, 256
 
 
 def described(x: Tensor, *block: int) -> TensorDescriptor:
-    """x, all but its last dimension in one, for copies of `block` = (rows, columns)."""
+    """x, all but its last dimension in one, for copies of `block` = (rows, columns).
+
+    A weight may be part of a flat buffer of many and begin anywhere; a descriptor's tensor begins at whole 16 bytes.
+    """
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
     return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), list(block))
 
 

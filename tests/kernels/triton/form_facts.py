@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minimind_ds.kernels.triton import experts as triton_moe
-from minimind_ds.kernels.triton import hopper, tma
+from minimind_ds.kernels.triton import hopper, sort, tma
 from minimind_ds.kernels.triton.experts import Sizes
 
 from .moe_facts import BF16, BOUNDS, CASES, FP16, FP32, Case, error, exact, inputs, mutant, ours, tiles
@@ -67,6 +67,19 @@ def test_every_form_shares_sums_and_gives_a_token_its_own_bits(form, monkeypatch
     poisoned[4][others] = torch.tensor([2, 1])
     again = ours(poisoned, None, sizes=form_tiles(form), races=False)
     assert all(torch.equal(again[i][mine], got[i][mine]) for i in (0, 1, 4))
+
+
+def test_weights_may_begin_anywhere_in_a_flat_buffer():
+    case = Case(40, 32, 40, 3, 1, BF16)
+    tensors = inputs(case)
+    sizes = form_tiles("tma")
+    made = sort.plan(tensors[4], case.E, sizes["gate_up"].rows)
+    buffer = torch.cat([torch.zeros(1, dtype=BF16), tensors[1].flatten()])
+    weight = buffer[1:].view_as(tensors[1])
+    assert weight.data_ptr() % 16
+    got, want = (triton_moe.apply_gate_up(tensors[0], each, 1, made, sizes["gate_up"], True)
+                 for each in (weight, tensors[1]))
+    assert all(torch.equal(a, b) for a, b in zip(got, want))
 
 
 @pytest.mark.parametrize("form", ["tma", "persistent"])
