@@ -23,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from .host import architecture, on, rows
 from .schedule import schedule
@@ -289,9 +291,9 @@ def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
                 "key_gradient": Config(16, 32, 4, 2)}[kernel]
     if arch // 10 in (9, 10):
         return {
-            "forward": Config(64, 64, 4, 2, 168 if D <= 96 else None),
-            "query_gradient": Config(64, 32, 4, 3),
-            "key_gradient": Config(64 if D <= 64 else 32, 64, 4, 2),
+            "forward": Config(64, 32, 4, 3),
+            "query_gradient": Config(64, 32, 4, 2),
+            "key_gradient": Config(64 if D <= 64 else 32, 64, 4, 3 if 64 < D <= 96 else 2),
         }[kernel]
     if kernel == "key_gradient" and (32 < D <= 48 or 64 < D <= 96):
         return Config(16, 64, 4, 2, 255)
@@ -322,8 +324,7 @@ def launch(kernel: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
     return Launch(tiles, len(tiles) * across, constants)
 
 
-@torch.library.custom_op("minimind_ds::packed_attention", mutates_args=())
-def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def apply(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """q (T, H, D), k and v (T, Hkv, D) -> out (T, H, D), and lse (H, T) in base 2."""
     q, k, v = rows(q), rows(k), rows(v)
     T, H, _ = q.shape
@@ -335,8 +336,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor
     return out, lse
 
 
-@torch.library.custom_op("minimind_ds::packed_attention_backward", mutates_args=())
-def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+def gradient(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
              cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq (T, H, D), dk and dv (T, Hkv, D)."""
     q, k, v, dout = rows(q), rows(k), rows(v), dout.contiguous()
@@ -349,6 +349,12 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
         work = launch("key_gradient", q, k, v, cu_seqlens)
         key_gradient_kernel[(work.programs,)](q, k, v, dout, lse, delta, dk, dv, work.tiles, T, **work.constants)
     return dq, dk, dv
+
+
+# As operators of torch.library, which torch.compile takes whole; each call of one costs a multiple of a plain
+# autograd.Function's, so eager code calls Attention.
+forward = torch.library.custom_op("minimind_ds::packed_attention", apply, mutates_args=())
+backward = torch.library.custom_op("minimind_ds::packed_attention_backward", gradient, mutates_args=())
 
 
 @forward.register_fake
@@ -378,6 +384,21 @@ def gradients(ctx, dout: Tensor | None, _dlse):
 forward.register_autograd(gradients, setup_context=save)
 
 
+class Attention(Function):
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens):
+        output = apply(q, k, v, cu_seqlens)
+        save(ctx, (q, k, v, cu_seqlens), output)
+        return output[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        if dout is None:
+            return None, None, None, None
+        return *gradient(dout, *ctx.saved_tensors, ctx.cu_seqlens), None
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float) -> Tensor:
     """softmax(q k^T / sqrt(D)) v inside each segment, causal; q (T, H, D), k and v (T, Hkv, D) -> (T, H, D).
 
@@ -393,4 +414,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     if k.shape != v.shape or k.shape != (T, HKV, D) or H % HKV:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit each other")
-    return forward(q, k, v, cu_seqlens)[0]
+    if torch.compiler.is_compiling():
+        return forward(q, k, v, cu_seqlens)[0]
+    return Attention.apply(q, k, v, cu_seqlens)

@@ -15,11 +15,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from .host import on, rows
 
 # Rows (a row is one head of one token) of a tile forward and backward, and tiles that a backward program goes through.
-ROWS, BACK_ROWS, TILES = 32, 16, 16
+ROWS, BACK_ROWS, TILES = 16, 16, 16
 # A bound for the backward kernel in fp32, without which the compiler spills to fit a fifth block on an SM.
 REGISTERS = 128
 
@@ -103,8 +105,7 @@ def constants(x: Tensor, norm: bool, eps: float, rows_of_tile: int) -> dict:
                 enable_fp_fusion=True)
 
 
-@torch.library.custom_op("minimind_ds::norm_rope", mutates_args=())
-def forward(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def apply(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """x (T, H, D), weight (D,), cos and sin (T, D / 2) -> x normalised and rotated."""
     x, cos, sin = rows(x), cos.contiguous(), sin.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -115,8 +116,7 @@ def forward(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: flo
     return out
 
 
-@torch.library.custom_op("minimind_ds::norm_rope_backward", mutates_args=())
-def backward(dout: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor,
+def gradient(dout: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor,
              eps: float) -> tuple[Tensor, Tensor]:
     """-> dx, and the weight's gradient (D,), empty without a weight."""
     x, cos, sin, dout = rows(x), cos.contiguous(), sin.contiguous(), dout.contiguous()
@@ -130,6 +130,11 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: T
             dout, x, weight if norm else x, cos, sin, dx, partial if norm else dx, x.shape[0], TILES=TILES,
             maxnreg=REGISTERS if x.dtype == torch.float32 else None, **constants(x, norm, eps, BACK_ROWS))
     return dx, partial.sum(0).to(weight.dtype if norm else accumulate)
+
+
+# For torch.compile; eager code calls NormRope, which costs less (see attention.py).
+forward = torch.library.custom_op("minimind_ds::norm_rope", apply, mutates_args=())
+backward = torch.library.custom_op("minimind_ds::norm_rope_backward", gradient, mutates_args=())
 
 
 @forward.register_fake
@@ -155,6 +160,20 @@ def gradients(ctx, dout: Tensor):
 forward.register_autograd(gradients, setup_context=save)
 
 
+class NormRope(Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = apply(*inputs)
+        save(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout):
+        dx, dweight = gradient(dout, *ctx.saved_tensors, ctx.eps)
+        return dx, dweight if ctx.saved_tensors[1] is not None else None, None, None, None
+
+
 def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """rotate(rms_norm(x)); without a weight only the rotation.
 
@@ -168,4 +187,6 @@ def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: f
     if D % 2 or cos.shape != half or sin.shape != half or (weight is not None and weight.shape != (D,)):
         shapes = ", ".join(str(None if t is None else tuple(t.shape)) for t in (x, weight, cos, sin))
         raise ValueError(f"x, weight, cos and sin do not fit each other: {shapes}")
-    return forward(x, weight, cos, sin, eps)
+    if torch.compiler.is_compiling():
+        return forward(x, weight, cos, sin, eps)
+    return NormRope.apply(x, weight, cos, sin, eps)
