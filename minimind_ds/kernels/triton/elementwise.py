@@ -185,16 +185,17 @@ class RMSNorm(Function):
 class AddRMSNorm(Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
+        ctx.set_materialize_grads(False)
         total, y = apply_norm(x, residual, weight, eps)
         ctx.save_for_backward(total, weight)
-        ctx.eps = eps
-        return total, y
+        ctx.eps, ctx.add = eps, residual is not None
+        return total if ctx.add else x.view_as(x), y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dsum, dy):
-        dx, dweight = norm_gradient(dy, dsum, *ctx.saved_tensors, ctx.eps)
-        return dx, dx, dweight, None
+        dx, dweight = (dsum, None) if dy is None else norm_gradient(dy, dsum, *ctx.saved_tensors, ctx.eps)
+        return dx, dx if ctx.add else None, dweight, None
 
 
 def swiglu_constants(x: Tensor) -> dict:
@@ -227,9 +228,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return RMSNorm.apply(x.contiguous(), weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """total = x + residual, and rms_norm(total); all (..., C)."""
-    return AddRMSNorm.apply(x.contiguous(), residual.contiguous(), weight, eps)
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """total = x + residual (x itself without one), and rms_norm(total); all (..., C)."""
+    return AddRMSNorm.apply(x.contiguous(), None if residual is None else residual.contiguous(), weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
