@@ -36,7 +36,7 @@ def rms_norm_backward(dy: Tensor, x: Tensor, weight_C: Tensor, scale: Tensor,
     dweight_C = product.flatten(0, -2).sum(dim=0)
     share = (product @ wide_weight_C).div_(x.shape[-1])[..., None]
     dx = torch.mul(wide_dy, wide_weight_C, out=product).sub_(unit.mul_(share))
-    dx = dx.mul_(scale) if dtotal is None else torch.addcmul(at_least_fp32(dtotal), dx, scale, out=dx)
+    dx = dx.mul_(scale) if dtotal is None else torch.addcmul(dtotal, dx, scale, out=dx)
     return dx.to(x.dtype), dweight_C.to(weight_C.dtype)
 
 
