@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from .host import on
 
 # Numbers of a norm's tile forward and backward, and tiles that a backward program goes through.
-TILE, BACK_TILE, TILES = 4096, 2048, 32
+TILE, BACK_TILE, TILES = 4096, 2048, 8
 # Numbers of a SwiGLU block, widest block of logits.
 BLOCK, LOGITS = 1024, 8192
 
