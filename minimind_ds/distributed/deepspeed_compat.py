@@ -46,7 +46,11 @@ WORKAROUNDS = {
     "update_together": Workaround("stage 0 in half precision updates parameter by parameter: 2,300 kernels and 90 "
                                   "waits for the GPU with MiniMind-3, its norm is taken in fp32", SEEN,
                                   "FP16_UnfusedOptimizer has foreach kernels and a norm in fp64"),
-    "norm_scale": Workaround("stage 0 with fp16 reports the gradients' norm with the loss scale still in it", SEEN,
+    "loss_scale": Workaround("stage 0 with fp16 divides gradients by a loss scale that engine.backward has not "
+                             "multiplied the loss with: nothing is clipped, Adam's eps outweighs small gradients, and "
+                             "underflow stays", SEEN, "engine.backward scales the loss at every stage"),
+    "norm_scale": Workaround("stage 0 with fp16 reports the gradients' norm with the loss scale still in it, unless "
+                             "DeepSpeed's own fused Adam updates", SEEN,
                              "get_global_grad_norm is unscaled at every stage"),
     "stage_zero_masters": Workaround("the fp32 masters of stage 0 have no accessor", SEEN,
                                      "safe_get_full_fp32_param serves stage 0"),
@@ -241,11 +245,17 @@ def update_together(engine, take: Callable[[list[Tensor]], list[float]]) -> bool
     return True
 
 
-def norm_scale(engine, stage: int) -> float:
-    """What DeepSpeed's norm of the coming step has to be divided by: at stage 0 it still carries the loss scale."""
-    if stage == 0 and hasattr(engine.optimizer, "loss_scale_config"):
+def loss_scale(engine) -> float:
+    """What the loss has to be multiplied with before engine.backward: at stage 0 with fp16 the scale that DeepSpeed
+    divides the gradients by, else 1."""
+    if engine.zero_optimization_stage() == 0 and hasattr(engine.optimizer, "loss_scale_config"):
         return float(engine.optimizer.loss_scale_config.cur_scale)
     return 1.0
+
+
+def norm_scale(engine) -> float:
+    """What DeepSpeed's norm of the coming step has to be divided by."""
+    return loss_scale(engine) if hasattr(engine.optimizer, "fp32_groups") else 1.0
 
 
 def stage_zero_masters(engine) -> dict | None:

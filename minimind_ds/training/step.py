@@ -171,12 +171,14 @@ def train_step(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at:
     facts, sums, timer = plan.facts(at.epoch_step), StepSums(world), ForwardTimer(world.device)
     live.beat(f"step {at.step}: forward and backward")
     ds_engine.train()
+    scale = deepspeed_compat.loss_scale(ds_engine)
     for micro in range(run.accumulation_steps):
         batch = next(batches).to(world.device, non_blocking=True)
         with timer:
             out = ds_engine(batch)
-        ds_engine.backward(scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
-                                       step_real=facts.n_tokens, dp_world=world.size), scale_wrt_gas=False)
+        loss = scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
+                           step_real=facts.n_tokens, dp_world=world.size)
+        ds_engine.backward(loss if scale == 1.0 else loss * scale, scale_wrt_gas=False)
         sums.add(out, batch.n_tokens)
         if micro + 1 < run.accumulation_steps:
             # It only counts.
@@ -201,7 +203,7 @@ def update(ds_engine, verdict: Verdict) -> float | None:
     """The step's last engine.step(), and the verdict before it changes anything.  -> the norm before clipping."""
     run = verdict.prepared.run
     # The loss scale may change in the update.
-    scale = deepspeed_compat.norm_scale(ds_engine, verdict.prepared.stage)
+    scale = deepspeed_compat.norm_scale(ds_engine)
     norm = deepspeed_compat.clip_gradients(ds_engine, run.grad_clip)
     ds_engine.before_update = verdict
     if norm is not None:

@@ -71,8 +71,12 @@ def test_norms_and_updates_are_still_taken_parameter_by_parameter():
 def test_an_update_with_one_wait_is_deepspeeds_own(tmp_path, deepspeed):
     deepspeed(2, "tests/distributed/ranks/updates.py", str(tmp_path))
     found = json.loads((tmp_path / "updates.json").read_text())
+    for stage in range(4):
+        bad, good = found.pop(f"overflow {stage}")
+        assert bad["skipped"] and not bad["moved"] and bad["norm"] is None and bad["loss"] > 0, stage
+        assert not good["skipped"] and good["moved"] and good["norm"] > 0, stage
     for name, case in found.items():
-        assert case["taken"] == (name != "fused 0"), name
+        assert case["taken"] == (not name.startswith("fused")), name
         if name in ("bf16 0", "fp16 0"):
             # DeepSpeed's norm is off by 1e-4, so the clipped gradients are; the rate is 1e-2.
             assert case["norms"] == pytest.approx(case["their_norms"], rel=1e-3) and case["apart"] < 1e-3, name
@@ -80,8 +84,10 @@ def test_an_update_with_one_wait_is_deepspeeds_own(tmp_path, deepspeed):
             assert case["equal"], name
     for name in ("bf16 1", "bf16 2", "bf16 3", "fp16 1", "fp32 1", "experts 1", "experts 3"):
         assert found[name]["norms"] == found[name]["their_norms"], name
-    first = {stage: found[f"bf16 {stage}"]["norms"][0] for stage in (0, 1)}
-    assert first[0] == pytest.approx(first[1], rel=1e-6)
+    first = {name: case["norms"][0] for name, case in found.items()}
+    assert first["bf16 0"] == pytest.approx(first["bf16 1"], rel=1e-6)
+    # The loss scale is in none of them.
+    assert [first["fp16 0"], first["fused fp16"]] == pytest.approx([first["fp16 1"]] * 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("module, names", [

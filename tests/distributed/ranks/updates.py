@@ -3,7 +3,7 @@
     deepspeed --num_gpus 2 tests/distributed/ranks/updates.py OUT_DIR
 
 Rank 0 writes OUT_DIR/updates.json: per case, whether all weights are equal after a few steps, how far apart they are
-at most, both lists of gradient norms, and whether the workaround was in place.
+at most, both lists of gradient norms, and whether the workaround was in place; and what fp16 does with an overflow.
 """
 
 import contextlib
@@ -40,7 +40,8 @@ def cases():
     for stage in (1, 3):
         yield f"experts {stage}", "moe", stage, "bf16", EXPERTS, "0.1"
     yield "fp32 1", "dense", 1, "fp32", {}, "0.1"
-    yield "fused 0", "dense", 0, "bf16", FUSED, "0.1"
+    for dtype in ("bf16", "fp16"):
+        yield f"fused {dtype}", "dense", 0, dtype, FUSED, "0.1"
 
 
 @contextlib.contextmanager
@@ -70,6 +71,24 @@ def trained(prepared) -> tuple[dict, list, bool]:
     return weights, [line["grad_norm"] for line in lines], live.engine.takes_norms
 
 
+def overflow(prepared) -> list[dict]:
+    """A step with fp16 whose gradients overflow on rank 1 alone, and the next: what each said and did."""
+    live, plan = LiveRun(engine=build_engine(prepared)), prepared.first_plan
+    engine.set_lr(live.engine, prepared.run.learning_rate)
+    batches, found = fetch(prepared, 0, plan, range(2)), []
+    weight = live.engine.module.model.layers[0].mlp.down_proj.weight
+    hook = weight.register_hook(lambda grad: grad * float("inf")) if prepared.world.rank == 1 else None
+    for i in range(2):
+        before = engine.full_weights(live.engine, prepared.stage)
+        line = train_step(prepared, live, plan, Position(i + 1, 0, i), batches).line()
+        after = engine.full_weights(live.engine, prepared.stage)
+        found.append({"skipped": line.get("skipped", False), "loss": line["loss"], "norm": line["grad_norm"],
+                      "moved": any(not torch.equal(before[name], after[name]) for name in before)})
+        if hook:
+            hook.remove()
+    return found
+
+
 def main(out: pathlib.Path) -> None:
     world = read_world()
     engine.start(world)
@@ -85,6 +104,8 @@ def main(out: pathlib.Path) -> None:
         found[name] = {"equal": all(torch.equal(ours[n], theirs[n]) for n in ours), "norms": norms,
                        "apart": max((float((ours[n] - theirs[n]).abs().max()) for n in ours), default=0.0),
                        "their_norms": their_norms, "taken": taken}
+    for stage in range(4):
+        found[f"overflow {stage}"] = overflow(make_run(world, out, "dense", stage, 2, [], "fp16"))
     if world.rank == 0:
         (out / "updates.json").write_text(json.dumps(found))
     dist.barrier()
