@@ -4,14 +4,16 @@
 
 Everything is the trainer's own, on the CPU's DeepSpeed engine: every operation that torch dispatches is seen, and the
 Triton kernels' host code runs with the launch itself left out (so every number is zero).  Counted are operations that
-would be a kernel or a copy on a GPU, and reads of a tensor's value by the host.  Not seen are copies between the host
-and the GPU (a batch's five), and what one operation starts inside: NCCL, cuBLAS's reductions, sorts.  A foreach
-operation counts as many launches as its number of tensors needs; with MiniMind-3's widths it is up to five.
+would be a kernel or a copy on a GPU, and waits of the host: reads of a tensor's value, and numbers that torch.tensor
+brings to the GPU.  Not seen are other copies to the GPU (a batch's five), and what one operation starts inside: NCCL,
+cuBLAS's reductions, sorts.  A foreach operation counts as many launches as its number of tensors needs; with
+MiniMind-3's widths it is up to five.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import json
 import math
 import pathlib
@@ -44,7 +46,7 @@ class Counter(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.phase, self.launches, self.reads = "between", collections.Counter(), collections.Counter()
+        self.phase, self.launches, self.waits = "between", collections.Counter(), collections.Counter()
         self.host = WeakTensorKeyDictionary()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -54,7 +56,7 @@ class Counter(TorchDispatchMode):
             # Made from Python's numbers, or from such tensors alone.
             self.host.update({x: True for x in tensors(out)})
         elif name in READS:
-            self.reads[self.phase, name] += 1
+            self.waits[self.phase, name] += 1
         elif name not in FREE and not is_view(func) and func.namespace != "minimind_ds":
             self.launches[self.phase, name] += launches_of(name, args)
         return out
@@ -65,8 +67,16 @@ class Counter(TorchDispatchMode):
 
         def run(x, *args, **kwargs):
             if x not in self.host:
-                self.reads[self.phase, name] += 1
+                self.waits[self.phase, name] += 1
             return read(x, *args, **kwargs)
+
+        return run
+
+    def counted_tensor(self, make):
+        """torch.tensor, which waits until numbers are on a GPU."""
+        def run(*args, **kwargs):
+            self.waits[self.phase, "tensor"] += kwargs.get("device") is not None
+            return make(*args, **kwargs)
 
         return run
 
@@ -128,10 +138,12 @@ def leave_out_launches(counter: Counter) -> None:
 
 
 def count(out: pathlib.Path, model: str, stage: int, keys: dict) -> dict:
-    """A second step's {"launches": {phase: {name: times}}, "reads": likewise}; `keys` are added to its JSON."""
+    """A second step's {"launches": {phase: {name: times}}, "waits": likewise}; `keys` are added to its JSON."""
     world, counter = read_world(), Counter()
     leave_out_launches(counter)
     engine.start(world)
+    from deepspeed.accelerator import get_accelerator
+
     kernels = ["--kernels", "triton,activations=native"]
     prepared = make_run(world, out, model, stage, 1, kernels, "bf16", keys=keys, fields=FIELDS)
     live, plan = LiveRun(engine=build_engine(prepared)), prepared.first_plan
@@ -141,15 +153,21 @@ def count(out: pathlib.Path, model: str, stage: int, keys: dict) -> dict:
         setattr(live.engine, name, counter.in_phase(phase, getattr(live.engine, name)))
     for name in ("tolist", "cpu", "numpy"):
         setattr(torch.Tensor, name, counter.counted_read(name))
+    torch.tensor = counter.counted_tensor(torch.tensor)
+    # As DeepSpeed makes them on a GPU.
+    for name, dtype in (("FloatTensor", torch.float), ("ByteTensor", torch.uint8)):
+        made = functools.partial(torch.tensor, dtype=dtype, device="cpu")
+        setattr(type(get_accelerator()), name, made)
     counter.launches.clear()
     counter.host[second.cu_seqlens] = True
     with counter:
         stats = train_step(prepared, live, plan, Position(2, 0, 1), iter([second]))
     assert not stats.skipped
-    found = {"launches": {}, "reads": {}}
+    found = {"launches": {}, "waits": {}}
     for kind, phases in found.items():
         for (phase, name), times in sorted(getattr(counter, kind).items()):
-            phases.setdefault(phase, {})[name] = times
+            if times:
+                phases.setdefault(phase, {})[name] = times
     return found
 
 
