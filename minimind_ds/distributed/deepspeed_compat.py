@@ -154,6 +154,7 @@ def clip_gradients(engine, max_norm: float) -> Tensor | None:
     if engine.zero_optimization_stage() > 0 or hasattr(engine.optimizer, "_global_grad_norm"):
         return None
     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    # torch documents its foreach functions under these names.
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, 2, dtype=torch.float64)))
     if max_norm > 0:
         factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
