@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import os
 import pathlib
 import shutil
@@ -25,7 +24,7 @@ from minimind_ds.bench import supervise
 from minimind_ds.bench.supervise import Group
 from minimind_ds.paths import LAUNCH
 
-from . import summary
+from . import children, summary
 
 SECONDS, INTERPRETED = 540, 6
 PROGRAM = (sys.executable, "-m", "minimind_ds.bench.gpu")
@@ -65,8 +64,6 @@ def main(argv: list[str]) -> int:
     """-> 0, 1 if a result of ours is wrong or missing, 2 if nothing could be run."""
     args = parse(argv)
     if args.child:
-        from . import children
-
         return children.run(args.child, args.out, small=args.small, folder=args.work)
     began, out = time.monotonic(), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -182,6 +179,3 @@ class Check:
             os.unlink(trace)
         return document
 
-
-def load(path: pathlib.Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))

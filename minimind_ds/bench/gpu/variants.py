@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pathlib
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
@@ -101,10 +102,11 @@ def elementwise_variants() -> Iterator[Variant]:
     yield Variant("head_loss", "as shipped")
 
 
-def items(name: str, setting: Setting, *, timed: bool) -> Iterator[Item]:
+def items(part: str, name: str, setting: Setting, folder: pathlib.Path) -> Iterator[Item]:
     """Checked at few tokens (and compiled by the way, so that the clock need not wait), or timed at MiniMind's."""
-    found = {"attention": attention_variants, "experts": experts_variants, "elementwise": elementwise_variants}[name]
-    for variant in list(found())[:3 if setting.small else None]:
+    timed, found = part == "variants", {"attention_variants": attention_variants, "experts_variants": experts_variants,
+                                        "elementwise_variants": elementwise_variants}
+    for variant in list(found[name]())[:3 if setting.small else None]:
         size = variant.size if timed else replace(variant.size, T=4096, N=1024)
         size = cases.SMALL if setting.small else size
         where = " long documents" if variant.size is LONG else ""

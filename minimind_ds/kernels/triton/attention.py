@@ -23,10 +23,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .host import architecture, on, rows
+from .operator import operator
 from .schedule import schedule
 
 # Softmax runs in base 2: exp2 is one instruction.
@@ -351,23 +350,6 @@ def gradient(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     return dq, dk, dv
 
 
-# As operators of torch.library, which torch.compile takes whole; each call of one costs a multiple of a plain
-# autograd.Function's, so eager code calls Attention.
-forward = torch.library.custom_op("minimind_ds::packed_attention", apply, mutates_args=())
-backward = torch.library.custom_op("minimind_ds::packed_attention_backward", gradient, mutates_args=())
-
-
-@forward.register_fake
-def _(q, k, v, cu_seqlens):
-    T, H, _ = q.shape
-    return (q.new_empty(q.shape), q.new_empty(H, T, dtype=torch.promote_types(q.dtype, torch.float32)))
-
-
-@backward.register_fake
-def _(dout, q, k, v, out, lse, cu_seqlens):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
 def save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output)
     # By itself, so that backward finds the schedule on the very tensor that forward left it on.
@@ -375,28 +357,17 @@ def save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def gradients(ctx, dout: Tensor | None, _dlse):
+def formula(gradient, ctx, dout: Tensor | None, _dlse):
     if dout is None:
         return None, None, None, None
-    return *backward(dout, *ctx.saved_tensors, ctx.cu_seqlens), None
+    return *gradient(dout, *ctx.saved_tensors, ctx.cu_seqlens), None
 
 
-forward.register_autograd(gradients, setup_context=save)
-
-
-class Attention(Function):
-    @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens):
-        output = apply(q, k, v, cu_seqlens)
-        save(ctx, (q, k, v, cu_seqlens), output)
-        return output[0]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        if dout is None:
-            return None, None, None, None
-        return *gradient(dout, *ctx.saved_tensors, ctx.cu_seqlens), None
+packed_attention = operator(
+    "packed_attention", apply, gradient, save=save, formula=formula,
+    fake=lambda q, k, v, cu_seqlens: (q.new_empty(q.shape), q.new_empty(
+        q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))),
+    fake_gradient=lambda dout, q, k, v, out, lse, cu_seqlens: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float) -> Tensor:
@@ -414,6 +385,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     if k.shape != v.shape or k.shape != (T, HKV, D) or H % HKV:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit each other")
-    if torch.compiler.is_compiling():
-        return forward(q, k, v, cu_seqlens)[0]
-    return Attention.apply(q, k, v, cu_seqlens)
+    return packed_attention(q, k, v, cu_seqlens)[0]

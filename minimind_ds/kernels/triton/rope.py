@@ -15,10 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .host import on, rows
+from .operator import operator
 
 # Rows (a row is one head of one token) of a tile forward and backward, and tiles that a backward program goes through.
 ROWS, BACK_ROWS, TILES = 16, 16, 16
@@ -132,46 +131,21 @@ def gradient(dout: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: T
     return dx, partial.sum(0).to(weight.dtype if norm else accumulate)
 
 
-# For torch.compile; eager code calls NormRope, which costs less (see attention.py).
-forward = torch.library.custom_op("minimind_ds::norm_rope", apply, mutates_args=())
-backward = torch.library.custom_op("minimind_ds::norm_rope_backward", gradient, mutates_args=())
-
-
-@forward.register_fake
-def _(x, weight, cos, sin, eps):
-    return x.new_empty(x.shape)
-
-
-@backward.register_fake
-def _(dout, x, weight, cos, sin, eps):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape) if weight is not None else x.new_empty(0)
-
-
 def save(ctx, inputs, output):
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def gradients(ctx, dout: Tensor):
-    dx, dweight = backward(dout, *ctx.saved_tensors, ctx.eps)
+def formula(gradient, ctx, dout: Tensor):
+    dx, dweight = gradient(dout, *ctx.saved_tensors, ctx.eps)
     return dx, dweight if ctx.saved_tensors[1] is not None else None, None, None, None
 
 
-forward.register_autograd(gradients, setup_context=save)
-
-
-class NormRope(Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = apply(*inputs)
-        save(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout):
-        dx, dweight = gradient(dout, *ctx.saved_tensors, ctx.eps)
-        return dx, dweight if ctx.saved_tensors[1] is not None else None, None, None, None
+norm_and_rotate = operator(
+    "norm_rope", apply, gradient, save=save, formula=formula,
+    fake=lambda x, weight, cos, sin, eps: x.new_empty(x.shape),
+    fake_gradient=lambda dout, x, weight, cos, sin, eps: (
+        x.new_empty(x.shape), x.new_empty(0) if weight is None else weight.new_empty(weight.shape)))
 
 
 def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
@@ -187,6 +161,4 @@ def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: f
     if D % 2 or cos.shape != half or sin.shape != half or (weight is not None and weight.shape != (D,)):
         shapes = ", ".join(str(None if t is None else tuple(t.shape)) for t in (x, weight, cos, sin))
         raise ValueError(f"x, weight, cos and sin do not fit each other: {shapes}")
-    if torch.compiler.is_compiling():
-        return forward(x, weight, cos, sin, eps)
-    return NormRope.apply(x, weight, cos, sin, eps)
+    return norm_and_rotate(x, weight, cos, sin, eps)
