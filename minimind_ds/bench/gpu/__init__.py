@@ -80,7 +80,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "OUT_DIR, refreshed after each part."))
     p.add_argument("out", type=pathlib.Path, metavar="OUT_DIR")
     p.add_argument("--seconds", type=float, default=SECONDS, help="for all of it (default: %(default)s)")
-    p.add_argument("--parts", default=",".join(names), help="which, or PART/GROUP for one of its processes (default: %(default)s)")
+    p.add_argument("--parts", default=",".join(names),
+                   help="which, or PART/GROUP for one of its processes (default: %(default)s)")
     p.add_argument("--wheels", metavar="DIR", help="packages that this machine lacks, as made by --make_wheels")
     p.add_argument("--make_wheels", metavar="DIR", help="instead, on a machine with a network: fetch them")
     p.add_argument("--limits", default="", help="other limits of parts: NAME=SECONDS, comma-separated")
