@@ -116,7 +116,8 @@ LATE = {
     "minimind_ds.bench.kernels.interpreter": "replaces Triton's interpreter in the process that imports it",
     "minimind_ds.bench.kernels.interpreter_probes": "imports triton once its interpreter is replaced",
     "torch": "processes that only start others hold no device memory",
-    "minimind_ds.bench.kernels": "imports torch", "minimind_ds.bench.throughput": "imports torch, trl or matplotlib",
+    "minimind_ds.bench.machine": "imports torch", "minimind_ds.bench.kernels": "imports torch",
+    "minimind_ds.bench.throughput": "imports torch, trl or matplotlib",
     "transformers": "slow, and only one of verify's laws needs it",
     "wandb": "optional, and slow", "trl": "optional", "pyarrow": "optional",
 }

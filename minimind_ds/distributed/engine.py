@@ -10,6 +10,7 @@ the loss undoes the second.
 from __future__ import annotations
 
 import datetime
+import functools
 import logging
 import os
 import warnings
@@ -18,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from minimind_ds.distributed import deepspeed_compat, rendezvous, torch_compat
-from minimind_ds.distributed.world import World, current_device, export
+from minimind_ds.distributed.world import World, export
 
 TIMEOUT_MINUTES = 30
 
@@ -107,28 +108,32 @@ def initialize(model: torch.nn.Module, config: dict):
     engine.has_gradient_norm = config["optimizer"]["type"].lower() != "muon" or engine.zero_optimization_stage() == 0
     engine.lr_shares = [1.0 if "scheduler" in config else float(group["lr"]) / peak for group in groups]
     engine.basic_optimizer.skip_update = False
-    engine.basic_optimizer.register_step_pre_hook(stop_on_non_finite)
+    engine.basic_optimizer.register_step_pre_hook(leave_out_skipped)
+    engine.before_update, take = None, functools.partial(take_norms, engine)
+    engine.takes_norms = (deepspeed_compat.take_norm_once(engine, take)
+                          or deepspeed_compat.update_together(engine, take))
     return engine
 
 
-def stop_on_non_finite(optimizer, args, kwargs) -> None:
+def leave_out_skipped(optimizer, args, kwargs) -> None:
     """Runs before every optimizer update, on gradients already reduced, unscaled and clipped."""
     if optimizer.skip_update:
         # Without gradients Adam leaves parameters, moments and counts alone; DeepSpeed's too.
         for group in optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None
-        return
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    bad = torch.zeros((), device=grads[0].device if grads else "cpu")
-    for grad in grads:
-        # One pass: any NaN or infinity makes the sum so; a finite sum of finite parts cannot hide one.
-        bad += ~torch.isfinite(grad.sum(dtype=torch.float32))
-    if dist.get_world_size() > 1:
-        bad = bad.to(current_device())
-        dist.all_reduce(bad)
-    if bad.item() > 0:
-        raise NonFinite("a gradient is not finite")
+
+
+def take_norms(engine, norms: list[torch.Tensor]) -> list[float]:
+    """Runs in engine.step(), when all gradients are reduced and before the first weight changes.
+
+    Args:
+        norms: of the gradients, over all ranks; not finite, or -1, where a gradient is not finite on any rank.
+
+    Returns:
+        Them, through engine.before_update (list[Tensor] -> list[float]) where it is set; what that raises goes up.
+    """
+    return engine.before_update(norms) if engine.before_update else torch.stack(norms).tolist()
 
 
 def grad_norm(engine, scale: float) -> float | None:

@@ -27,14 +27,16 @@ def rms_norm_forward(x: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, T
     return (wide * scale).mul_(at_least_fp32(weight_C)).to(x.dtype), scale
 
 
-def rms_norm_backward(dy: Tensor, x: Tensor, weight_C: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """-> dx, dweight."""
+def rms_norm_backward(dy: Tensor, x: Tensor, weight_C: Tensor, scale: Tensor,
+                      dtotal: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """-> dx with dtotal added, dweight."""
     wide_dy, wide_weight_C = at_least_fp32(dy), at_least_fp32(weight_C)
     unit = at_least_fp32(x) * scale
     product = wide_dy * unit
     dweight_C = product.flatten(0, -2).sum(dim=0)
     share = (product @ wide_weight_C).div_(x.shape[-1])[..., None]
-    dx = torch.mul(wide_dy, wide_weight_C, out=product).sub_(unit.mul_(share)).mul_(scale)
+    dx = torch.mul(wide_dy, wide_weight_C, out=product).sub_(unit.mul_(share))
+    dx = dx.mul_(scale) if dtotal is None else torch.addcmul(dtotal, dx, scale, out=dx)
     return dx.to(x.dtype), dweight_C.to(weight_C.dtype)
 
 
@@ -49,6 +51,23 @@ class RMSNorm(Function):
     @once_differentiable
     def backward(ctx, dy):
         return *rms_norm_backward(dy, *ctx.saved_tensors), None
+
+
+class AddRMSNorm(Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight_C, eps):
+        ctx.set_materialize_grads(False)
+        total = x.view_as(x) if residual is None else x + residual
+        y, scale = rms_norm_forward(total, weight_C, eps)
+        ctx.save_for_backward(total, weight_C, scale)
+        ctx.add = residual is not None
+        return total, y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dtotal, dy):
+        dx, dweight_C = (dtotal, None) if dy is None else rms_norm_backward(dy, *ctx.saved_tensors, dtotal)
+        return dx, dx if ctx.add else None, dweight_C, None
 
 
 def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor, *, dgate: Tensor, dup: Tensor):
@@ -121,9 +140,8 @@ def rms_norm(x: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     return RMSNorm.apply(x, weight_C, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    total = x + residual
-    return total, rms_norm(total, weight_C, eps)
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return AddRMSNorm.apply(x, residual, weight_C, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

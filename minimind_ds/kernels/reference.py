@@ -64,9 +64,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (weight * (wide * scale)).to(x.dtype)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """total = x + residual, and rms_norm(total)."""
-    total = x + residual
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """total = x + residual (x itself without one), and rms_norm(total)."""
+    total = x if residual is None else x + residual
     return total, rms_norm(total, weight, eps)
 
 

@@ -30,6 +30,7 @@ from minimind_ds.kernels import parse as parse_kernels
 from minimind_ds.model.rotary import Rotary
 
 from . import loss
+from .product import chained_product
 
 if TYPE_CHECKING:
     from minimind_ds.data.packing import PackedBatch
@@ -76,23 +77,26 @@ def kernel_requirements(config: ModelConfig) -> KernelRequirements:
     return KernelRequirements(config.head_dim, config.dropout)
 
 
-class RMSNorm(nn.Module):
+class Norm(nn.Module):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x: Tensor, context: ForwardContext) -> Tensor:
-        return kernels.rms_norm(x, self.weight, self.eps, backend=context.kernels.elementwise)
 
-
-class ResidualNorm(RMSNorm):
-    def forward(self, x: Tensor, residual: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor]:
-        """-> x + residual, and its norm."""
+class ResidualNorm(Norm):
+    def forward(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> tuple[Tensor, Tensor]:
+        """-> x + residual (x itself without one), and its norm."""
         return kernels.add_rms_norm(x, residual, self.weight, self.eps, backend=context.kernels.elementwise)
 
 
-class HeadNorm(RMSNorm):
+class FinalNorm(ResidualNorm):
+    def forward(self, x: Tensor, residual: Tensor | None, context: ForwardContext) -> Tensor:
+        """-> the norm of x + residual."""
+        return super().forward(x, residual, context)[1]
+
+
+class HeadNorm(Norm):
     def forward(self, x_THD: Tensor, context: ForwardContext) -> Tensor:
         """-> each head normalised and rotated to its position."""
         return rotate(x_THD, self.weight, self.eps, context)
@@ -108,8 +112,10 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None):
         super().__init__(in_features, out_features, bias=False, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, hand_on: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """-> the product; with hand_on also x, for the next module that reads it (product.py says who may)."""
+        weight = self.weight.to(x.dtype)
+        return chained_product(x, weight) if hand_on else F.linear(x, weight)
 
 
 class Attention(nn.Module):
@@ -126,8 +132,9 @@ class Attention(nn.Module):
             self.k_norm = HeadNorm(D, config.rms_norm_eps)
 
     def forward(self, x_TC: Tensor, context: ForwardContext) -> Tensor:
-        q_THD, k_THD, v_THD = (proj(x_TC).unflatten(-1, (-1, self.head_dim))
-                               for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, x_TC = self.q_proj(x_TC, hand_on=True)
+        k, x_TC = self.k_proj(x_TC, hand_on=True)
+        q_THD, k_THD, v_THD = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k, self.v_proj(x_TC)))
         if self.qk_norm:
             q_THD, k_THD = self.q_norm(q_THD, context), self.k_norm(k_THD, context)
         else:
@@ -145,8 +152,8 @@ class FeedForward(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x_TC: Tensor, context: ForwardContext) -> Tensor:
-        return self.down_proj(kernels.swiglu(self.gate_proj(x_TC), self.up_proj(x_TC),
-                                             backend=context.kernels.elementwise))
+        gate_TI, x_TC = self.gate_proj(x_TC, hand_on=True)
+        return self.down_proj(kernels.swiglu(gate_TI, self.up_proj(x_TC), backend=context.kernels.elementwise))
 
 
 class Experts(nn.Module):
@@ -172,8 +179,9 @@ class MoEFeedForward(nn.Module):
 
     def forward(self, x_TC: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """-> output (T, C), balance loss, choices per expert (E,); the last two None when not asked for."""
+        logits_TE, x_TC = self.gate(x_TC, hand_on=True)
         weights_TK, experts_TK, counts_GE, scores_GE = kernels.route(
-            self.gate(x_TC), self.config.num_experts_per_tok, self.config.norm_topk_prob, context.group_T,
+            logits_TE, self.config.num_experts_per_tok, self.config.norm_topk_prob, context.group_T,
             context.n_groups, backend=context.kernels.router)
         y_TC = self.experts(x_TC, weights_TK, experts_TK, context.kernels.moe)
         if context.group_T is None:
@@ -202,19 +210,21 @@ def balance_loss(counts_GE: Tensor, scores_GE: Tensor, k: int, *, total_GE: Tens
 class Block(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = ResidualNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MoEFeedForward(config) if config.use_moe else FeedForward(config)
         self.use_moe = config.use_moe
 
-    def forward(self, x_TC: Tensor, context: ForwardContext) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        attended_TC = self.self_attn(self.input_layernorm(x_TC, context), context)
+    def forward(self, x_TC: Tensor, y_TC: Tensor | None,
+                context: ForwardContext) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """The layer of x + y (of x where y is None) -> x and y that the next norm adds, balance loss, choices (E,)."""
+        x_TC, normed_TC = self.input_layernorm(x_TC, y_TC, context)
+        attended_TC = self.self_attn(normed_TC, context)
         x_TC, normed_TC = self.post_attention_layernorm(attended_TC, x_TC, context)
         if not self.use_moe:
-            return x_TC + self.mlp(normed_TC, context), None, None
-        y_TC, balance, counts_E = self.mlp(normed_TC, context)
-        return x_TC + y_TC, balance, counts_E
+            return x_TC, self.mlp(normed_TC, context), None, None
+        return x_TC, *self.mlp(normed_TC, context)
 
 
 class Decoder(nn.Module):
@@ -222,7 +232,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = FinalNorm(config.hidden_size, config.rms_norm_eps)
         self.dropout = config.dropout
 
     def forward(self, ids_T: Tensor, context: ForwardContext,
@@ -230,16 +240,18 @@ class Decoder(nn.Module):
         """-> hidden (T, C), the balance losses and the expert counts of the layers that have them."""
         x_TC = self.embed_tokens(ids_T).to(context.kernels.activations)
         x_TC = F.dropout(x_TC, self.dropout, self.training)
-        balances, counts = [], []
+        y_TC, balances, counts = None, [], []
         for layer in self.layers:
             if remember:
-                x_TC, balance, counts_E = layer(x_TC, context)
+                x_TC, y_TC, balance, counts_E = layer(x_TC, y_TC, context)
             else:
-                x_TC, balance, counts_E = checkpoint(layer, x_TC, context, use_reentrant=False)
+                # A checkpoint keeps what its layer is given: one tensor, not two.  The sum has the same bits.
+                x_TC = x_TC if y_TC is None else x_TC + y_TC
+                x_TC, y_TC, balance, counts_E = checkpoint(layer, x_TC, None, context, use_reentrant=False)
             if balance is not None:
                 balances.append(balance)
                 counts.append(counts_E)
-        return self.norm(x_TC, context), balances, counts
+        return self.norm(x_TC, y_TC, context), balances, counts
 
 
 class Head(Linear):

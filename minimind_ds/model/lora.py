@@ -82,8 +82,11 @@ class AdaptedLinear(Linear):
         super().__init__(base.in_features, base.out_features, device="meta")
         self.weight, self.lora = base.weight, adapter
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.lora(x)
+    def forward(self, x: Tensor, hand_on: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        if not hand_on:
+            return super().forward(x) + self.lora(x)
+        y, x = super().forward(x, hand_on=True)
+        return y + self.lora(x), x
 
 
 def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -69,15 +69,16 @@ class StepStats:
 
 
 class StepSums:
-    """This rank's share of what a step's one all-reduce carries, and that all-reduce."""
+    """This rank's share of what a step's one all-reduce carries, that all-reduce, and the host's one read of it."""
 
     class Reduced(NamedTuple):
-        """Sums over all ranks; forward_s is each rank's own."""
+        """Sums over all ranks; forward_s is each rank's own.  norms: what was read with them."""
 
         ce_sum: float
         aux_sum: float
         stop_requests: float
         forward_s: list[float]
+        norms: list[float]
 
     def __init__(self, world: World):
         self.world, self.micro_losses = world, []
@@ -88,13 +89,49 @@ class StepSums:
         self.values[:2] += torch.stack([out.loss_sum.detach().double(), out.aux_loss.detach().double() * n_tokens])
         self.micro_losses.append(out.loss_sum.detach())
 
-    def reduce(self, *, stop_asked: bool, forward_s: float) -> Reduced:
+    def reduce(self, *, stop_asked: bool, forward_s: float) -> None:
         """Collective, once per step."""
         self.values[2], self.values[3 + self.world.rank] = float(stop_asked), forward_s
         if self.world.size > 1:
             dist.all_reduce(self.values)
-        ce_sum, aux_sum, stop_requests, *times = self.values.tolist()
-        return self.Reduced(ce_sum, aux_sum, stop_requests, times)
+
+    def read(self, norms: list[torch.Tensor]) -> Reduced:
+        """Waits for the device, once for all."""
+        more = torch.stack(norms).to(self.values) if norms else self.values[:0]
+        ce_sum, aux_sum, stop_requests, *others = torch.cat([self.values, more]).tolist()
+        return self.Reduced(ce_sum, aux_sum, stop_requests, others[:self.world.size], others[self.world.size:])
+
+
+class Verdict:
+    """What becomes of a step: decided once, between the reduction of its gradients and the update, alike on all ranks.
+
+    Called with the gradients' norms (engine.take_norms), it reads them together with the step's sums, which is the
+    step's one wait for the device, sets optimizer.skip_update and gives the norms back as numbers.
+
+    total: the sums, None until called.  loss, aux: nats per labelled token, the balance loss.  note: what is wrong
+    with the loss.
+    """
+
+    def __init__(self, prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at: Position, sums: StepSums):
+        self.prepared, self.live, self.plan, self.at, self.sums = prepared, live, plan, at, sums
+        self.total = None
+
+    def __call__(self, norms: list[torch.Tensor]) -> list[float]:
+        """Raises NonFinite as check_loss does, and for gradients (with fp16 DeepSpeed lowers the loss scale)."""
+        facts = self.plan.facts(self.at.epoch_step)
+        self.total = self.sums.read(norms)
+        self.live.beat(f"step {self.at.step}: update")
+        self.loss, self.aux = self.total.ce_sum / max(facts.n_labelled, 1), self.total.aux_sum / max(facts.n_tokens, 1)
+        skip, self.note = check_loss(self.prepared, self.live, self.plan, self.at,
+                                     self.loss if math.isfinite(self.aux) else self.aux, self.sums.micro_losses)
+        sound = all(math.isfinite(norm) and norm >= 0 for norm in self.total.norms)
+        if not sound and not skip and self.prepared.run.dtype != "fp16":
+            self.refuse_gradients()
+        self.live.engine.basic_optimizer.skip_update = skip
+        return self.total.norms
+
+    def refuse_gradients(self) -> NoReturn:
+        raise NonFinite(f"a gradient is not finite; {where(self.prepared, self.plan, self.at)}")
 
 
 def fetch(prepared: PreparedRun, epoch: int, plan: loader.EpochPlan, steps: range) -> Iterator[PackedBatch]:
@@ -133,35 +170,54 @@ def train_step(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at:
     rates = engine.learning_rates(ds_engine)
     facts, sums, timer = plan.facts(at.epoch_step), StepSums(world), ForwardTimer(world.device)
     live.beat(f"step {at.step}: forward and backward")
-    scale = deepspeed_compat.norm_scale(ds_engine, prepared.stage)
     ds_engine.train()
+    scale = deepspeed_compat.loss_scale(ds_engine)
     for micro in range(run.accumulation_steps):
         batch = next(batches).to(world.device, non_blocking=True)
         with timer:
             out = ds_engine(batch)
-        ds_engine.backward(scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
-                                       step_real=facts.n_tokens, dp_world=world.size), scale_wrt_gas=False)
+        loss = scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
+                           step_real=facts.n_tokens, dp_world=world.size)
+        ds_engine.backward(loss if scale == 1.0 else loss * scale, scale_wrt_gas=False)
         sums.add(out, batch.n_tokens)
-        if micro + 1 == run.accumulation_steps:
-            # Once per step, before the update, and the same on every rank.
-            total = sums.reduce(stop_asked=live.stop.asked is not None, forward_s=live.forward_s)
-            loss, aux = total.ce_sum / max(facts.n_labelled, 1), total.aux_sum / max(facts.n_tokens, 1)
-            live.forward_s = timer.take()
-            optimizer.skip_update, note = check_loss(prepared, live, plan, at, loss if math.isfinite(aux) else aux,
-                                                sums.micro_losses)
-            norm = deepspeed_compat.clip_gradients(ds_engine, run.grad_clip)
-            live.beat(f"step {at.step}: update")
-        update(prepared, ds_engine, plan, at)
-    if norm is None:
-        norm = engine.grad_norm(ds_engine, scale)
+        if micro + 1 < run.accumulation_steps:
+            # It only counts.
+            ds_engine.step()
+    # Once per step, before the update, and the same on every rank.
+    sums.reduce(stop_asked=live.stop.asked is not None, forward_s=live.forward_s)
+    verdict = Verdict(prepared, live, plan, at, sums)
+    norm = update(ds_engine, verdict)
+    live.forward_s = timer.take()
     skipped = optimizer.skip_update or not ds_engine.was_step_applied()
     optimizer.skip_update = False
     if not skipped:
-        live.spikes.record(loss)
-    return StepStats(loss=loss, aux_loss=aux, lr=rates[0], lr_groups=rates if len(set(rates)) > 1 else None,
-                     grad_norm=norm, tokens=facts.n_tokens, labelled_tokens=facts.n_labelled, packing_fill=facts.fill,
-                     step_s=time.perf_counter() - began, stop_requested=total.stop_requests > 0, skipped=skipped,
-                     note=note, slow_rank=slowest(total.forward_s, live.hosts))
+        live.spikes.record(verdict.loss)
+    return StepStats(loss=verdict.loss, aux_loss=verdict.aux, lr=rates[0],
+                     lr_groups=rates if len(set(rates)) > 1 else None, grad_norm=norm, tokens=facts.n_tokens,
+                     labelled_tokens=facts.n_labelled, packing_fill=facts.fill, step_s=time.perf_counter() - began,
+                     stop_requested=verdict.total.stop_requests > 0, skipped=skipped, note=verdict.note,
+                     slow_rank=slowest(verdict.total.forward_s, live.hosts))
+
+
+def update(ds_engine, verdict: Verdict) -> float | None:
+    """The step's last engine.step(), and the verdict before it changes anything.  -> the norm before clipping."""
+    run = verdict.prepared.run
+    # The loss scale may change in the update.
+    scale = deepspeed_compat.norm_scale(ds_engine)
+    norm = deepspeed_compat.clip_gradients(ds_engine, run.grad_clip)
+    ds_engine.before_update = verdict
+    if norm is not None:
+        engine.take_norms(ds_engine, [norm])
+    elif not ds_engine.takes_norms:
+        verdict([])
+    ds_engine.step()
+    ds_engine.before_update = None
+    if verdict.total is None:
+        # fp16: DeepSpeed found that the loss scale was too high, and lowered it.
+        verdict([])
+    if not (ds_engine.was_step_applied() or run.dtype == "fp16" or ds_engine.basic_optimizer.skip_update):
+        verdict.refuse_gradients()
+    return engine.grad_norm(ds_engine, scale) if norm is None else verdict.total.norms[0]
 
 
 def finite(value: float | None) -> float | None:
@@ -188,19 +244,6 @@ def check_loss(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at:
     if policy == "skip" and not live.spikes.skip():
         raise NonFinite(f"{MOST_SKIPPED} steps in a row were skipped; {note}")
     return policy == "skip", note
-
-
-def update(prepared: PreparedRun, ds_engine, plan: loader.EpochPlan, at: Position) -> None:
-    """engine.step(): between accumulation boundaries it only counts.  A gradient that is not finite ends the run."""
-    try:
-        ds_engine.step()
-    except NonFinite as error:
-        raise NonFinite(f"{error}; {where(prepared, plan, at)}") from None
-    boundary = ds_engine.micro_steps % prepared.run.accumulation_steps == 0
-    # DeepSpeed skips such updates itself in half precision.  With fp16 the loss scale was too high: it is lowered.
-    skipping = prepared.run.dtype == "fp16" or ds_engine.basic_optimizer.skip_update
-    if boundary and not ds_engine.was_step_applied() and not skipping:
-        raise NonFinite(f"a gradient is not finite; {where(prepared, plan, at)}")
 
 
 def where(prepared: PreparedRun, plan: loader.EpochPlan, at: Position) -> str:

@@ -42,9 +42,9 @@ OPERATIONS = {
                      ("x", "gate_up", "down", "weights"), ("out",)),
     "route": Signature(("logits", "k", "norm", "group", "n_groups"), ("logits", "group"), ("logits",),
                        ("weights", "experts", "counts", "scores")),
-    # A row's length that is taken as a root and squared again is rounded twice more, for the whole row.
+    # A row's length that is taken as a root and squared again is rounded twice more, for the whole row.  The first
+    # layer's residual is None.
     "norm_rope": Signature(("x", "weight", "cos", "sin", "eps"), ("x", "cos", "sin"), ("x", "weight"), ("out",), 2),
-    "rms_norm": Signature(("x", "weight", "eps"), ("x",), ("x", "weight"), ("out",), 2),
     "add_rms_norm": Signature(("x", "residual", "weight", "eps"), ("x", "residual"), ("x", "residual", "weight"),
                               ("total", "out"), 2),
     "swiglu": Signature(("gate", "up"), ("gate", "up"), ("gate", "up"), ("out",)),

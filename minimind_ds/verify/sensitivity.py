@@ -52,7 +52,7 @@ def operations_of(b: ReducedRun) -> dict[str, str]:
     """The operations that the run's model has, and the backend that runs each."""
     choice = kernels.resolve(b.spec, b.prepared.world.device, DTYPES[b.prepared.run.dtype],
                              kernel_requirements(b.config))
-    elementwise = ("rms_norm", "add_rms_norm", "token_losses", *(() if b.config.use_moe else ("swiglu",)))
+    elementwise = ("add_rms_norm", "token_losses", *(() if b.config.use_moe else ("swiglu",)))
     found = {"attention": choice.attention, "norm_rope": choice.rope, **dict.fromkeys(elementwise, choice.elementwise)}
     return found | ({"moe": choice.moe, "route": choice.router} if b.config.use_moe else {})
 

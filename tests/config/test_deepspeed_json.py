@@ -65,6 +65,13 @@ def test_hugging_face_files_full_of_auto_are_filled_in(tmp_path):
     assert scheduler["warmup_max_lr"] == run.learning_rate
 
 
+@pytest.mark.parametrize("said, expected", [({}, False), ({"check_grad_overflow": True}, True),
+                                            ({"check_grad_overflow": False}, False)])
+def test_deepspeed_checks_every_gradient_where_the_json_says_so(tmp_path, said, expected):
+    config, _ = resolved(tmp_path, {"bf16": {"enabled": True, **said}, "zero_optimization": {"stage": 2}})
+    assert config["bf16"]["check_grad_overflow"] is expected
+
+
 def test_a_number_only_the_json_gives_rules(tmp_path):
     config, run = resolved(tmp_path, {"gradient_clipping": 0.3, "train_micro_batch_size_per_gpu": 5,
                                       "gradient_accumulation_steps": 2, "bf16": {"enabled": True},

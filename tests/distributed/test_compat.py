@@ -5,6 +5,8 @@ has it.
 """
 
 import inspect
+import json
+import pkgutil
 import re
 import warnings
 from importlib.metadata import version
@@ -59,11 +61,45 @@ def test_moments_are_still_linked_once():
     upstream_mended("link_moments", "_hp_optimizer_states_linked" not in source)
 
 
+def test_norms_and_updates_are_still_taken_parameter_by_parameter():
+    stage_1_and_2 = source_of("deepspeed.runtime.zero.stage_1_and_2", "DeepSpeedZeroOptimizer")
+    upstream_mended("take_norm_once", "_foreach_norm" in stage_1_and_2)
+    unfused = source_of("deepspeed.runtime.fp16.unfused_optimizer", "FP16_UnfusedOptimizer")
+    upstream_mended("update_together", "_foreach" in unfused)
+
+
+def test_an_update_with_one_wait_is_deepspeeds_own(tmp_path, deepspeed):
+    deepspeed(2, "tests/distributed/ranks/updates.py", str(tmp_path))
+    found = json.loads((tmp_path / "updates.json").read_text())
+    for stage in range(4):
+        bad, good = found.pop(f"overflow {stage}")
+        assert bad["skipped"] and not bad["moved"] and bad["norm"] is None and bad["loss"] > 0, stage
+        assert not good["skipped"] and good["moved"] and good["norm"] > 0, stage
+    for name, case in found.items():
+        assert case["taken"] == (not name.startswith("fused")), name
+        if name in ("bf16 0", "fp16 0"):
+            # DeepSpeed's norm is off by 1e-4, so the clipped gradients are; the rate is 1e-2.
+            assert case["norms"] == pytest.approx(case["their_norms"], rel=1e-3) and case["apart"] < 1e-3, name
+        else:
+            assert case["equal"], name
+    for name in ("bf16 1", "bf16 2", "bf16 3", "fp16 1", "fp32 1", "experts 1", "experts 3"):
+        assert found[name]["norms"] == found[name]["their_norms"], name
+    first = {name: case["norms"][0] for name, case in found.items()}
+    assert first["bf16 0"] == pytest.approx(first["bf16 1"], rel=1e-6)
+    # The loss scale is in none of them.
+    assert [first["fp16 0"], first["fused fp16"]] == pytest.approx([first["fp16 1"]] * 2, rel=1e-3)
+
+
 @pytest.mark.parametrize("module, names", [
     ("deepspeed.sequence.layer", ["_SeqAllToAll"]),
     ("deepspeed.module_inject.auto_ep_layer", ["AutoEPMoELayer", "_AllToAllV"]),
     ("deepspeed.utils.groups", ["_get_expert_parallel_group", "_create_expert_and_data_parallel"]),
+    ("deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer",
+     ["scaled_global_norm", "get_grad_norm_direct", "check_overflow"]),
+    ("deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3", ["_get_norm_groups"]),
+    ("deepspeed.runtime.fp16.unfused_optimizer.FP16_UnfusedOptimizer",
+     ["_skip_invalid_grad_norm", "_update_scale", "unscale_and_clip_grads"]),
 ])
 def test_what_is_reached_into_is_there(module, names):
-    reached = __import__(module, fromlist=names)
+    reached = pkgutil.resolve_name(module)
     assert not [name for name in names if not hasattr(reached, name)]

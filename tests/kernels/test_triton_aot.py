@@ -2,20 +2,23 @@
 
 The host code that starts the kernels in earnest runs on CPU tensors; its launches become compiles (aot.py).
 What is held: nothing spills to memory, half-precision products are matrix instructions of the target (HGMMA on
-sm_90, HMMA on sm_80), and shared memory fits.  The table is printed with -s, or by
+sm_90, HMMA on sm_80), shared memory fits, and kernels bound by memory move 16 bytes a thread at once.  The table is
+printed with -s, or by
 
     python -m tests.kernels.triton.aot tests.kernels.test_triton_aot:default 90
 """
 
+import functools
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
-from .triton import ROOT, environment
+from .triton import ROOT, environment, table
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 # heads, key heads, head size, dtype: MiniMind-3, and what else is allowed.
 DEFAULT = [(8, 4, 96, "bfloat16")]
@@ -49,13 +52,16 @@ def others():
 
 
 def elementwise():
-    """Norms, SwiGLU and losses at MiniMind-3's sizes, and a vocabulary that is read twice."""
+    """Norms, SwiGLU and losses at MiniMind-3's sizes, and a vocabulary that is read twice.
+
+    251 tokens: whether kernels move 16 bytes at once must not depend on how many tokens there are.
+    """
     import torch
 
     from minimind_ds.kernels.triton import elementwise as triton_elementwise
 
     for dtype in (torch.bfloat16, torch.float32):
-        x, gate = (torch.zeros(256, size, dtype=dtype, requires_grad=True) for size in (768, 2432))
+        x, gate = (torch.zeros(251, size, dtype=dtype, requires_grad=True) for size in (768, 2432))
         total, y = triton_elementwise.add_rms_norm(x, x, torch.ones(768, dtype=dtype), 1e-6)
         (total + y + triton_elementwise.rms_norm(x, torch.ones(768, dtype=dtype), 1e-6)).sum().backward()
         triton_elementwise.swiglu(gate, gate).sum().backward()
@@ -63,9 +69,9 @@ def elementwise():
             triton_elementwise.token_losses(torch.zeros(4, vocabulary, dtype=dtype), torch.zeros(4, dtype=torch.int64))
 
 
-def resources(function: str, arch: int) -> list[dict]:
-    command = [sys.executable, "-m", "tests.kernels.triton.aot", f"tests.kernels.test_triton_aot:{function}",
-               str(arch)]
+@functools.cache
+def resources(function: str, arch: int, module: str = "test_triton_aot") -> list[dict]:
+    command = [sys.executable, "-m", "tests.kernels.triton.aot", f"tests.kernels.{module}:{function}", str(arch)]
     done = subprocess.run(command, cwd=ROOT, env=environment(interpret=False), capture_output=True, text=True,
                           timeout=1800)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -78,7 +84,7 @@ def row(found: dict) -> str:
     shape = f"{heads} {sizes.get('D', ''):<3} {found['dtypes'][0]:8}"
     return (f"sm_{found['arch']} {found['kernel']:21} {shape} warps {found['warps']} registers {found['registers']:3} "
             f"stack {found['stack']} shared {found['shared']:6} HGMMA {counts['HGMMA']:2} HMMA {counts['HMMA']:3} "
-            f"blocks/SM {found['blocks_per_sm']}")
+            f"blocks/SM {found['blocks_per_sm']} loads {found['loads']} stores {found['stores']}")
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -116,3 +122,34 @@ def test_elementwise_kernels_do_not_spill(arch):
         counts = found["counts"]
         assert found["stack"] <= 8 and max(counts["STL"], counts["LDL"]) <= 1, row(found)
         assert found["blocks_per_sm"] >= 2, row(found)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_elementwise_kernels_move_whole_sixteen_bytes_and_read_a_row_of_logits_once(arch):
+    ours = resources("elementwise", arch) + [
+        found for found in resources("default", arch) if found["kernel"].startswith("rope")]
+    router = [found for found in resources("launches", arch, "test_triton_moe") if found["kernel"].startswith("route")]
+    half = [found for found in ours + router if found["dtypes"][0] == "bfloat16"]
+    # Eight as above, norm + rotary of queries and of keys each way, the router each way.
+    assert len(half) == 8 + 4 + 2
+    for found in half:
+        moved = found["loads"], found["stores"]
+        # Two bytes at once is one number at once.  A router's row is four experts, 8 bytes.
+        assert not any(width in way for width in ("1", "2") for way in moved), row(found)
+        assert all(way.get("8" if found in router else "16") for way in moved), row(found)
+    losses = [found for found in ours
+              if found["kernel"] == "token_loss_kernel" and found["constants"]["V"] <= found["constants"]["BLOCK"]]
+    assert [found["dtypes"][0] for found in losses] == ["bfloat16", "float32"]
+    for found in losses:
+        row_bytes = found["constants"]["V"] * {"bfloat16": 2, "float32": 4}[found["dtypes"][0]]
+        assert row_bytes <= found["loads"]["16"] * 16 * 32 * found["warps"] < 2 * row_bytes, row(found)
+
+
+def test_the_page_shows_what_the_compiler_makes():
+    pinned = re.search(r"^triton==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    if triton.__version__ != pinned:
+        pytest.skip(f"docs/KERNELS.md has the figures of triton {pinned}, not {triton.__version__}")
+    found = [one for arch in (90, 80) for function, module in (
+        ("default", "test_triton_aot"), ("elementwise", "test_triton_aot"), ("launches", "test_triton_moe"))
+        for one in resources(function, arch, module)]
+    assert table.on_the_page() == table.table(found), "python -m tests.kernels.triton.table --write"

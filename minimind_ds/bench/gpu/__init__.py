@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import json
 import os
 import pathlib
 import shutil
@@ -25,7 +24,7 @@ from minimind_ds.bench import supervise
 from minimind_ds.bench.supervise import Group
 from minimind_ds.paths import LAUNCH
 
-from . import summary
+from . import children, summary
 
 SECONDS, INTERPRETED = 540, 6
 PROGRAM = (sys.executable, "-m", "minimind_ds.bench.gpu")
@@ -65,8 +64,6 @@ def main(argv: list[str]) -> int:
     """-> 0, 1 if a result of ours is wrong or missing, 2 if nothing could be run."""
     args = parse(argv)
     if args.child:
-        from . import children
-
         return children.run(args.child, args.out, small=args.small, folder=args.work)
     began, out = time.monotonic(), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -83,7 +80,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "OUT_DIR, refreshed after each part."))
     p.add_argument("out", type=pathlib.Path, metavar="OUT_DIR")
     p.add_argument("--seconds", type=float, default=SECONDS, help="for all of it (default: %(default)s)")
-    p.add_argument("--parts", default=",".join(names), help="which, in this order (default: all: %(default)s)")
+    p.add_argument("--parts", default=",".join(names),
+                   help="which, or PART/GROUP for one of its processes (default: %(default)s)")
     p.add_argument("--wheels", metavar="DIR", help="packages that this machine lacks, as made by --make_wheels")
     p.add_argument("--make_wheels", metavar="DIR", help="instead, on a machine with a network: fetch them")
     p.add_argument("--limits", default="", help="other limits of parts: NAME=SECONDS, comma-separated")
@@ -97,9 +95,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
             pair.split("=") for pair in args.limits.split(",") if pair)}
     except ValueError:
         p.error(f"--limits {args.limits}: write NAME=SECONDS, comma-separated")
-    unknown = (set(args.parts) | set(args.limits)) - set(names)
+    known = {*names, *(f"{part.name}/{group}" for part in PARTS for group in part.groups)}
+    unknown = (set(args.parts) - known) | (set(args.limits) - set(names))
     if unknown:
-        p.error(f"no part {sorted(unknown)[0]!r}; there are {', '.join(names)}")
+        p.error(f"no part {sorted(unknown)[0]!r}; there are {', '.join(sorted(known))}")
     return args
 
 
@@ -115,8 +114,11 @@ class Check:
 
     def run(self) -> int:
         for part in PARTS:
-            if part.name not in self.args.parts and part.name != "imports":
+            chosen = tuple(group for group in part.groups if part.name == "imports" or part.name in self.args.parts
+                           or f"{part.name}/{group}" in self.args.parts)
+            if not chosen:
                 continue
+            part = part._replace(groups=chosen)
             stretch = 1 if self.cuda or part.name == "imports" else INTERPRETED
             # Some seconds are kept for the last summary.
             seconds = min(self.args.limits.get(part.name, part.seconds * stretch), self.left() - 5)
@@ -182,6 +184,3 @@ class Check:
             os.unlink(trace)
         return document
 
-
-def load(path: pathlib.Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))

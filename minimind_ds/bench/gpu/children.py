@@ -9,7 +9,8 @@ import functools
 import importlib
 import pathlib
 import time
-from collections.abc import Iterator
+
+from minimind_ds.bench.supervise import write
 
 # What has to be there, and the package that brings it where the names differ.
 MODULES = {"torch": "", "triton": "", "numpy": "", "deepspeed": "", "transformers": "", "tokenizers": "",
@@ -37,27 +38,13 @@ def run(name: str, file: pathlib.Path, *, small: bool, folder: pathlib.Path) -> 
         interpreter.OPTIONS.races = False
     setting = Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"), small)
     rates = functools.partial(rate_of, torch.bfloat16, setting) if part in ("products", "variants") else None
+    module = "variants" if name.endswith("_variants") else "products" if part == "products" else "training"
+    items = importlib.import_module(f"minimind_ds.bench.gpu.{module}").items
     return run_items(items(part, name, setting, folder), part, file, LIMIT_SMALL if small else LIMIT, rates)
-
-
-def items(part: str, name: str, setting, folder: pathlib.Path) -> Iterator:
-    if name.endswith("_variants"):
-        from . import variants
-
-        return variants.items(name.removesuffix("_variants"), setting, timed=part == "variants")
-    if part == "products":
-        from . import products
-
-        return products.items(setting)
-    from . import training
-
-    return training.items(part, name, setting, folder)
 
 
 def check_imports(file: pathlib.Path) -> int:
     """One record: every package, or which are missing and what to do; and the machine."""
-    from minimind_ds.bench.supervise import write
-
     began, missing, seconds = time.perf_counter(), [], {}
     for module, package in MODULES.items():
         start = time.perf_counter()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import pathlib
 from collections.abc import Callable, Iterator
 
 import torch
@@ -15,19 +16,19 @@ from minimind_ds.bench.kernels import cases, measure
 from minimind_ds.bench.kernels.items import Item, Setting, rate_of
 
 
-def items(setting: Setting) -> Iterator[Item]:
+def items(part: str, name: str, setting: Setting, folder: pathlib.Path) -> Iterator[Item]:
     size = cases.SMALL if setting.small else cases.MINIMIND3
     T, C, V, N = size.T, size.C, size.V, min(4096, size.N)
     query, key, inner = size.H * size.D, size.HKV * size.D, size.I
     draw = functools.partial(tensor, setting.device)
-    for name, widths in {"q, k, v": (query, key, key), "gate, up": (inner, inner)}.items():
-        yield from shared_input(name, T, C, widths, draw, setting)
-    for name, (rows, k, n) in {"o": (T, query, C), "down": (T, inner, C), "head, a chunk": (N, C, V)}.items():
+    for what, widths in {"q, k, v": (query, key, key), "gate, up": (inner, inner)}.items():
+        yield from shared_input(what, T, C, widths, draw, setting)
+    for what, (rows, k, n) in {"o": (T, query, C), "down": (T, inner, C), "head, a chunk": (N, C, V)}.items():
         x, w, dy = draw(rows, k), draw(n, k), draw(rows, n)
         flops = 2.0 * rows * k * n
-        yield timed(f"{name}: forward", lambda x=x, w=w: x @ w.T, flops, setting)
-        yield timed(f"{name}: dx", lambda dy=dy, w=w: dy @ w, flops, setting)
-        yield timed(f"{name}: dw", lambda dy=dy, x=x: dy.T @ x, flops, setting)
+        yield timed(f"{what}: forward", lambda x=x, w=w: x @ w.T, flops, setting)
+        yield timed(f"{what}: dx", lambda dy=dy, w=w: dy @ w, flops, setting)
+        yield timed(f"{what}: dw", lambda dy=dy, x=x: dy.T @ x, flops, setting)
 
 
 def shared_input(name: str, T: int, C: int, widths: tuple[int, ...], draw: Callable, setting: Setting) -> Iterator:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import pathlib
 from collections.abc import Iterator
 from dataclasses import replace
 from types import ModuleType
@@ -47,22 +48,22 @@ class Variant(NamedTuple):
 
 
 def attention_variants() -> Iterator[Variant]:
-    """Rows x keys; warps, stages: of the forward kernel, the query gradient, the key gradient."""
+    """Rows x keys; warps, stages (and a bound for registers) of each of the three kernels."""
     kinds = {
-        "forward": [(64, 32, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 128, 4, 2), (128, 64, 8, 2), (128, 64, 4, 2),
-                    (128, 128, 8, 2)],
-        "query_gradient": [(64, 32, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3), (128, 64, 8, 2)],
-        "key_gradient": [(32, 64, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (32, 128, 8, 2), (64, 128, 8, 2)],
+        "forward": [(64, 32, 4, 2), (64, 32, 4, 4), (64, 32, 4, 3, 104), (64, 64, 4, 2, 168), (64, 64, 4, 3)],
+        "query_gradient": [(64, 32, 4, 3), (64, 32, 4, 4), (64, 32, 4, 2, 104)],
+        "key_gradient": [(32, 64, 4, 2), (64, 64, 4, 2), (32, 64, 4, 3, 168), (16, 64, 4, 3)],
     }
-    long_too = {(128, 64, 8, 2), (128, 128, 8, 2), (64, 128, 8, 2)}
+    long_too = {(64, 64, 4, 2, 168), (64, 64, 4, 3), (64, 64, 4, 2)}
     for size in (cases.MINIMIND3, LONG):
         yield Variant("attention", "as shipped", size=size)
         for kernel, all_sizes in kinds.items():
             for sizes in all_sizes:
                 if size is LONG and sizes not in long_too:
                     continue
-                yield Variant("attention", f"{kernel} {sizes[0]} x {sizes[1]}; {sizes[2]}, {sizes[3]}", attention,
-                              "config", functools.partial(other_config, attention.config, kernel, sizes), size)
+                label = f"{kernel} {sizes[0]} x {sizes[1]}; {', '.join(map(str, sizes[2:]))}"
+                yield Variant("attention", label, attention, "config",
+                              functools.partial(other_config, attention.config, kernel, sizes), size)
 
 
 def other_config(shipped, kernel: str, sizes: tuple, asked: str, D: int, dtype: torch.dtype, arch: int):
@@ -113,10 +114,11 @@ def elementwise_variants() -> Iterator[Variant]:
     yield Variant("head_loss", "as shipped")
 
 
-def items(name: str, setting: Setting, *, timed: bool) -> Iterator[Item]:
+def items(part: str, name: str, setting: Setting, folder: pathlib.Path) -> Iterator[Item]:
     """Checked at few tokens (and compiled by the way, so that the clock need not wait), or timed at MiniMind's."""
-    found = {"attention": attention_variants, "experts": experts_variants, "elementwise": elementwise_variants}[name]
-    for variant in list(found())[:3 if setting.small else None]:
+    timed, found = part == "variants", {"attention_variants": attention_variants, "experts_variants": experts_variants,
+                                        "elementwise_variants": elementwise_variants}
+    for variant in list(found[name]())[:3 if setting.small else None]:
         size = variant.size if timed else replace(variant.size, T=4096, N=1024)
         size = cases.SMALL if setting.small else size
         where = " long documents" if variant.size is LONG else ""

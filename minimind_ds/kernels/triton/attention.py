@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .host import architecture, on, rows
+from .operator import operator
 from .schedule import schedule
 
 # Softmax runs in base 2: exp2 is one instruction.
@@ -289,9 +290,9 @@ def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
                 "key_gradient": Config(16, 32, 4, 2)}[kernel]
     if arch // 10 in (9, 10):
         return {
-            "forward": Config(64, 64, 4, 2, 168 if D <= 96 else None),
-            "query_gradient": Config(64, 32, 4, 3),
-            "key_gradient": Config(64 if D <= 64 else 32, 64, 4, 2),
+            "forward": Config(64, 32, 4, 3),
+            "query_gradient": Config(64, 32, 4, 2),
+            "key_gradient": Config(64 if D <= 64 else 32, 64, 4, 3 if 64 < D <= 96 else 2),
         }[kernel]
     if kernel == "key_gradient" and (32 < D <= 48 or 64 < D <= 96):
         return Config(16, 64, 4, 2, 255)
@@ -322,8 +323,7 @@ def launch(kernel: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> 
     return Launch(tiles, len(tiles) * across, constants)
 
 
-@torch.library.custom_op("minimind_ds::packed_attention", mutates_args=())
-def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def apply(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """q (T, H, D), k and v (T, Hkv, D) -> out (T, H, D), and lse (H, T) in base 2."""
     q, k, v = rows(q), rows(k), rows(v)
     T, H, _ = q.shape
@@ -335,8 +335,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> tuple[Tensor
     return out, lse
 
 
-@torch.library.custom_op("minimind_ds::packed_attention_backward", mutates_args=())
-def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+def gradient(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
              cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """-> dq (T, H, D), dk and dv (T, Hkv, D)."""
     q, k, v, dout = rows(q), rows(k), rows(v), dout.contiguous()
@@ -351,17 +350,6 @@ def backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Te
     return dq, dk, dv
 
 
-@forward.register_fake
-def _(q, k, v, cu_seqlens):
-    T, H, _ = q.shape
-    return (q.new_empty(q.shape), q.new_empty(H, T, dtype=torch.promote_types(q.dtype, torch.float32)))
-
-
-@backward.register_fake
-def _(dout, q, k, v, out, lse, cu_seqlens):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
-
-
 def save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:3], *output)
     # By itself, so that backward finds the schedule on the very tensor that forward left it on.
@@ -369,13 +357,17 @@ def save(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def gradients(ctx, dout: Tensor | None, _dlse):
+def formula(gradient, ctx, dout: Tensor | None, _dlse):
     if dout is None:
         return None, None, None, None
-    return *backward(dout, *ctx.saved_tensors, ctx.cu_seqlens), None
+    return *gradient(dout, *ctx.saved_tensors, ctx.cu_seqlens), None
 
 
-forward.register_autograd(gradients, setup_context=save)
+packed_attention = operator(
+    "packed_attention", apply, gradient, save=save, formula=formula,
+    fake=lambda q, k, v, cu_seqlens: (q.new_empty(q.shape), q.new_empty(
+        q.shape[1], q.shape[0], dtype=torch.promote_types(q.dtype, torch.float32))),
+    fake_gradient=lambda dout, q, k, v, out, lse, cu_seqlens: tuple(x.new_empty(x.shape) for x in (q, k, v)))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, dropout_p: float) -> Tensor:
@@ -393,4 +385,4 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: i
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     if k.shape != v.shape or k.shape != (T, HKV, D) or H % HKV:
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit each other")
-    return forward(q, k, v, cu_seqlens)[0]
+    return packed_attention(q, k, v, cu_seqlens)[0]

@@ -9,6 +9,8 @@ norms' weights) are partial sums per program, added in a fixed order: two runs g
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from .host import on
 
 # Numbers of a norm's tile forward and backward, and tiles that a backward program goes through.
-TILE, BACK_TILE, TILES = 4096, 2048, 32
+TILE, BACK_TILE, TILES = 4096, 2048, 8
 # Numbers of a SwiGLU block, widest block of logits.
 BLOCK, LOGITS = 1024, 8192
 
@@ -72,18 +74,25 @@ def norm_gradient_kernel(dy_ptr, dsum_ptr, x_ptr, weight_ptr, dx_ptr, partial_pt
 
 
 @triton.jit(do_not_specialize=["n"])
-def swiglu_kernel(gate_ptr, up_ptr, y_ptr, n, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def swiglu_kernel(gate_ptr, up_ptr, y_ptr, n, I: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """y (n, I).
+
+    Where the mask ends is a multiple of the constant I, so that the compiler sees whole 16 bytes inside or outside of
+    it, for any n.  An end of which it knows nothing makes it load and store number by number.
+    """
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < n
+    inside = place < n.to(tl.int64) * I
     gate = tl.load(gate_ptr + place, mask=inside, other=0.0).to(ACC)
     up = tl.load(up_ptr + place, mask=inside, other=0.0).to(ACC)
     tl.store(y_ptr + place, (gate / (1 + tl.exp(-gate)) * up).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["n"])
-def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOCK: tl.constexpr, ACC: tl.constexpr):
+def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, I: tl.constexpr, BLOCK: tl.constexpr,
+                           ACC: tl.constexpr):
+    """dgate and dup (n, I); the mask is swiglu_kernel's."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < n
+    inside = place < n.to(tl.int64) * I
     dy = tl.load(dy_ptr + place, mask=inside, other=0.0).to(ACC)
     gate = tl.load(gate_ptr + place, mask=inside, other=0.0).to(ACC)
     up = tl.load(up_ptr + place, mask=inside, other=0.0).to(ACC)
@@ -95,29 +104,41 @@ def swiglu_gradient_kernel(dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n, BLOC
 
 @triton.jit
 def token_loss_kernel(logits_ptr, labels_ptr, losses_ptr, V: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr):
-    """One program a row: its loss, and softmax - one_hot in the logits' place.  V up to BLOCK is read once.
+    """One program a row: its loss, and softmax - one_hot in the logits' place.
 
-    No static_range: of a larger V the compiler would load all parts ahead, at the cost of a second block on the SM.
+    V up to BLOCK is read once and stays in registers; a larger V is read twice, part by part.  No static_range there:
+    the compiler would load all parts ahead, at the cost of a second block on the SM.
     """
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
-    most = tl.full([], float("-inf"), ACC)
-    total = tl.zeros([], ACC)
-    picked = tl.zeros([], ACC)
-    for first in range(0, V, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        logits = tl.load(logits_ptr + row * V + column, mask=column < V, other=float("-inf")).to(ACC)
-        higher = tl.maximum(most, tl.max(logits, 0))
-        total = total * tl.exp(most - higher) + tl.sum(tl.exp(logits - higher), 0)
-        picked += tl.sum(tl.where(column == label, logits, 0.0), 0)
-        most = higher
-    tl.store(losses_ptr + row, most - picked + tl.log(total))
-    for first in range(0, V, BLOCK):
-        column = first + tl.arange(0, BLOCK)
+    if V <= BLOCK:
+        column = tl.arange(0, BLOCK)
         place = logits_ptr + row * V + column
         logits = tl.load(place, mask=column < V, other=float("-inf")).to(ACC)
-        share = tl.exp(logits - most) / total - tl.where(column == label, 1.0, 0.0)
+        most = tl.max(logits, 0)
+        powers = tl.exp(logits - most)
+        total = tl.sum(powers, 0)
+        picked = tl.sum(tl.where(column == label, logits, 0.0), 0)
+        share = powers / total - tl.where(column == label, 1.0, 0.0)
         tl.store(place, share.to(logits_ptr.dtype.element_ty), mask=column < V)
+    else:
+        most = tl.full([], float("-inf"), ACC)
+        total = tl.zeros([], ACC)
+        picked = tl.zeros([], ACC)
+        for first in range(0, V, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            logits = tl.load(logits_ptr + row * V + column, mask=column < V, other=float("-inf")).to(ACC)
+            higher = tl.maximum(most, tl.max(logits, 0))
+            total = total * tl.exp(most - higher) + tl.sum(tl.exp(logits - higher), 0)
+            picked += tl.sum(tl.where(column == label, logits, 0.0), 0)
+            most = higher
+        for first in range(0, V, BLOCK):
+            column = first + tl.arange(0, BLOCK)
+            place = logits_ptr + row * V + column
+            logits = tl.load(place, mask=column < V, other=float("-inf")).to(ACC)
+            share = tl.exp(logits - most) / total - tl.where(column == label, 1.0, 0.0)
+            tl.store(place, share.to(logits_ptr.dtype.element_ty), mask=column < V)
+    tl.store(losses_ptr + row, most - picked + tl.log(total))
 
 
 def norm_constants(x: Tensor, eps: float, tile: int) -> dict:
@@ -164,16 +185,21 @@ class RMSNorm(Function):
 class AddRMSNorm(Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps):
+        ctx.set_materialize_grads(False)
         total, y = apply_norm(x, residual, weight, eps)
         ctx.save_for_backward(total, weight)
-        ctx.eps = eps
-        return total, y
+        ctx.eps, ctx.add = eps, residual is not None
+        return total if ctx.add else x.view_as(x), y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dsum, dy):
-        dx, dweight = norm_gradient(dy, dsum, *ctx.saved_tensors, ctx.eps)
-        return dx, dx, dweight, None
+        dx, dweight = (dsum, None) if dy is None else norm_gradient(dy, dsum, *ctx.saved_tensors, ctx.eps)
+        return dx, dx if ctx.add else None, dweight, None
+
+
+def swiglu_constants(x: Tensor) -> dict:
+    return dict(I=x.shape[-1], BLOCK=BLOCK, ACC=accumulator(x.dtype), num_warps=4)
 
 
 class SwiGLU(Function):
@@ -182,8 +208,8 @@ class SwiGLU(Function):
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
         with on(gate.device):
-            swiglu_kernel[(triton.cdiv(y.numel(), BLOCK),)](gate, up, y, y.numel(), BLOCK=BLOCK,
-                                                            ACC=accumulator(y.dtype), num_warps=4)
+            swiglu_kernel[(triton.cdiv(y.numel(), BLOCK),)](gate, up, y, math.prod(y.shape[:-1]),
+                                                            **swiglu_constants(y))
         return y
 
     @staticmethod
@@ -193,7 +219,7 @@ class SwiGLU(Function):
         dgate, dup = torch.empty_like(gate), torch.empty_like(up)
         with on(gate.device):
             swiglu_gradient_kernel[(triton.cdiv(dy.numel(), BLOCK),)](
-                dy.contiguous(), gate, up, dgate, dup, dy.numel(), BLOCK=BLOCK, ACC=accumulator(dy.dtype), num_warps=4)
+                dy.contiguous(), gate, up, dgate, dup, math.prod(dy.shape[:-1]), **swiglu_constants(dy))
         return dgate, dup
 
 
@@ -202,9 +228,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return RMSNorm.apply(x.contiguous(), weight, eps)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """total = x + residual, and rms_norm(total); all (..., C)."""
-    return AddRMSNorm.apply(x.contiguous(), residual.contiguous(), weight, eps)
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """total = x + residual (x itself without one), and rms_norm(total); all (..., C)."""
+    return AddRMSNorm.apply(x.contiguous(), None if residual is None else residual.contiguous(), weight, eps)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:

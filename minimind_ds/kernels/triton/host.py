@@ -22,8 +22,9 @@ def processors(device: torch.device) -> int:
 
 
 def on(device: torch.device):
-    """Kernels start on the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    """Kernels start on the current device: make it the tensors', where it is another."""
+    elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    return torch.cuda.device(device) if elsewhere else contextlib.nullcontext()
 
 
 def rows(x: Tensor) -> Tensor:

@@ -17,9 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .host import on, rows
+from .operator import operator
 
 # Rows (a row is one head of one token) of a tile forward and backward, and tiles that a backward program goes through.
-ROWS, BACK_ROWS, TILES = 32, 16, 16
+ROWS, BACK_ROWS, TILES = 16, 16, 16
 # A bound for the backward kernel in fp32, without which the compiler spills to fit a fifth block on an SM.
 REGISTERS = 128
 
@@ -103,8 +104,7 @@ def constants(x: Tensor, norm: bool, eps: float, rows_of_tile: int) -> dict:
                 enable_fp_fusion=True)
 
 
-@torch.library.custom_op("minimind_ds::norm_rope", mutates_args=())
-def forward(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+def apply(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """x (T, H, D), weight (D,), cos and sin (T, D / 2) -> x normalised and rotated."""
     x, cos, sin = rows(x), cos.contiguous(), sin.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -115,8 +115,7 @@ def forward(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: flo
     return out
 
 
-@torch.library.custom_op("minimind_ds::norm_rope_backward", mutates_args=())
-def backward(dout: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor,
+def gradient(dout: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor,
              eps: float) -> tuple[Tensor, Tensor]:
     """-> dx, and the weight's gradient (D,), empty without a weight."""
     x, cos, sin, dout = rows(x), cos.contiguous(), sin.contiguous(), dout.contiguous()
@@ -132,27 +131,21 @@ def backward(dout: Tensor, x: Tensor, weight: Tensor | None, cos: Tensor, sin: T
     return dx, partial.sum(0).to(weight.dtype if norm else accumulate)
 
 
-@forward.register_fake
-def _(x, weight, cos, sin, eps):
-    return x.new_empty(x.shape)
-
-
-@backward.register_fake
-def _(dout, x, weight, cos, sin, eps):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape) if weight is not None else x.new_empty(0)
-
-
 def save(ctx, inputs, output):
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
-def gradients(ctx, dout: Tensor):
-    dx, dweight = backward(dout, *ctx.saved_tensors, ctx.eps)
+def formula(gradient, ctx, dout: Tensor):
+    dx, dweight = gradient(dout, *ctx.saved_tensors, ctx.eps)
     return dx, dweight if ctx.saved_tensors[1] is not None else None, None, None, None
 
 
-forward.register_autograd(gradients, setup_context=save)
+norm_and_rotate = operator(
+    "norm_rope", apply, gradient, save=save, formula=formula,
+    fake=lambda x, weight, cos, sin, eps: x.new_empty(x.shape),
+    fake_gradient=lambda dout, x, weight, cos, sin, eps: (
+        x.new_empty(x.shape), x.new_empty(0) if weight is None else weight.new_empty(weight.shape)))
 
 
 def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
@@ -168,4 +161,4 @@ def norm_rope(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor, eps: f
     if D % 2 or cos.shape != half or sin.shape != half or (weight is not None and weight.shape != (D,)):
         shapes = ", ".join(str(None if t is None else tuple(t.shape)) for t in (x, weight, cos, sin))
         raise ValueError(f"x, weight, cos and sin do not fit each other: {shapes}")
-    return forward(x, weight, cos, sin, eps)
+    return norm_and_rotate(x, weight, cos, sin, eps)

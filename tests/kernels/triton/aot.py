@@ -12,6 +12,7 @@ machine code is right, how its loads overlap, or how fast it is.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib
 import json
@@ -33,11 +34,17 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448}
 # Matrix instructions: HGMMA is Hopper's (wgmma), HMMA Ampere's; a bf16 kernel with FFMA products only is a slow one.
 # UTMALDG is a copy through a tensor descriptor.
 COUNTED = ("HGMMA", "HMMA", "DMMA", "UTMALDG", "STL", "LDL")
+# Bytes that one thread moves at once, by a modifier of LDG or STG; without any of these, 4.
+WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """One kernel, compiled: `stack` is bytes per thread, `shared` bytes per block; `constants` tell cases apart."""
+    """One kernel, compiled: `stack` is bytes per thread, `shared` bytes per block; `constants` tell cases apart.
+
+    loads, stores: instructions on global memory by the bytes that a thread moves at once, copies into shared memory
+    apart.
+    """
 
     kernel: str
     arch: int
@@ -47,6 +54,8 @@ class Resources:
     stack: int
     shared: int
     counts: dict[str, int]
+    loads: dict[int, int]
+    stores: dict[int, int]
     constants: dict
     dtypes: list[str]
 
@@ -100,6 +109,13 @@ def install(arch: int) -> list:
     return compiled
 
 
+def widths(code: str, instruction: str) -> dict[int, int]:
+    """Bytes at once -> how many LDG or STG instructions move that many."""
+    found = re.findall(rf"\b{instruction}((?:\.\w+)+)", code)
+    return dict(collections.Counter(next((WIDTHS[part] for part in modifiers.split(".") if part in WIDTHS), 4)
+                                    for modifiers in found))
+
+
 def read(kernel, result, args, kwargs, arch: int) -> Resources:
     """Reads the compiled code: cuobjdump for resources, nvdisasm for instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -116,7 +132,8 @@ def read(kernel, result, args, kwargs, arch: int) -> Resources:
     return Resources(
         kernel=kernel.__name__, arch=arch, warps=result.metadata.num_warps, stages=result.metadata.num_stages,
         registers=int(numbers[1]), stack=int(numbers[2]), shared=result.metadata.shared,
-        counts={name: len(re.findall(rf"\b{name}\b", code)) for name in COUNTED}, constants=plain,
+        counts={name: len(re.findall(rf"\b{name}\b", code)) for name in COUNTED},
+        loads=widths(code, "LDG"), stores=widths(code, "STG"), constants=plain,
         dtypes=[str(x.dtype).removeprefix("torch.") for x in args if hasattr(x, "dtype")])
 
 

@@ -52,6 +52,15 @@ def test_norms_equal_the_reference(rows, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
+def test_a_norm_without_a_residual_hands_its_input_on(dtype):
+    inputs = [draw(70, 48, dtype=dtype), draw(48, dtype=dtype)]
+    got = run(lambda x, weight: elementwise.add_rms_norm(x, None, weight, EPS), inputs)
+    want = run(lambda x, weight: reference.add_rms_norm(x, None, weight, EPS), [x.double() for x in inputs])
+    assert torch.equal(got[0], inputs[0])
+    assert all((a.double() - b).norm() <= BOUNDS[dtype] * b.norm() for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 def test_swiglu_equals_the_reference_far_out_too(dtype):
     gate, up = draw(70, 97, dtype=dtype), draw(70, 97, dtype=dtype, seed=1)
     assert_equal_to_the_reference("swiglu", [gate, up])
