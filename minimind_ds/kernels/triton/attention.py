@@ -201,6 +201,8 @@ def key_gradient_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_pt
         dv1 = tl.zeros([KEYS, D1], ACC)
     row = tl.arange(0, BLOCK)
     GROUP: tl.constexpr = H // HKV
+    # Read a turn ahead: it is where a product starts from, which the compiler copies nothing ahead for.
+    delta = tl.load(delta_ptr + (kv_head * GROUP).to(tl.int64) * T + first + row, mask=first + row < end, other=0.0)
     for turn in range(0, tl.cdiv(end - first, BLOCK) * GROUP):
         head = kv_head * GROUP + turn % GROUP
         token = first + turn // GROUP * BLOCK + row
@@ -210,12 +212,14 @@ def key_gradient_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_pt
         dout_block, offsets = dout_ptr + token64 * (H * D), row * (H * D) + head * D
         statistics = head.to(tl.int64) * T + token
         lse = tl.load(lse_ptr + statistics, mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + statistics, mask=valid, other=0.0)
         q0 = load_rows(q_block, q_offsets, valid, 0, D0, D)
         dout0 = load_rows(dout_block, offsets, valid, 0, D0, D)
         scores = tl.dot(k0, tl.trans(q0), input_precision=PRECISION, out_dtype=ACC)
         # The product with v starts from -delta instead of 0, which costs neither an instruction nor registers.
         minus_delta = tl.zeros([KEYS, BLOCK], ACC) - delta[None, :]
+        next_head = kv_head * GROUP + (turn + 1) % GROUP
+        next_token = first + (turn + 1) // GROUP * BLOCK + row
+        delta = tl.load(delta_ptr + next_head.to(tl.int64) * T + next_token, mask=next_token < end, other=0.0)
         dweights = tl.dot(v0, tl.trans(dout0), minus_delta, input_precision=PRECISION, out_dtype=ACC)
         if D1 > 0:
             q1 = load_rows(q_block, q_offsets, valid, D0, D1, D)
@@ -280,8 +284,8 @@ def layout(H: int, HKV: int, D: int, dtype: torch.dtype) -> Layout:
 def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
     """Launch sizes of "forward", "query_gradient" or "key_gradient".
 
-    Chosen from what compiled code needs (docs/KERNELS.md has the table): no spills with Triton 3.6 and 3.9, and the
-    most blocks on an SM.  A document's bits depend on these alone, so no tuner may pick them by the clock.
+    Chosen from what compiled code needs (no spills with Triton 3.6 to 3.9, blocks on an SM) and, at D = 96, from what an
+    H200 timed (docs/KERNELS.md).  A document's bits depend on these alone, so no tuner may pick them by the clock.
     """
     if dtype == torch.float64:
         return Config(16, 16, 4, 1)
@@ -292,11 +296,11 @@ def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
         return {
             "forward": Config(64, 32, 4, 3),
             "query_gradient": Config(64, 32, 4, 2),
-            "key_gradient": Config(64 if D <= 64 else 32, 64, 4, 3 if 64 < D <= 96 else 2),
+            "key_gradient": Config(64 if D <= 64 else 32 if D <= 96 else 16, 64, 4, 3 if D > 64 else 2),
         }[kernel]
     if kernel == "key_gradient" and (32 < D <= 48 or 64 < D <= 96):
         return Config(16, 64, 4, 2, 255)
-    return Config(64, 32, 4, 2, 255 if kernel == "forward" and D > 96 else None)
+    return Config(64, 32, 4, 2, 255 if kernel != "query_gradient" and D > 96 else None)
 
 
 class Launch(NamedTuple):
