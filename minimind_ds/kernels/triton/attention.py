@@ -284,8 +284,8 @@ def layout(H: int, HKV: int, D: int, dtype: torch.dtype) -> Layout:
 def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
     """Launch sizes of "forward", "query_gradient" or "key_gradient".
 
-    Chosen from what compiled code needs (no spills with Triton 3.6 to 3.9, blocks on an SM) and, at D = 96, from what an
-    H200 timed (docs/KERNELS.md).  A document's bits depend on these alone, so no tuner may pick them by the clock.
+    Chosen from what compiled code needs (no spills with Triton 3.6 to 3.9, blocks on an SM) and, at D = 96, from an
+    H200's times (docs/KERNELS.md).  A document's bits depend on these alone, so no tuner may pick them by the clock.
     """
     if dtype == torch.float64:
         return Config(16, 16, 4, 1)
