@@ -10,14 +10,15 @@ printed with -s, or by
 
 import functools
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
-from .triton import ROOT, environment
+from .triton import ROOT, environment, table
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
 
 # heads, key heads, head size, dtype: MiniMind-3, and what else is allowed.
 DEFAULT = [(8, 4, 96, "bfloat16")]
@@ -142,3 +143,13 @@ def test_elementwise_kernels_move_whole_sixteen_bytes_and_read_a_row_of_logits_o
     for found in losses:
         row_bytes = found["constants"]["V"] * {"bfloat16": 2, "float32": 4}[found["dtypes"][0]]
         assert row_bytes <= found["loads"]["16"] * 16 * 32 * found["warps"] < 2 * row_bytes, row(found)
+
+
+def test_the_page_shows_what_the_compiler_makes():
+    pinned = re.search(r"^triton==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    if triton.__version__ != pinned:
+        pytest.skip(f"docs/KERNELS.md has the figures of triton {pinned}, not {triton.__version__}")
+    found = [one for arch in (90, 80) for function, module in (
+        ("default", "test_triton_aot"), ("elementwise", "test_triton_aot"), ("launches", "test_triton_moe"))
+        for one in resources(function, arch, module)]
+    assert table.on_the_page() == table.table(found), "python -m tests.kernels.triton.table --write"

@@ -22,7 +22,7 @@ PRODUCTS = {name for name in KERNELS if name.startswith(("gate_up", "linear", "h
 SHARED = {80: 101_376, 90: 232_448}
 
 
-@pytest.mark.parametrize("facts", ["moe", "router"])
+@pytest.mark.parametrize("facts", ["moe", "form", "router"])
 def test_facts_hold_in_the_honest_interpreter(facts, request):
     hold(facts, slow=request.config.getoption("--slow"))
 
@@ -50,6 +50,17 @@ def odd_launches():
 
 def fp32_launches():
     launches(dtype=torch.float32)
+
+
+def form_launches():
+    """Every form of a kernel that minimind_ds.bench.gpu times, but for PyTorch's."""
+    from minimind_ds.bench.gpu.variants import experts_variants
+
+    for variant in experts_variants():
+        # Its offsets would be what memory happens to hold, and PyTorch's product runs.
+        if "grouped_mm" not in variant.label:
+            with variant.installed():
+                launches()
 
 
 @functools.cache
@@ -88,6 +99,15 @@ def test_two_blocks_of_the_memory_bound_product_fit_a_hopper_sm():
     assert one["blocks_per_sm"] >= 2
 
 
+def test_hoppers_forms_copy_through_descriptors_and_do_not_spill():
+    found = [one for one in compiled("form_launches", 90) if "tma" in one["kernel"]]
+    # gate_up in two forms, three tiles of hidden_gradient, two products for weights.
+    assert len(found) == 7
+    for one in found:
+        assert one["counts"]["STL"] == one["counts"]["LDL"] == 0 and one["stack"] <= 16, one
+        assert one["shared"] <= SHARED[90] and one["counts"]["HGMMA"] and one["counts"]["UTMALDG"], one
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3), (torch.float32, 1e-5)],
                          ids=str)
@@ -112,6 +132,38 @@ def test_on_a_gpu_output_and_gradients_equal_the_reference(T, C, I, K, dtype, bo
     for first, second, want in zip(*results):
         assert torch.equal(first, second)
         assert (first.double() - want).norm() <= bound * want.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("T, K", [(4096, 1), (1000, 2), (1, 1)])
+def test_on_a_gpu_every_form_equals_the_reference_and_idle_experts_get_zeros(T, K):
+    from minimind_ds.bench.gpu.variants import experts_variants
+    from minimind_ds.kernels import reference
+    from minimind_ds.kernels.triton import experts as triton_moe
+
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, device="cuda")
+
+    C, I = 256, 448  # noqa: E741
+    leaves = [x.bfloat16() for x in (draw(T, C), draw(4, 2 * I, C) * C ** -0.5, draw(4, C, I) * I ** -0.5)]
+    leaves.append(draw(T, K).sigmoid())
+    experts, dy = draw(T, 3).topk(K, dim=1).indices, draw(T, C).bfloat16()
+
+    def results(function, wide=False):
+        mine = [(x.double() if wide else x).detach().requires_grad_() for x in leaves]
+        y = function(*mine, experts)
+        return [y, *torch.autograd.grad(y, mine, dy.to(y.dtype))]
+
+    want = results(reference.moe, wide=True)
+    for variant in experts_variants():
+        with variant.installed():
+            first, second = results(triton_moe.moe), results(triton_moe.moe)
+        for a, b, exact in zip(first, second, want):
+            assert torch.equal(a, b), variant.label
+            assert (a.double() - exact).norm() <= 1e-2 * exact.norm(), variant.label
+        assert not first[2][3].any() and not first[3][3].any(), variant.label
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

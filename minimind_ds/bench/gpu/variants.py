@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from minimind_ds.bench.kernels import cases
-from minimind_ds.bench.kernels.contenders import OPS
+from minimind_ds.bench.kernels.contenders import OPS, Contender
 from minimind_ds.bench.kernels.items import Item, Setting, case_of, check, clock_it, rate_of
 from minimind_ds.kernels.triton import attention, elementwise, experts, rope
 
@@ -71,17 +71,29 @@ def other_config(shipped, kernel: str, sizes: tuple, asked: str, D: int, dtype: 
 
 
 def experts_variants() -> Iterator[Variant]:
+    """Forms of the kernels (kernels/triton/experts.py): rows, columns, depth, warps, stages, form, ahead, bound."""
+    Sizes, shipped = experts.Sizes, experts.HOPPER
+    gate_up_gradient, down_gradient = Sizes(128, 256, 64, 8, 4), Sizes(256, 128, 64, 8, 4)
+
+    def weights(form: str, stages: int) -> dict:
+        return {"gate_up_gradient": gate_up_gradient._replace(form=form, stages=stages),
+                "down_gradient": down_gradient._replace(form=form, stages=stages)}
+
+    hidden = {"128 x 128, 128 registers": Sizes(128, 128, 64, 8, 3, "tma", 0, 128),
+              "128 x 128, 4 ahead": Sizes(128, 128, 64, 8, 3, "tma", 4)}
+    gate_up = {"persistent 128 x 128": Sizes(128, 128, 64, 8, 4, "persistent"),
+               "tma 128 x 64": Sizes(128, 64, 64, 4, 3, "tma"), "tma 128 x 128": Sizes(128, 128, 64, 8, 4, "tma")}
     yield Variant("moe", "as shipped")
-    for kernel, all_sizes in {
-        "gate_up": [(128, 128, 64, 8, 4), (128, 64, 64, 4, 3), (128, 64, 64, 4, 4)],
-        "linear": [(128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4)],
-        "hidden_gradient": [(128, 128, 64, 8, 4), (128, 64, 64, 4, 4)],
-        "gate_up_gradient": [(128, 256, 64, 8, 4), (128, 128, 64, 4, 4), (128, 128, 64, 8, 4)],
-        "down_gradient": [(256, 128, 64, 8, 4), (128, 128, 64, 4, 4)],
-    }.items():
-        for sizes in all_sizes:
-            yield Variant("moe", f"{kernel} {sizes[0]} x {sizes[1]} x {sizes[2]}; {sizes[3]}, {sizes[4]}", experts,
-                          "HOPPER", {**experts.HOPPER, kernel: experts.Sizes(*sizes)})
+    yield Variant("moe", "weights' gradients tma", experts, "HOPPER", {**shipped, **weights("tma", 4)})
+    yield Variant("moe", "weights' gradients early", experts, "HOPPER", {**shipped, **weights("early", 3)})
+    yield Variant("moe", "weights' gradients grouped_mm", experts, "HOPPER", {**shipped, **weights("grouped_mm", 4)})
+    for label, sizes in hidden.items():
+        yield Variant("moe", f"hidden_gradient tma {label}", experts, "HOPPER", {**shipped, "hidden_gradient": sizes})
+    for label, sizes in gate_up.items():
+        yield Variant("moe", f"gate_up {label}", experts, "HOPPER", {**shipped, "gate_up": sizes})
+    together = {"hidden_gradient": hidden["128 x 128, 128 registers"], "gate_up": gate_up["persistent 128 x 128"]}
+    yield Variant("moe", "all tma", experts, "HOPPER", {**shipped, **weights("tma", 4), **together})
+    yield Variant("moe", "weights' gradients beside dx", experts, "BESIDE", True)
 
 
 def elementwise_variants() -> Iterator[Variant]:
@@ -123,6 +135,28 @@ def tried(variant: Variant, size: cases.Size, setting: Setting, timed: bool) -> 
     with variant.installed():
         if timed:
             record = clock_it("triton", contender, case, rate_of(torch.bfloat16, setting))
+            if variant.op == "moe" and record["status"] == "right" and case.device.type == "cuda":
+                record["kernels_ms"] = kernel_times(contender, case)
         else:
             record = check("triton", contender, case)
     return {**record, "variant": variant.label, "as_shipped": variant.module is None}
+
+
+def kernel_times(contender: Contender, case: cases.Case, repeats: int = 5) -> dict[str, float]:
+    """Mean ms on the GPU of each kernel in forward and backward, by name, slowest first; calls of one are added."""
+    trial = contender.build(case)
+    leaves = [x.detach().clone().requires_grad_() for x in trial.leaves]
+
+    def both():
+        outputs = [(out, dout.to(out.dtype)) for out, dout in zip(trial.function(*leaves), trial.douts)
+                   if dout is not None]
+        torch.autograd.grad([out for out, _ in outputs], leaves, [dout for _, dout in outputs])
+
+    both()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        for _ in range(repeats):
+            both()
+        torch.cuda.synchronize()
+    times = {event.key[:60]: event.self_device_time_total / repeats / 1000 for event in found.key_averages()}
+    return {name: round(ms, 4) for name, ms in sorted(times.items(), key=lambda item: -item[1])[:12] if ms > 0}

@@ -15,39 +15,66 @@ The method is ScatterMoE's (arXiv:2403.08245), with the activation fused in as w
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from . import hopper
 from .grouped_gemm import gate_up_kernel, hidden_gradient_kernel, linear_kernel, weight_gradient_kernel
-from .host import architecture, on
+from .host import architecture, on, processors
 from .sort import Plan, plan
 
 
 class Sizes(NamedTuple):
-    """A kernel's tile: `rows` x `columns` of output, summed over `depth` at a time."""
+    """A kernel's tile: `rows` x `columns` of output, summed over `depth` at a time; and which form of it runs.
+
+    form: "gathered" reads x and dy by token; others than "early" need a sorted copy of them first.  gate_up: "tma",
+        "persistent".  hidden_gradient: "tma".  Weights' gradients: "early" (tokens are read earlier), "sorted" (the
+        same kernel), "tma", "grouped_mm" (PyTorch's).  linear has one form.
+    ahead: quarters of gate and up that hidden_gradient's "tma" reads before its product, 0, 1 or 4.
+    bound: registers a thread may have, so that more blocks fit an SM; None: the compiler's choice.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
+    form: str = "gathered"
+    ahead: int = 0
+    bound: int | None = None
+
+    @property
+    def by_token(self) -> bool:
+        """Whether x and dy are read by token, not from a sorted copy."""
+        return self.form in ("gathered", "early")
+
+    @property
+    def tail(self) -> int:
+        """Rows for each expert behind this weight gradient's operands."""
+        return self.depth if self.form == "tma" else 0
 
 
 # From compiled resource tables (docs/KERNELS.md): no spills, both operands of every product copied asynchronously.
 # The kernels over rows share one table of row blocks, so one number of `rows`; gate_up has two tiles of its columns.
-HOPPER = {
+GATHERED = {
     "gate_up": Sizes(128, 128, 64, 8, 3),
     "linear": Sizes(128, 256, 64, 8, 3),
     "hidden_gradient": Sizes(128, 128, 64, 8, 3),
     "gate_up_gradient": Sizes(128, 256, 64, 8, 3),
     "down_gradient": Sizes(256, 128, 64, 8, 3),
 }
+# What runs on Hopper where descriptors can be made; GATHERED where they cannot.
+HOPPER = dict(GATHERED)
 # Within the 99 KB of shared memory that consumer GPUs have as well.
 AMPERE = {
     "gate_up": Sizes(128, 128, 32, 8, 4),
@@ -58,6 +85,10 @@ AMPERE = {
 }
 # fp32 without tensor cores: exact products, for tests and small models.
 WIDE = dict.fromkeys(HOPPER, Sizes(64, 64, 16, 4, 2))
+
+
+# Whether the weights' gradients run beside the product for dx: their last, partly idle waves are filled by its tiles.
+BESIDE = False
 
 
 def sizes_for(dtype: torch.dtype) -> dict[str, Sizes]:
@@ -72,13 +103,13 @@ def splits(tiles: int, rows: int, device: torch.device) -> int:
 
     Their sums are stored apart and added in order.  At MiniMind's own sizes it is one.
     """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    return max(1, min(processors // tiles, rows // 512))
+    return max(1, min(processors(device) // tiles, rows // 512))
 
 
 def constants(sizes: Sizes, dtype: torch.dtype) -> dict:
     return dict(ROWS=sizes.rows, COLUMNS=sizes.columns, DEPTH=sizes.depth, num_warps=sizes.warps,
-                num_stages=sizes.stages, ACC=tl.float64 if dtype == torch.float64 else tl.float32)
+                num_stages=sizes.stages, maxnreg=sizes.bound,
+                ACC=tl.float64 if dtype == torch.float64 else tl.float32)
 
 
 def empty(like: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -89,6 +120,10 @@ def apply_gate_up(x: Tensor, weight: Tensor, K: int, made: Plan, sizes: Sizes, s
     """x (T, C), weight (E, 2 I, C) -> gate_up (M, 2 I), empty unless `save`, and silu(gate) * up (M, I), sorted."""
     M, C, I, n = len(made.order), x.shape[1], weight.shape[1] // 2, len(made.blocks)
     gate_up, hidden = empty(x, M if save else 0, 2 * I), empty(x, M, I)
+    if not sizes.by_token:
+        hopper.gate_up(hopper.sort_rows(x, made, K, 0), weight, gate_up, hidden, made, sizes,
+                       constants(sizes, x.dtype))
+        return gate_up, hidden
     gate_up_kernel[(n * triton.cdiv(I, sizes.columns),)](
         x, weight, gate_up, hidden, made.order, made.blocks, n, C, C=C, I=I, K=K, SAVE=save,
         **constants(sizes, x.dtype))
@@ -109,28 +144,72 @@ def apply_linear(a: Tensor, weight: Tensor, scale: Tensor | None, K: int, made: 
     return out if K == 1 else out.view(M // K, K, N).sum(dim=1)
 
 
-def hidden_gradient(dy: Tensor, down: Tensor, scale: Tensor, gate_up: Tensor, made: Plan,
-                    sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    """dy (T, C) -> dgate_up (M, 2 I) and scale * hidden (M, I), both sorted, and dscale (T, K)."""
-    M, C, I, n = len(made.order), dy.shape[1], down.shape[2], len(made.blocks)
-    column_blocks = triton.cdiv(I, sizes.columns)
-    dgate_up, hidden = empty(dy, M, 2 * I), empty(dy, M, I)
+def hidden_gradient(dy: Tensor, sorted_dy: Tensor | None, down: Tensor, scale: Tensor, gate_up: Tensor, made: Plan,
+                    sizes: dict[str, Sizes]) -> tuple[Tensor, Tensor, Tensor]:
+    """dy (T, C) -> dgate_up (M, 2 I) and scale * hidden (M, I), both sorted, and dscale (T, K).
+
+    Behind the sorted rows of both is room for their weight gradients' tails.
+    """
+    M, E, C, I, n = len(made.order), down.shape[0], dy.shape[1], down.shape[2], len(made.blocks)
+    own = sizes["hidden_gradient"]
+    column_blocks = triton.cdiv(I, own.columns)
+    dgate_up = empty(dy, M + E * sizes["gate_up_gradient"].tail, 2 * I)
+    hidden = empty(dy, M + E * sizes["down_gradient"].tail, I)
     dscale = empty(dy, column_blocks, M, dtype=torch.promote_types(dy.dtype, torch.float32))
-    hidden_gradient_kernel[(n * column_blocks,)](
-        dy, down, scale, gate_up, dgate_up, hidden, dscale, made.order, made.blocks, n, M, C, C=C, I=I,
-        K=scale.shape[1], **constants(sizes, dy.dtype))
+    if not own.by_token:
+        hopper.hidden_gradient(sorted_dy, down, scale, gate_up, dgate_up, hidden, dscale, made, sizes["gate_up"].rows,
+                               own, constants(own, dy.dtype))
+    else:
+        hidden_gradient_kernel[(n * column_blocks,)](
+            dy, down, scale, gate_up, dgate_up, hidden, dscale, made.order, made.blocks, n, M, C, C=C, I=I,
+            K=scale.shape[1], **constants(own, dy.dtype))
     return dgate_up, hidden, dscale.sum(dim=0).view(scale.shape).to(scale.dtype)
 
 
-def weight_gradient(a: Tensor, b: Tensor, gathered: str, K: int, made: Plan, sizes: Sizes) -> Tensor:
-    """sum of a^T b over each expert's rows: (E, P, Q) from a (., P) and b (., Q), of which `gathered` is by token."""
-    E, P, Q = len(made.offsets) - 1, a.shape[1], b.shape[1]
+@functools.cache
+def second_stream(device: torch.device) -> torch.cuda.Stream:
+    """Before the current one: what starts there first is not held up by what fills its gaps."""
+    return torch.cuda.Stream(device, priority=-1)
+
+
+@contextlib.contextmanager
+def after_current(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Launches on `stream`, after what the current one holds by now; on the current one if None.
+
+    Who joins them keeps all tensors until then: memory is freed for the current stream.
+    """
+    if stream is None:
+        yield
+        return
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+def weight_gradient(a: Tensor, b: Tensor, gathered: str, K: int, made: Plan, sizes: Sizes,
+                    stream: torch.cuda.Stream | None = None) -> Tensor:
+    """sum of a^T b over each expert's rows: (E, P, Q) from a (., P) and b (., Q).
+
+    gathered: which of them is by token, for forms that read by token.  Other forms get both sorted; tails, if any,
+    are there for that one, and are made here for the other.
+    """
+    M, E, P, Q = len(made.order), len(made.offsets) - 1, a.shape[1], b.shape[1]
+    # For other types PyTorch has only a fallback, which waits for the GPU.
+    if sizes.form == "grouped_mm" and a.dtype == torch.bfloat16:
+        return F.grouped_mm(a[:M].T, b[:M], offs=made.offsets[1:])
     tiles = E * triton.cdiv(P, sizes.rows) * triton.cdiv(Q, sizes.columns)
-    split = splits(tiles, len(made.order) // E, a.device)
+    split = splits(tiles, M // E, a.device)
     out = empty(a, split, E, P, Q, dtype=a.dtype if split == 1 else torch.promote_types(a.dtype, torch.float32))
-    weight_gradient_kernel[(tiles, split)](
-        a, b, out, made.order, made.offsets, E, P=P, Q=Q, K=K, GATHER_A=gathered == "a", GATHER_B=gathered == "b",
-        SPLIT=split, **constants(sizes, a.dtype))
+    if sizes.tail:
+        hopper.add_tails(a if gathered == "b" else b, made, sizes.tail)
+    gather = gathered if sizes.by_token else ""
+    with after_current(stream if split == 1 else None):
+        if sizes.tail:
+            hopper.weight_gradient(a, b, out, tiles, made, sizes, constants(sizes, a.dtype))
+        else:
+            weight_gradient_kernel[(tiles, split)](
+                a, b, out, made.order, made.offsets, E, P=P, Q=Q, K=K, GATHER_A=gather == "a",
+                GATHER_B=gather == "b", EARLY=sizes.form == "early", SPLIT=split, **constants(sizes, a.dtype))
     return out[0] if split == 1 else out.sum(dim=0).to(a.dtype)
 
 
@@ -154,11 +233,23 @@ class Moe(Function):
         x, gate_up, down, weights, saved, *made = ctx.saved_tensors
         made, K, sizes, dy = Plan(*made), weights.shape[1], ctx.sizes, dy.contiguous()
         wants_x, wants_gate_up, wants_down = ctx.needs_input_grad[:3]
+        own, of_gate_up, of_down = (sizes[name] for name in ("hidden_gradient", "gate_up_gradient", "down_gradient"))
+        M, sorted_dy, dx, dweight, ddown = len(made.order), None, None, None, None
+        stream = second_stream(x.device) if BESIDE and x.device.type == "cuda" else None
         with on(x.device):
-            dgate_up, hidden, dweights = hidden_gradient(dy, down, weights, saved, made, sizes["hidden_gradient"])
-            dx = apply_linear(dgate_up, gate_up, None, K, made, sizes["linear"]) if wants_x else None
-            dweight = weight_gradient(dgate_up, x, "b", K, made, sizes["gate_up_gradient"]) if wants_gate_up else None
-            ddown = weight_gradient(dy, hidden, "a", K, made, sizes["down_gradient"]) if wants_down else None
+            if not (own.by_token and of_down.by_token):
+                sorted_dy = hopper.sort_rows(dy, made, K, of_down.tail)
+            dgate_up, hidden, dweights = hidden_gradient(dy, sorted_dy, down, weights, saved, made, sizes)
+            if wants_gate_up:
+                x_rows = x if of_gate_up.by_token else hopper.sort_rows(x, made, K, of_gate_up.tail)
+                dweight = weight_gradient(dgate_up, x_rows, "b", K, made, of_gate_up, stream)
+            if wants_down:
+                dy_rows = dy if of_down.by_token else sorted_dy
+                ddown = weight_gradient(dy_rows, hidden, "a", K, made, of_down, stream)
+            if wants_x:
+                dx = apply_linear(dgate_up[:M], gate_up, None, K, made, sizes["linear"])
+            if stream is not None:
+                torch.cuda.current_stream(x.device).wait_stream(stream)
         return dx, dweight, ddown, dweights, None, None, None
 
 
@@ -183,6 +274,10 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
     if gate_up.shape != (E, 2 * I, C) or x.shape != (len(weights), C) or weights.shape != experts.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, gate_up, down, weights, experts))
         raise ValueError(f"x, gate_up, down, weights, experts do not fit each other: {shapes}")
+    sizes = sizes or sizes_for(x.dtype)
+    if any(not size.by_token for size in sizes.values()) and not hopper.fits(
+            experts.numel(), C, I, x.element_size(), sizes["hidden_gradient"].depth):
+        sizes = GATHERED
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gate_up, down, weights))
     return Moe.apply(x.contiguous(), gate_up.contiguous(), down.contiguous(), weights.contiguous(), experts,
-                     sizes or sizes_for(x.dtype), save)
+                     sizes, save)

@@ -200,11 +200,13 @@ def hidden_gradient_kernel(dy_ptr, down_ptr, scale_ptr, gate_up_ptr, dgate_up_pt
 
 @triton.jit(do_not_specialize=["E"])
 def weight_gradient_kernel(a_ptr, b_ptr, out_ptr, order_ptr, offsets_ptr, E, P: tl.constexpr, Q: tl.constexpr,
-                           K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, SPLIT: tl.constexpr,
-                           ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, ACC: tl.constexpr):
+                           K: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr, EARLY: tl.constexpr,
+                           SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+                           ACC: tl.constexpr):
     """out (SPLIT, E, P, Q): of each expert's rows, a share's sum of a^T b; zero where there are none.
 
-    a (M, P) and b (M, Q) are in sorted order, or (T, ...) by token where gathered.
+    a (M, P) and b (M, Q) are in sorted order, or (T, ...) by token where gathered.  EARLY: the next round's tokens are
+    asked for before this round's rows, not behind them.
     """
     program = tl.program_id(0)
     p = program // tl.cdiv(Q, COLUMNS) % tl.cdiv(P, ROWS) * ROWS + tl.arange(0, ROWS)
@@ -224,11 +226,14 @@ def weight_gradient_kernel(a_ptr, b_ptr, out_ptr, order_ptr, offsets_ptr, E, P: 
         valid = row < end
         a_row = token if GATHER_A else row
         b_row = token if GATHER_B else row
+        if EARLY:
+            token = tl.load(order_ptr + row + DEPTH, mask=row + DEPTH < end, other=0) // K
         a_mask = valid[None, :] if P % ROWS == 0 else valid[None, :] & (p < P)[:, None]
         b_mask = valid[:, None] if Q % COLUMNS == 0 else valid[:, None] & (q < Q)[None, :]
         a = tl.load(a_ptr + (a_row.to(tl.int64) * P)[None, :] + p[:, None], mask=a_mask, other=0.0)
         b = tl.load(b_ptr + (b_row.to(tl.int64) * Q)[:, None] + q[None, :], mask=b_mask, other=0.0)
-        token = tl.load(order_ptr + row + DEPTH, mask=row + DEPTH < end, other=0) // K
+        if not EARLY:
+            token = tl.load(order_ptr + row + DEPTH, mask=row + DEPTH < end, other=0) // K
         out = tl.dot(a, b, out, input_precision="ieee", out_dtype=ACC)
     pointers = out_ptr + (share * E + expert).to(tl.int64) * (P * Q) + p[:, None] * Q + q[None, :]
     tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=(p < P)[:, None] & (q < Q)[None, :])

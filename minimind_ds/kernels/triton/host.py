@@ -16,6 +16,11 @@ def architecture() -> int:
     return triton.runtime.driver.active.get_current_target().arch
 
 
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors; without a GPU those of an H100."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
 def on(device: torch.device):
     """Kernels start on the current device: make it the tensors', where it is another."""
     elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())

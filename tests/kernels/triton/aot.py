@@ -32,7 +32,8 @@ PROGRAMS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Bytes of shared memory that one block may have: A100, H100 and H200.
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
 # Matrix instructions: HGMMA is Hopper's (wgmma), HMMA Ampere's; a bf16 kernel with FFMA products only is a slow one.
-COUNTED = ("HGMMA", "HMMA", "DMMA", "STL", "LDL")
+# UTMALDG is a copy through a tensor descriptor.
+COUNTED = ("HGMMA", "HMMA", "DMMA", "UTMALDG", "STL", "LDL")
 # Bytes that one thread moves at once, by a modifier of LDG or STG; without any of these, 4.
 WIDTHS = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 

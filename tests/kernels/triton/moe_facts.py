@@ -101,9 +101,9 @@ def run(function, x, gate_up, down, weights, experts, dy, **named):
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
-def ours(tensors, block, **options):
+def ours(tensors, block, sizes=None, **options):
     with interpreter.poisoned_outputs(), interpreter.options(**options):
-        return run(triton_moe.moe, *tensors, sizes=tiles(block))
+        return run(triton_moe.moe, *tensors, sizes=sizes or tiles(block))
 
 
 def exact(tensors):
@@ -295,16 +295,22 @@ MUTANTS = {
 }
 
 
+def mutant(module, bugs: dict[str, tuple[str, str]], name: str, tmp_path):
+    """The module with one bug."""
+    old, new = bugs[name]
+    source = pathlib.Path(module.__file__).read_text(encoding="utf-8")
+    assert source.count(old) >= 1, f"the bug {name!r} no longer fits the source"
+    path = tmp_path / f"mutant_{list(bugs).index(name)}.py"
+    path.write_text(source.replace(old, new).replace("from .", "from minimind_ds.kernels.triton."), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    changed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    return changed
+
+
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_seeded_bug_is_noticed(name, tmp_path, monkeypatch):
-    old, new = MUTANTS[name]
-    source = pathlib.Path(grouped_gemm.__file__).read_text(encoding="utf-8")
-    assert source.count(old) >= 1, f"the bug {name!r} no longer fits the source"
-    path = tmp_path / f"mutant_{list(MUTANTS).index(name)}.py"
-    path.write_text(source.replace(old, new), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = mutant(grouped_gemm, MUTANTS, name, tmp_path)
     for kernel in ("gate_up_kernel", "linear_kernel", "hidden_gradient_kernel", "weight_gradient_kernel"):
         monkeypatch.setattr(triton_moe, kernel, getattr(module, kernel))
     monkeypatch.setattr(triton_moe, "splits", lambda *_: 2)
