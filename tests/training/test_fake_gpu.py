@@ -28,7 +28,7 @@ from minimind_ds.training.step import Position, StepSums, Verdict, evaluate
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(torch.version.cuda is None, reason="a CPU build of torch cannot make CUDA tensors, not even fake"),
+    pytest.mark.skipif(torch.version.cuda is None, reason="a CPU build of torch makes no CUDA tensors, not even fake"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the tests named on_a_gpu run on it"),
 ]
 FakeTensorMode = pytest.importorskip("torch._subclasses.fake_tensor").FakeTensorMode
