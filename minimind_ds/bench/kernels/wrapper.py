@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from minimind_ds.kernels.triton import attention, elementwise, rope, router
+from minimind_ds.kernels.triton import attention, elementwise, experts, rope, router
 from minimind_ds.kernels.triton.operator import operator
 
 # Whose files have this in their path belongs to torch.library.
@@ -99,7 +99,8 @@ def cases() -> dict[str, Case]:
         return elementwise.sum_formula(elementwise.norm_gradient, ctx, dsum, dy)
 
     ops, angle = torch.ops.minimind_ds, torch.zeros(16, 8)
-    bounds, bare_attention = torch.tensor([0, 10, 16], dtype=torch.int32), from_module(attention)
+    bounds = torch.tensor([0, 10, 16], dtype=torch.int32)
+    bare_attention, bare_moe = from_module(attention), from_module(experts)
     norm = by_hand(elementwise.apply_norm, elementwise.save_sum, norm_backward)
     return {
         "probe": probe(),
@@ -110,6 +111,10 @@ def cases() -> dict[str, Case]:
                           (draw(16, 4, 16), draw(16), angle, angle, 1e-6)),
         "add_rms_norm": Case(elementwise.add_rms_norm, norm, ops.add_rms_norm,
                              (draw(16, 32), draw(16, 32), draw(32), 1e-6)),
+        "moe": Case(lambda *args: experts.moe(*args[:5]), lambda *args: bare_moe(*args)[0],
+                    lambda *args: ops.moe(*args)[0],
+                    (draw(16, 32), draw(4, 16, 32), draw(4, 32, 8), draw(16, 2),
+                     torch.zeros(16, 2, dtype=torch.int64), "", True)),
         "route": Case(router.route, from_module(router), ops.route,
                       (draw(16, 4), 2, True, torch.zeros(16, dtype=torch.int64), 1)),
     }
