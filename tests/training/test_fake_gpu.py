@@ -179,13 +179,15 @@ def fake_world(**more):
 
 # Once a run: cos and sin are made on the CPU, as everywhere, so that their bits are the same.
 ROTARY = ("copy", "model/rotary.py:forward")
-CASES = [(backend, dtype, moe) for backend in ("triton", "sdpa", "reference")
-         for dtype in (torch.bfloat16, torch.float32) for moe in (False, True)]
+CASES = [(backend, dtype, moe, remember) for backend in ("triton", "sdpa", "reference")
+         for dtype in (torch.bfloat16, torch.float32) for moe in (False, True) for remember in (True, False)]
 
 
-@pytest.mark.parametrize("backend, dtype, moe", CASES, ids=str)
-def test_forward_and_backward_stay_on_the_gpu_and_wait_for_nothing(watch, backend, dtype, moe):
+@pytest.mark.parametrize("backend, dtype, moe, remember", CASES, ids=str)
+def test_forward_and_backward_stay_on_the_gpu_and_wait_for_nothing(watch, backend, dtype, moe, remember):
+    """remember: False is gradient checkpointing."""
     model, expected = make_model(watch, backend, dtype, moe), {ROTARY}
+    model.gradient_checkpointing = not remember
     batch = make_batch().pin_memory().to("cuda", non_blocking=True)
     assert batch.cu_seqlens.device.type == "cpu" and batch.labelled_index.device.type == "cuda" and not watch.waits
     if backend == "sdpa" and moe and dtype == torch.float32:
@@ -203,7 +205,7 @@ def test_forward_and_backward_stay_on_the_gpu_and_wait_for_nothing(watch, backen
     assert watch.waits == expected and not watch.mixed
 
 
-def test_an_evaluation_waits_once_a_set(watch, monkeypatch):
+def test_an_evaluation_waits_at_its_end_alone(watch, monkeypatch):
     model, batch = make_model(watch, "triton", torch.bfloat16, True), make_batch()
     held_out = collections.namedtuple("Set", "name store plan")
     plan = type("Plan", (), {"__len__": lambda self: 2, "micro_batch_rows": lambda *args, **kwargs: None})()
