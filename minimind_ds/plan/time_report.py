@@ -70,7 +70,7 @@ def table(settings: dict[str, Setting], found: dict[str, dict | None], device: D
           options: argparse.Namespace) -> list[str]:
     s = next(iter(settings.values()))
     how = f"its rates measured now; {CPU_ERROR}" if device.measured else \
-        f"predicted, not measured; {GPU_ERROR[s.config.use_moe]}"
+        f"predicted, not measured; {GPU_ERROR[s.config.use_moe]}{'' if device.name == 'H200' else ', none on this'}"
     lines = [f"time of a step on {device.name}, ms ({how}); {s.tokens:,} tokens a micro-batch and rank, "
              f"{s.accumulation} a step, {options.document:g} tokens a document:",
              f"{'file':<20} {'products':>8} {'memory':>8} {'launches':>8} {'update':>8} {'network':>8} {'step':>9} "
