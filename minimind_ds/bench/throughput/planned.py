@@ -103,12 +103,17 @@ def main(argv: list[str]) -> int:
                         help="folder of the measurements; what is there is not measured again")
     parser.add_argument("--preset", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--report", action="store_true", help="the table of what is there, measuring no run")
     args = parser.parse_args(argv)
     asked = cells(args.preset, args.ranks)
-    document = sweep.sweep(asked, args.out, timeout=900, retry=True)
+    results = args.out / "results.json"
+    document = sweep.read(results) if args.report else sweep.sweep(asked, args.out, timeout=900, retry=True)
     keys = [cell.key for cell in asked]
     records = {record["key"]: record for record in document["cells"] if record["status"] == "ok"}
     found = compare([records[key] for key in keys if key in records])
+    if not found:
+        print(f"{results} has no results", file=sys.stderr)
+        return 2
     (args.out / "planned.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print("\n".join([*table(found), f"Load of the machine, mean of 15 minutes: {os.getloadavg()[2]:.1f}, on "
                      f"{len(os.sched_getaffinity(0))} cores."]))
