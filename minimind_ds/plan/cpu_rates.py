@@ -40,8 +40,9 @@ FEW, MANY, LABELLED = 512, 2048, 256
 TINY = 16
 # An operation is repeated so long and so often.
 SECONDS, LEAST, MOST = 0.05, 3, 20
-# Parameters of the update measured, at most: more than a cache holds.  Elements that are sent.
-WEIGHTS, SENT = 1 << 23, 1 << 21
+# Parameters of the update and of gradients measured, at most: more than a cache holds, and than an allocator keeps.
+# Elements that are sent.
+WEIGHTS, GRADIENTS, SENT = 1 << 23, 1 << 25, 1 << 21
 # What was measured before in this process, by what it was measured for.
 MEASURED: dict[str, Device] = {}
 # The part of a step of what has no leaves.
@@ -71,18 +72,23 @@ def measured(s: Setting, selection: KernelSelection, attended: float) -> Device:
     clock = time.thread_time if threads == 1 else time.perf_counter
     before, barrier = torch.get_num_threads(), threading.Barrier(together)
 
-    def rank(_) -> dict[tuple[str, str], float]:
+    def rank() -> dict[tuple[str, str], float]:
         torch.set_num_threads(threads)
         return {key: seconds for kind in operations(s, selection, attended)
                 for key, seconds in timed(*kind, barrier, clock).items()}
 
-    with ThreadPoolExecutor(together) as pool:
-        by_rank = list(pool.map(rank, range(together)))
+    # The main thread's memory comes and goes as a process's does; the other threads are there to be in its way.
+    others = [threading.Thread(target=rank) for _ in range(together - 1)]
+    for other in others:
+        other.start()
+    found = rank()
+    for other in others:
+        other.join()
     network, latency = sending() if s.ranks > 1 else (NEVER, 0.0)
     torch.set_num_threads(before)
     # More ranks than cores hold take turns.
     turns = s.ranks / together
-    seconds = {key: turns * sum(found[key] for found in by_rank) / together for key in by_rank[0]}
+    seconds = {key: turns * took for key, took in found.items()}
     # One launch a product forward, two backward.
     rates, launch = {}, (seconds.pop(("launch", FORWARD)) + seconds.pop(("launch", BACKWARD))) / (3 * TINY)
     for (kind, part), took in seconds.items():
@@ -90,7 +96,7 @@ def measured(s: Setting, selection: KernelSelection, attended: float) -> Device:
         # What has products is measured by them alone, at the sizes it will have.
         rates[kind, part] = Rate(flops / took, NEVER) if flops else Rate(NEVER, moved / took)
     rates["rest", BACKWARD] = rates["rest", FORWARD]
-    return Device(name="this CPU", rates=rates, launch=launch, update_launch=launch, exposed=1.0,
+    return Device(name="this CPU", rates=rates, launch=launch, update_launch=launch, hook=launch, exposed=1.0,
                   fixed=0.0, network=network, latency=latency, measured=True)
 
 
@@ -193,9 +199,9 @@ def mixture(s: Setting, selection: KernelSelection, rows: Callable, drawn: Calla
 
 
 def sizes_of(s: Setting) -> list[int]:
-    """The largest of the trained parameters, as many as WEIGHTS has room for."""
+    """The largest of the trained parameters, as many as GRADIENTS has room for."""
     sizes = sorted((size for part in trained_parts(s) for size in part.sizes), reverse=True)
-    return [size for size, before in zip(sizes, itertools.accumulate(sizes, initial=0)) if before < WEIGHTS]
+    return [size for size, before in zip(sizes, itertools.accumulate(sizes, initial=0)) if before < GRADIENTS]
 
 
 def weights_of(s: Setting) -> int:

@@ -31,20 +31,20 @@ class Device:
     """A device as a step sees it.
 
     rates: by (kind, part).  launch, update_launch: host seconds a launch, in forward and backward (our operators and
-    autograd about each) and in the update.  exposed: the share of the shorter of device's and host's time that the
-    longer does not hide; 1 where they are one.  fixed: host seconds a step beside launches.  network: B/s a rank
-    sends; latency: seconds a collective.  memory: bytes.
+    autograd about each) and in the update; hook: of one of work.Launches.hooks.  exposed: the share of the shorter of
+    device's and host's time that the longer does not hide; 1 where they are one.  fixed: host seconds a step beside
+    launches.  network: B/s a rank sends; latency: seconds a collective.
     """
 
     name: str
     rates: dict[tuple[str, str], Rate]
     launch: float
     update_launch: float
+    hook: float
     exposed: float
     fixed: float
     network: float
     latency: float
-    memory: float = NEVER
     measured: bool = False
 
 
@@ -79,7 +79,9 @@ SHARES = {("products", FORWARD): (1.08, 1.28), ("products", BACKWARD): (1.12, 1.
           ("rest", FORWARD): (NEVER, 0.45), ("rest", BACKWARD): (NEVER, 0.2),
           ("gradients", BACKWARD): (NEVER, 0.25), ("update", UPDATE): (NEVER, 0.7)}
 # Host seconds, and what the device does not hide of them or they of it, fitted to six runs' forward and backward.
-LAUNCH, UPDATE_LAUNCH, EXPOSED, FIXED, LATENCY = 60e-6, 12e-6, 0.2, 2.5e-3, 30e-6
+LAUNCH, UPDATE_LAUNCH, EXPOSED, FIXED = 60e-6, 12e-6, 0.2, 2.5e-3
+# No run on a GPU stands behind these.
+HOOK, LATENCY = 3e-6, 30e-6
 
 
 def is_known(name: str) -> bool:
@@ -107,8 +109,8 @@ def gpu(name: str, dtype: str, network: float | None = None) -> Device:
     sheet, known = sheet_of(name)
     flops, moved = PRODUCTS * (sheet.fp32 if dtype == "fp32" else sheet.half), COPY * sheet.memory_rate
     rates = {key: Rate(flops * products, moved * memory) for key, (products, memory) in SHARES.items()}
-    return Device(name=known, rates=rates, launch=LAUNCH, update_launch=UPDATE_LAUNCH, exposed=EXPOSED, fixed=FIXED,
-                  network=network or LINK * sheet.link, latency=LATENCY, memory=sheet.memory)
+    return Device(name=known, rates=rates, launch=LAUNCH, update_launch=UPDATE_LAUNCH, hook=HOOK, exposed=EXPOSED,
+                  fixed=FIXED, network=network or LINK * sheet.link, latency=LATENCY)
 
 
 def like(memory: float) -> str:

@@ -56,7 +56,7 @@ def micro_seconds(s: Setting, device: Device, attended: float) -> tuple[Counter,
         on_device[one.part, "products"] += products
         on_device[one.part, "memory"] += memory
     # Of three hooks a parameter one is the forward pass's.
-    hooks = counted.hooks * device.update_launch
+    hooks = counted.hooks * device.hook
     return on_device, Counter({work.FORWARD: counted.forward * device.launch + hooks / 3,
                                work.BACKWARD: counted.backward * device.launch + hooks * 2 / 3})
 

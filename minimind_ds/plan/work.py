@@ -18,8 +18,8 @@ from minimind_ds.plan.memory_model import Setting, trained_parts
 
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 # What stage 3 costs the host for each parameter that it cuts, against stage 1, in launches: on one rank, and on many,
-# where it is gathered.  Measured on a CPU.
-HOOKS, GATHERED = 30, 75
+# where it is gathered.  Measured on a CPU, whose launches are its small products.
+HOOKS, GATHERED = 120, 300
 # Of a document's mean length: the mean number of keys that a token attends to.  Half of it, were all alike; lengths
 # of instruction data scatter by 0.6 of their mean.
 KEYS = 2 / 3
@@ -39,7 +39,7 @@ class Work:
 class Launches:
     """Kernels that the host launches: in a micro-batch's forward and backward, and in an update.
 
-    hooks: DeepSpeed's Python about a micro-batch's gathered parameters, in launches of the update's plain sort.
+    hooks: DeepSpeed's Python about a micro-batch's parameters that stage 3 cuts, in launches of a CPU.
     """
 
     forward: float

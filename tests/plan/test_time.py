@@ -94,7 +94,7 @@ def test_an_update_moves_a_rank_s_share():
 def even(**changes) -> hardware.Device:
     """A device that makes 1e12 FLOP/s and moves 1e11 B/s, whatever the kind."""
     values = dict(name="even", rates={key: Rate(1e12, 1e11) for key in hardware.SHARES}, launch=1e-6,
-                  update_launch=1e-6, exposed=0.0, fixed=0.0, network=1e10, latency=0.0)
+                  update_launch=1e-6, hook=1e-6, exposed=0.0, fixed=0.0, network=1e10, latency=0.0)
     return hardware.Device(**{**values, **changes})
 
 
