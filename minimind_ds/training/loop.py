@@ -40,7 +40,7 @@ from minimind_ds.resilience.signals import STOPPED, Stopped
 from minimind_ds.resilience.watchdog import Watchdog, lost_contact
 from minimind_ds.training.build import build_engine
 from minimind_ds.training.live import LiveRun
-from minimind_ds.training.lr_schedule import learning_rate, progress
+from minimind_ds.training.lr_schedule import learning_rate, progress, steps_of, warmup_share
 from minimind_ds.training.metrics import Metrics
 from minimind_ds.training.prepare import EvalSet, PreparedRun, prepare
 from minimind_ds.training.resume import (
@@ -243,16 +243,18 @@ def run_plan(prepared: PreparedRun, live: LiveRun, start: ResumePoint, metrics: 
         Stopped: on all ranks after the same step, when any was asked to stop.
     """
     run, step = prepared.run, start.step
-    owns_lr = "scheduler" not in prepared.ds
-    for epoch in range(start.epoch, run.epochs):
+    owns_lr, warmup = "scheduler" not in prepared.ds, warmup_share(run, prepared.total_steps)
+    for epoch in range(start.epoch, run.epochs_begun):
         plan, first = prepared.plan(epoch), start.epoch_step if epoch == start.epoch else 0
-        last = min(len(plan), first + run.max_steps - step) if run.max_steps else len(plan)
+        steps = steps_of(run, epoch, len(plan))
+        last = min(steps, first + run.max_steps - step) if run.max_steps else steps
         batches = fetch(prepared, epoch, plan, range(first, last))
         with loader.Prefetcher(batches, pin=prepared.world.device.type == "cuda") as ready:
             for epoch_step in range(first, last):
                 step += 1
                 if owns_lr:
-                    engine.set_lr(live.engine, learning_rate(progress(run, step, epoch, epoch_step, len(plan)), run))
+                    done = progress(run, step, epoch, epoch_step, steps)
+                    engine.set_lr(live.engine, learning_rate(done, run, warmup))
                 stats = train_step(prepared, live, plan, Position(step, epoch, epoch_step), ready)
                 metrics.write({"step": step, "epoch": epoch, **stats.line()})
                 if stats.note:
