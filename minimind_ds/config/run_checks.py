@@ -12,6 +12,9 @@ def check(run) -> None:
     """Raises UserError for the first flag of a RunConfig that its others leave without a meaning."""
     check_lora(run)
     check_schedule(run)
+    if not run.eval_path and not run.eval_fraction:
+        without(run, {"keep_best": False, "patience": 0},
+                "and nothing is held out to evaluate: name --eval_path or --eval_fraction")
 
 
 def without(run, names: dict, why: str) -> None:

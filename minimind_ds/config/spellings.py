@@ -30,6 +30,7 @@ SAME = {
     "warmup_iters": "warmup_steps",
     "gradient_accumulation_steps": "accumulation_steps", "per_device_train_batch_size": "batch_size",
     "micro_batch_size": "batch_size", "max_grad_norm": "grad_clip", "gradient_clipping": "grad_clip",
+    "early_stopping_patience": "patience",
     "logging_steps": "log_interval", "save_steps": "save_interval", "eval_steps": "eval_interval",
     "save_total_limit": "keep", "torch_compile": "compile", "sample_packing": "packing",
     "train_data": "data_path", "train_file": "data_path", "eval_data": "eval_path", "validation_file": "eval_path",
@@ -66,6 +67,7 @@ HINTS = {
     "resume_from_checkpoint": "write --from_resume auto, none or a path",
     "train_batch_size": "write --batch_size for rows a rank and micro-batch, --accumulation_steps for micro-batches",
     "report_to": "write --use_wandb or --use_tensorboard",
+    "load_best_model_at_end": "write --keep_best: the best weights lie in save_dir/best, the last ones in save_dir",
     "optim": "an optimizer block of the DeepSpeed JSON names another than AdamW",
     "attn_implementation": "write --kernels",
 }

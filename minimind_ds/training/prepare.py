@@ -259,6 +259,9 @@ def check_machine(run: RunConfig, ds: dict, world: World, config: ModelConfig) -
     for block in ("offload_optimizer", "offload_param"):
         if (zero.get(block) or {}).get("device") == "nvme":
             check_nvme(f"{path}: zero_optimization.{block}", zero[block])
+    if run.stop_after and not deepspeed_json.keeps_checkpoints(ds):
+        raise UserError(f"{run.place('stop_after')} is {run.stop_after}, and with optimizer states on NVMe ({path}) "
+                        "there is no checkpoint to go on from: leave it out")
     if deepspeed_json.optimizer_device(ds) == "nvme" and run.save_interval:
         raise UserError(f"{path}: no checkpoints with optimizer states on NVMe: DeepSpeed forgets Adam's moments "
                          "when it loads them; --save_interval 0 trains without, offload_optimizer to \"cpu\" keeps "
