@@ -315,7 +315,7 @@ def scheduler_class(path: str, kind: str, config: dict) -> type:
     zero = config.get("zero_optimization", {}).get("stage", 0)
     if zero > 0 or config["bf16"]["enabled"] or config["fp16"]["enabled"]:
         raise UserError(f"{path}: scheduler {kind} is torch's, which DeepSpeed can use at stage 0 in fp32 only; "
-                        f"choose from {', '.join(SCHEDULERS)}, or leave it out: the flags give warm-up and cosine")
+                        f"choose from {', '.join(SCHEDULERS)}, or leave it out: --lr_schedule gives the usual ones")
     if kind == "ReduceLROnPlateau":
         raise UserError(f"{path}: scheduler {kind} waits for a loss that DeepSpeed does not give it")
     return cls

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import pathlib
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.convert import weight_files
 from minimind_ds.convert.vocabulary import Vocabulary
 from minimind_ds.distributed import engine
@@ -54,4 +55,14 @@ def forget(prepared: PreparedRun) -> None:
     """A run starts over: what the one before it called its best and last is so no more."""
     for name in (LAST, BEST):
         (prepared.folder / f"{name}.json").unlink(missing_ok=True)
-    path_of(prepared, BEST).unlink(missing_ok=True)
+    path = path_of(prepared, BEST)
+    if path.parent.is_dir() and not path.parent.is_symlink():
+        path.unlink(missing_ok=True)
+
+
+def check(run) -> None:
+    """Raises UserError where --keep_best has no folder to write to."""
+    folder = pathlib.Path(run.save_dir) / BEST
+    if run.keep_best and (folder.is_symlink() or (folder.exists() and not folder.is_dir())):
+        raise UserError(f"{folder} is no folder of this run's, and the best weights go there "
+                        f"({run.place('keep_best')}): move it")

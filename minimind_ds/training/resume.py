@@ -23,6 +23,7 @@ from minimind_ds.config.run import DEFAULTS, MAY_CHANGE, MAY_GROW, MUST_STAY
 from minimind_ds.convert.minimind import expected_shapes
 from minimind_ds.data.sources import content_change
 from minimind_ds.resilience import restarts
+from minimind_ds.training import kept_weights
 from minimind_ds.training.evaluations import Evaluations, recorded
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.lr_schedule import total_steps
@@ -96,6 +97,7 @@ def acquire_run_lock(folder: pathlib.Path):
 
 def look_for_resume_point(prepared: PreparedRun) -> ResumePoint:
     run, folder = prepared.run, prepared.folder
+    kept_weights.check(run)
     if run.keep_weights_only and checkpoint.folder_of(folder).is_symlink():
         raise UserError(f"{run.place('keep_weights_only')}: {checkpoint.folder_of(folder)} is a link, and nothing is "
                         "deleted through one: leave the flag out, or name another --save_dir")

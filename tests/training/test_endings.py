@@ -15,7 +15,7 @@ from minimind_ds.distributed.world import World
 from minimind_ds.training.evaluations import Evaluations, perplexity, recorded
 from minimind_ds.training.prepare import prepare
 from minimind_ds.training.resume import look_for_resume_point
-from tests.checkpoint.test_resume import Run, curve, weights
+from tests.checkpoint.test_resume import MODEL, Run, curve, weights
 from tests.conftest import cache_dir
 
 pytestmark = pytest.mark.numeric
@@ -28,6 +28,7 @@ EPOCH = 8
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("endings")
+    (folder / "run.yaml").write_text("preset: debug\nmodel: " + json.dumps(MODEL))
     with (folder / "data.jsonl").open("w") as file:
         for i in range(62):
             file.write(json.dumps({"prompt": f"{i}?", "completion": f"{i}, " * (1 + i % 5)}) + "\n")
@@ -125,7 +126,9 @@ def test_a_finished_run_goes_on_when_it_is_told_to_be_longer_and_only_then(ended
     assert begins.changed == {"epochs": [1.5, 2.25]}
     before = curve(whole)
     start(whole, home, **longer).finish()
-    start(disturbed, home, **longer).kill_at(14)
+    # Steps of this start, which began after step 12.
+    start(disturbed, home, **longer, stop_after=2).finish()
+    assert "(--stop_after); the checkpoint of step 14 is written" in disturbed.with_suffix(".log").read_text()
     start(disturbed, home, **longer, keep_weights_only=1).finish()
     same(whole, disturbed)
     assert curve(whole)[:12] == before and len(curve(whole)) == 2 * EPOCH + EPOCH // 4
@@ -157,6 +160,16 @@ def test_a_run_without_progress_ends_early_on_all_ranks_and_a_kill_changes_nothi
     assert done.finished and "of 9 steps, the last 2 evaluations without a lower loss; a larger" in done.notes[0]
     more = point(folder, home, **dict(flags, patience=3))
     assert not more.finished and more.step == 9 and more.changed == {"patience": [2, 3]}
+
+
+def test_nothing_is_written_or_deleted_through_a_link(tmp_path, home):
+    for name, flags, said in (("best", {}, "best is no folder of this run's"),
+                              ("checkpoints", {"keep_weights_only": 1}, "is a link, and nothing is deleted through")):
+        folder = tmp_path / name / "run"
+        folder.mkdir(parents=True)
+        (folder / name).symlink_to(tmp_path)
+        with pytest.raises(ValueError, match=said):
+            point(folder, home, **flags)
 
 
 def test_the_lowest_loss_is_the_earliest_and_what_is_no_number_is_no_progress():
