@@ -30,7 +30,7 @@ def path_of(prepared: PreparedRun, name: str) -> pathlib.Path:
 
 def put(prepared: PreparedRun, live: LiveRun, name: str, facts: dict) -> pathlib.Path:
     """Writes the weights as they are now, and `name`.json with their file and `facts`; collective.  -> the file."""
-    live.beat(f"the {name} weights")
+    live.beat("the final weights" if name == LAST else "the best weights")
     whole, path = engine.full_weights(live.engine, prepared.stage), path_of(prepared, name)
     if prepared.world.rank == 0:
         note = prepared.folder / f"{name}.json"
