@@ -151,26 +151,25 @@ def train(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:
             metrics.write({"step": start.step, "epoch": start.epoch, "changed": start.changed})
         with Watchdog(world.rank, world.size, 60 * run.hang_minutes) as live.watchdog:
             try:
-                step = run_plan(prepared, live, start, metrics)
+                step, early = run_plan(prepared, live, start, metrics)
             except (NonFinite, Stopped):
                 # All ranks end alike.  A checkpoint from before is worth having all the more.
                 live.finish_save()
                 live.watchdog.finish()
                 raise
             engine.log_communication(prepared.ds)
-            write_weights(prepared, live, step, metrics)
+            write_weights(prepared, live, step, metrics, early)
     finally:
         metrics.close()
 
 
-def write_weights(prepared: PreparedRun, live: LiveRun, step: int, metrics: Metrics) -> None:
+def write_weights(prepared: PreparedRun, live: LiveRun, step: int, metrics: Metrics, early: bool) -> None:
     """The weights in the run folder, and the note that the run of `step` steps is finished; collective."""
     run, evaluations = prepared.run, live.evaluations
     path = kept_weights.put(prepared, live, kept_weights.LAST, {"step": step, **evaluations.at(step)})
     live.finish_save()
     if prepared.world.rank == 0:
         checkpoint.keep_metrics(prepared.folder)
-        early = evaluations.gave_up(run.patience)
         done = {"step": step, **({"early": True} if early else {}), "identity": identity(prepared)}
         write_file(prepared.done_path, json.dumps(done))
         metrics.say(f"wrote {path}")
@@ -242,8 +241,8 @@ def summary(prepared: PreparedRun, start: ResumePoint) -> list[str]:
     return lines
 
 
-def run_plan(prepared: PreparedRun, live: LiveRun, start: ResumePoint, metrics: Metrics) -> int:
-    """Every step from `start` to the end, or until --patience ends; returns the number of the last one.
+def run_plan(prepared: PreparedRun, live: LiveRun, start: ResumePoint, metrics: Metrics) -> tuple[int, bool]:
+    """Every step from `start` to the end; returns the number of the last one, and whether --patience ended it early.
 
     Raises:
         Stopped: on all ranks after the same step, when any was asked to stop.
@@ -252,7 +251,7 @@ def run_plan(prepared: PreparedRun, live: LiveRun, start: ResumePoint, metrics: 
     if live.evaluations.gave_up(run.patience):
         # Killed before it was finished, or finished and extended.
         metrics.say(gave_up(live, step))
-        return step
+        return step, True
     owns_lr, warmup = "scheduler" not in prepared.ds, warmup_share(run, prepared.total_steps)
     for epoch in range(start.epoch, run.epochs_begun):
         plan, first = prepared.plan(epoch), start.epoch_step if epoch == start.epoch else 0
@@ -274,22 +273,22 @@ def run_plan(prepared: PreparedRun, live: LiveRun, start: ResumePoint, metrics: 
                 due = step % run.eval_interval == 0 if run.eval_interval else at_end
                 if prepared.eval_sets and (due or ends):
                     judge(prepared, live, Position(step, epoch, epoch_step + 1), metrics)
-                if not ends and live.evaluations.gave_up(run.patience):
+                early = not ends and live.evaluations.gave_up(run.patience)
+                if early:
                     metrics.say(gave_up(live, step))
-                    ends = True
                 to, stop = Position(step, epoch, epoch_step + 1), None
                 if step - start.step == run.stop_after:
                     stop = Stopped(step, planned=run.stop_after)
                 elif stats.stop_requested:
                     stop = Stopped(step, kept=prepared.keeps_checkpoints)
-                if ends:
+                if ends or early:
                     # Finishing takes no longer than stopping.
                     save(prepared, live, to, due=bool(run.save_interval) and not run.keep_weights_only)
-                    return step
+                    return step, early
                 save_or_stop(prepared, live, to, stop)
         if step == run.max_steps:
             break
-    return step
+    return step, False
 
 
 def judge(prepared: PreparedRun, live: LiveRun, at: Position, metrics: Metrics) -> None:

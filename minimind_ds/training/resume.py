@@ -143,15 +143,16 @@ def finished(prepared: PreparedRun, done: dict) -> str | None:
     """
     run, what = prepared.run, f"{prepared.folder} holds a finished run of {done['step']} steps"
     other = "--from_resume none starts over, another --save_dir keeps it"
-    evaluations = Evaluations(recorded(prepared.folder / "metrics.jsonl", done["step"]))
-    if evaluations.gave_up(run.patience):
-        return (f"{what}, the last {evaluations.since} evaluations without a lower loss; a larger --patience goes on, "
-                f"{other}")
+    more = "more --epochs or --max_steps go on, "
     if done.get("early") or length(done["identity"], prepared, prepared.folder):
-        return None
+        evaluations = Evaluations(recorded(prepared.folder / "metrics.jsonl", done["step"]))
+        if not evaluations.gave_up(run.patience):
+            return None
+        what += f", the last {evaluations.since} evaluations without a lower loss"
+        more = "a larger --patience goes on, "
     if run.keep_weights_only or not checkpoint.listed(checkpoint.folder_of(prepared.folder)):
         return f"{what}, of which only weights are left; {other}"
-    return f"{what}; more --epochs or --max_steps go on, {other}"
+    return f"{what}; {more}{other}"
 
 
 def length(then: dict, prepared: PreparedRun, path) -> str | None:

@@ -160,6 +160,14 @@ def test_a_run_without_progress_ends_early_on_all_ranks_and_a_kill_changes_nothi
     assert done.finished and "of 9 steps, the last 2 evaluations without a lower loss; a larger" in done.notes[0]
     more = point(folder, home, **dict(flags, patience=3))
     assert not more.finished and more.step == 9 and more.changed == {"patience": [2, 3]}
+    # What came to its end has nothing left that patience kept it from; made longer it has no more of it than before.
+    done = json.loads((folder / "DONE").read_text())
+    assert done.pop("early") is True
+    (folder / "DONE").write_text(json.dumps(done))
+    assert "of 9 steps; more --epochs" in point(folder, home, **flags).notes[0]
+    assert point(folder, home, **dict(flags, patience=3)).finished
+    assert "a larger --patience goes on" in point(folder, home, **dict(flags, epochs=4)).notes[0]
+    assert point(folder, home, **dict(flags, epochs=4, patience=3)).step == 9
 
 
 def test_nothing_is_written_or_deleted_through_a_link(tmp_path, home):
