@@ -92,7 +92,9 @@ class StepSums:
 
     def reduce(self, *, stop_asked: bool, forward_s: float) -> None:
         """Collective, once per step."""
-        self.values[2], self.values[3 + self.world.rank] = float(stop_asked), forward_s
+        # Not values[2] = ..., which is a copy to the GPU that waits for it.
+        self.values[2].fill_(float(stop_asked))
+        self.values[3 + self.world.rank].fill_(forward_s)
         if self.world.size > 1:
             dist.all_reduce(self.values)
 
@@ -285,8 +287,9 @@ def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
                 rows = local_rows(prepared, plan, epoch_step, micro)
                 batch = local_shard(prepared, loader.load_micro_batch(store, rows, run.row_len,
                                                                       prepared.tokenizer.pad_id))
-                out = live.engine(batch.to(world.device))
-                sums[number] += torch.tensor([float(out.loss_sum), out.n_labelled], device=world.device)
+                out = live.engine(batch.to(world.device, non_blocking=True))
+                sums[number, 0] += out.loss_sum
+                sums[number, 1] += out.n_labelled
     dist.all_reduce(sums)
     live.engine.train()
     loss, tokens = sums.sum(0).tolist()
