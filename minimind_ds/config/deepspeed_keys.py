@@ -54,8 +54,8 @@ KEYS = {
     "optimizer.type": Key(PASSED_ON, str, "adam, adamw, adagrad, lamb, lion, muon or a class of torch.optim"),
     "optimizer.params": Key(FILLED, dict, "the class's own arguments"),
     "optimizer.legacy_fusion": Key(PASSED_ON, bool),
-    "scheduler": Key(FILLED, dict, "what it leaves out comes from --learning_rate, --warmup_ratio, --min_lr_ratio; "
-                                   "without the block: linear warm-up, then a cosine"),
+    "scheduler": Key(FILLED, dict, "what it leaves out comes from --learning_rate, --warmup_ratio or "
+                                   "--warmup_steps, --min_lr_ratio; without the block: --lr_schedule"),
     "scheduler.type": Key(PASSED_ON, str, "DeepSpeed's five; torch's at stage 0 in fp32"),
     "scheduler.params": Key(FILLED, dict, "the class's own arguments"),
     "fp16": Key(FILLED, dict, "--dtype"),

@@ -315,7 +315,7 @@ def scheduler_class(path: str, kind: str, config: dict) -> type:
     zero = config.get("zero_optimization", {}).get("stage", 0)
     if zero > 0 or config["bf16"]["enabled"] or config["fp16"]["enabled"]:
         raise UserError(f"{path}: scheduler {kind} is torch's, which DeepSpeed can use at stage 0 in fp32 only; "
-                        f"choose from {', '.join(SCHEDULERS)}, or leave it out: the flags give warm-up and cosine")
+                        f"choose from {', '.join(SCHEDULERS)}, or leave it out: --lr_schedule gives the usual ones")
     if kind == "ReduceLROnPlateau":
         raise UserError(f"{path}: scheduler {kind} waits for a loss that DeepSpeed does not give it")
     return cls
@@ -349,11 +349,14 @@ def own_peak(run: RunConfig, optimizer: dict, kind: str, params: dict) -> RunCon
 
 
 def own_shape(run: RunConfig, kind: str, params: dict, known: dict, total_steps: int) -> RunConfig:
-    """Warm-up, length and end of a schedule, and --warmup_ratio, --min_lr_ratio."""
+    """Warm-up, length and end of a schedule, and the flags that say them where it does not."""
     if kind in WARMUPS and params.get("warmup_num_steps", "auto") == "auto":
-        params["warmup_num_steps"] = max(1, round(run.warmup_ratio * total_steps))
+        params["warmup_num_steps"] = run.warmup_steps or max(1, round(run.warmup_ratio * total_steps))
     else:
-        run = no_place(run, "warmup_ratio", f"scheduler {kind} sets its own steps")
+        for name in ("warmup_ratio", "warmup_steps"):
+            run = no_place(run, name, f"scheduler {kind} sets its own steps")
+    for name in ("lr_schedule", "decay_ratio"):
+        run = no_place(run, name, f"scheduler {kind} is the schedule")
     if kind == "WarmupCosineLR":
         if params.get("cos_min_ratio", "auto") == "auto":
             params["cos_min_ratio"] = run.min_lr_ratio

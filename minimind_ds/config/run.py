@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 
 import yaml
 
-from minimind_ds.config import rates, run_flags, spellings, untrusted
+from minimind_ds.config import rates, run_checks, run_flags, spellings, untrusted
 from minimind_ds.config.deepspeed_keys import LARGEST
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
@@ -30,14 +30,15 @@ from minimind_ds.paths import DS_CONFIGS
 
 # The keys of precision.DTYPES; this module does without torch, so that --help need not wait for it.
 PRECISIONS = ("bf16", "fp16", "fp32")
-MOST_SHARE = 1000
+MOST_SHARE, MOST_EPOCHS = 1000, 1_000_000
 
 
 def flag(default, help, *, choices=None, resume=None, paths=None, alone=None):
     """A RunConfig field: `help` ends up in --help, with its unit and default.
 
     alone: the value of the flag without one.
-    resume: whether a resumed run "must keep" the value or "may change" it and says so; None: it does not matter.
+    resume: whether a resumed run "must keep" the value, "may change" it and says so, or "may grow" to a longer one;
+        None: it does not matter.
     paths: one or more files; "shares": each with a share, in YAML.
     """
     return field(default=default, metadata={"help": help, "choices": choices, "resume": resume, "paths": paths,
@@ -62,7 +63,12 @@ class RunConfig:
     eval_path: str | list | None = flag(None, "held-out data, as data_path's", paths="plain")
     eval_fraction: float = flag(0.0, "share of the training samples to hold out when there is no eval_path, 0 to 0.5",
                                 resume="must keep")
-    eval_interval: int = flag(0, "optimizer steps between evaluations; 0: at the end of each epoch")
+    eval_interval: int = flag(0, "optimizer steps between evaluations, of which the last is at the end; 0: at the "
+                                 "end of each epoch")
+    keep_best: bool = flag(False, "keep the weights with the lowest evaluation loss in save_dir/best, as best.json "
+                                   "tells")
+    patience: int = flag(0, "evaluations in a row without a lower loss after which the run ends; 0: off",
+                         resume="may change")
     max_seq_len: int = flag(768, "longest sample, in tokens", resume="must keep")
     too_long: str = flag("cut", "what happens to longer samples; split is for texts, pretrain.py's default",
                          choices=("split", "cut", "drop"), resume="must keep")
@@ -70,12 +76,19 @@ class RunConfig:
     packing: bool = flag(True, "pack samples into rows; off: one sample a row, padded", resume="must keep")
     batch_size: int = flag(1, "rows per rank and micro-batch")
     accumulation_steps: int = flag(1, "micro-batches per optimizer step")
-    epochs: int = flag(2, "passes over the data", resume="must keep")
-    max_steps: int = flag(0, "stop after this many optimizer steps; 0: run all epochs", resume="must keep")
+    epochs: float = flag(2, "passes over the data; 1.5 ends half-way through the second", resume="may grow")
+    max_steps: int = flag(0, "optimizer steps after which the run ends; 0: run all epochs", resume="may grow")
+    stop_after: int = flag(0, "steps of this start after which it stops with a checkpoint, its schedule as it "
+                                 "was; 0: none")
     learning_rate: float | None = flag(None, "peak learning rate; default: 5e-4, 1e-5 for full SFT that starts from "
                                              "weights, 1e-4 for LoRA", resume="must keep")
     min_lr_ratio: float = flag(0.1, "last learning rate as a share of the peak", resume="must keep")
     warmup_ratio: float = flag(0.03, "share of the run in which the learning rate rises from 0", resume="must keep")
+    warmup_steps: int = flag(0, "steps in which it does, in place of warmup_ratio; 0: the ratio", resume="must keep")
+    lr_schedule: str = flag("cosine", "the learning rate after warm-up falls to min_lr_ratio in a cosine or a line, "
+                                      "stays, or stays and falls at the end (wsd: warm-up, stable, decay)",
+                            choices=("cosine", "linear", "constant", "wsd"), resume="must keep")
+    decay_ratio: float = flag(0.1, "share of the run at its end in which wsd falls", resume="must keep")
     weight_decay: float = flag(0.01, "AdamW's decoupled weight decay", resume="must keep")
     adam_beta1: float = flag(0.9, "AdamW's decay of the first moment", resume="must keep")
     adam_beta2: float = flag(0.999, "AdamW's decay of the second moment", resume="must keep")
@@ -95,8 +108,9 @@ class RunConfig:
                                     "0: start, unless save_dir holds checkpoints")
     save_dir: str = flag("out", "run folder")
     save_weight: str | None = flag(None, "name of the weights file; default: the program's (sft or pretrain)")
-    save_interval: int = flag(100, "optimizer steps between checkpoints; 0: none")
+    save_interval: int = flag(100, "optimizer steps between checkpoints, of which the last is at the end; 0: none")
     keep: int = flag(2, "checkpoints to keep")
+    keep_weights_only: bool = flag(False, "delete the checkpoints once the run has finished, its weights written")
     log_interval: int = flag(10, "optimizer steps between printed lines where there is no terminal for the bar")
     seed: int = flag(42, "seed of the weights, the order of the data and dropout", resume="must keep")
     dtype: str | None = flag(None, "precision; default: bf16 where the machine has it, else fp32", choices=PRECISIONS)
@@ -140,16 +154,19 @@ class RunConfig:
                 finite = isinstance(value, int) or math.isfinite(value)
                 what = f"below {LARGEST:.1e}" if finite else "a finite number"
                 raise UserError(f"{self.place(name)} is {value}; it must be {what}")
-        at_least = dict(max_seq_len=2, pack_len=2, batch_size=1, accumulation_steps=1, epochs=1, max_steps=0, keep=1,
+        at_least = dict(max_seq_len=2, pack_len=2, batch_size=1, accumulation_steps=1, max_steps=0, keep=1,
                         log_interval=1, save_interval=0, eval_interval=0, num_workers=0, grad_clip=0, weight_decay=0,
-                        learning_rate=0, seed=0, lora_rank=0, grow_vocab=0)
+                        learning_rate=0, seed=0, lora_rank=0, grow_vocab=0, warmup_steps=0, patience=0, stop_after=0)
         for name, least in at_least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= least:
                 raise UserError(f"{self.place(name)} is {getattr(self, name)}; it must be at least {least}")
-        for name in ("min_lr_ratio", "warmup_ratio", "eval_fraction", "random_system_ratio", "drop_empty_think_ratio"):
+        for name in ("min_lr_ratio", "warmup_ratio", "decay_ratio", "eval_fraction", "random_system_ratio",
+                     "drop_empty_think_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{self.place(name)} is {getattr(self, name)}; it must be between 0 and 1")
-        self.check_lora()
+        if not 0 < self.epochs <= MOST_EPOCHS:
+            raise UserError(f"{self.place('epochs')} is {self.epochs}; it must be above 0, at most {MOST_EPOCHS}")
+        run_checks.check(self)
         if self.save_weight is not None and not re.fullmatch(r"[\w][\w.+ -]{0,99}", self.save_weight):
             raise UserError(f"{self.place('save_weight')} is {untrusted.shown(self.save_weight)}; it must be a plain "
                             "file name, without folders, at most 100 characters")
@@ -159,25 +176,14 @@ class RunConfig:
             raise UserError(f"a sample may be {self.max_seq_len} tokens long (max_seq_len) and the row holds "
                              f"{self.pack_len} (pack_len): raise pack_len or lower max_seq_len")
 
-    def check_lora(self) -> None:
-        """Raises ValueError on a LoRA flag without its rank, adapters without a base, a number out of range."""
-        if self.lora_rank == 0:
-            for name, off in (("lora_alpha", None), ("lora_targets", None), ("lora_dropout", 0)):
-                if getattr(self, name) != off:
-                    raise UserError(f"{self.place(name)} is {getattr(self, name)} without --lora_rank: name a rank, "
-                                     "for example 16")
-            return
-        if self.from_weight == "none":
-            raise UserError(f"{self.place('lora_rank')} is {self.lora_rank}: adapters stand beside a trained model; "
-                             "name its weights with --from_weight")
-        if self.lora_alpha is not None and not 0 < self.lora_alpha < float("inf"):
-            raise UserError(f"{self.place('lora_alpha')} is {self.lora_alpha}; it must be above 0")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"{self.place('lora_dropout')} is {self.lora_dropout}; it must be at least 0 and below 1")
-
     def place(self, name: str) -> str:
         """Where a value comes from, for messages: '--epochs', 'epochs in run.yaml' or '--epochs (default)'."""
         return self.given.get(name, f"--{name} (default)")
+
+    @property
+    def epochs_begun(self) -> int:
+        """Epochs of which the run takes at least a step."""
+        return math.ceil(self.epochs)
 
     @property
     def row_len(self) -> int:
@@ -230,6 +236,7 @@ DERIVED = {"head_dim": ("hidden_size", "num_attention_heads"), "intermediate_siz
            "moe_intermediate_size": ("hidden_size", "intermediate_size")}
 FLAGS = [f for f in dataclasses.fields(RunConfig) if f.metadata]
 DEFAULTS = {f.name: f.default for f in FLAGS}
+MAY_GROW = tuple(f.name for f in FLAGS if f.metadata["resume"] == "may grow")
 MUST_STAY = tuple(f.name for f in FLAGS if f.metadata["resume"] == "must keep")
 PATHS = {"deepspeed", "tokenizer", "data_path", "eval_path", "save_dir", "cache_dir"}
 MAY_CHANGE = tuple(f.name for f in FLAGS if f.metadata["resume"] == "may change")
@@ -348,7 +355,7 @@ def check_type(path: str, f: dataclasses.Field, value):
     if f.metadata["choices"] and value not in f.metadata["choices"]:
         raise UserError(f"{path}: {f.name} is {untrusted.shown(value)}; choose from "
                         f"{', '.join(f.metadata['choices'])}")
-    return value
+    return spellings.epochs(value) if f.name == "epochs" else value
 
 
 def as_float(value):

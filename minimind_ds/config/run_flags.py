@@ -30,10 +30,11 @@ GROUPS = {
              "learn", "text_markers", "random_system_ratio", "drop_empty_think_ratio", "cache_dir", "num_workers"),
     "model": ("dropout", "grow_vocab", "moe_balance", "lora_alpha", "lora_targets", "lora_dropout",
               *spellings.SHAPE),
-    "training": ("max_steps", "eval_interval", "min_lr_ratio", "warmup_ratio", "weight_decay", "adam_beta1",
-                 "adam_beta2", "adam_epsilon", "grad_clip", "seed"),
+    "training": ("max_steps", "stop_after", "lr_schedule", "warmup_ratio", "warmup_steps", "decay_ratio",
+                 "min_lr_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "grad_clip", "seed"),
+    "evaluation": ("eval_interval", "keep_best", "patience"),
     "distribution and speed": ("dtype", "kernels", "gradient_checkpointing", "compile"),
-    "checkpoints": ("from_resume", "save_weight", "save_interval", "keep"),
+    "checkpoints": ("from_resume", "save_weight", "save_interval", "keep", "keep_weights_only"),
     "faults": ("on_spike", "on_non_finite", "hang_minutes"),
     "logging": ("log_interval", "use_wandb", "wandb_project", "use_tensorboard"),
 }
@@ -74,6 +75,8 @@ def add(group, f: dataclasses.Field, kind: type, defaults: dict) -> None:
         extra = {"nargs": "+", "metavar": "PATH"}
     if f.metadata["alone"] is not None:
         extra |= {"nargs": "?", "const": f.metadata["alone"]}
+    if f.name == "epochs":
+        kind, extra["metavar"] = spellings.epochs, "N"
     kind = auto_or_int if f.name == "num_workers" else kind
     kind = functools.partial(spellings.meant, f.name) if f.name in spellings.VALUES else kind
     group.add_argument(f"--{f.name}", type=kind, default=None, help=shown.replace("%", "%%"), **extra)

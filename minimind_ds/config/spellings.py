@@ -27,8 +27,10 @@ SAME = {
     "use_compile": "compile", "out_dir": "save_dir", "tokenizer_path": "tokenizer",
     # Hugging Face's Trainer, TRL, Axolotl, LLaMA-Factory.
     "output_dir": "save_dir", "num_train_epochs": "epochs", "num_epochs": "epochs", "lr": "learning_rate",
+    "warmup_iters": "warmup_steps",
     "gradient_accumulation_steps": "accumulation_steps", "per_device_train_batch_size": "batch_size",
     "micro_batch_size": "batch_size", "max_grad_norm": "grad_clip", "gradient_clipping": "grad_clip",
+    "early_stopping_patience": "patience",
     "logging_steps": "log_interval", "save_steps": "save_interval", "eval_steps": "eval_interval",
     "save_total_limit": "keep", "torch_compile": "compile", "sample_packing": "packing",
     "train_data": "data_path", "train_file": "data_path", "eval_data": "eval_path", "validation_file": "eval_path",
@@ -40,7 +42,7 @@ VALUES = {"dtype": {"bfloat16": "bf16", "float16": "fp16", "half": "fp16", "floa
           "from_resume": {"1": "auto", "0": "0"}}
 ROWS = "--max_seq_len is the longest sample, --pack_len the length of a packed row"
 PRECISION = "write --dtype bf16, fp16 or fp32"
-SCHEDULE = ("the rate rises for --warmup_ratio of the run, then falls along a cosine to --min_lr_ratio of its peak; a "
+SCHEDULE = ("write --lr_schedule cosine, linear, constant or wsd; the rate falls to --min_lr_ratio of its peak; a "
             "scheduler block of the DeepSpeed JSON sets another")
 FILES = "write --data_path for files on this machine"
 BASE = "write --from_weight for weights on this machine, --preset for a new model's size"
@@ -58,13 +60,14 @@ HINTS = {
                      "inference_rope_scaling"), "that is chat.py's"),
     **dict.fromkeys(("bf16", "fp16", "fp32", "torch_dtype", "precision"), PRECISION),
     **dict.fromkeys(("max_length", "max_seq_length", "sequence_len", "cutoff_len", "block_size"), ROWS),
-    **dict.fromkeys(("warmup_steps", "warmup_iters", "lr_scheduler_type", "lr_scheduler"), SCHEDULE),
+    **dict.fromkeys(("lr_scheduler_type", "lr_scheduler", "lr_decay_style"), SCHEDULE),
     **dict.fromkeys(("model_name_or_path", "base_model"), BASE),
     **dict.fromkeys(("dataset", "datasets", "dataset_name", "dataset_path"), FILES),
     "tokenizer_name": "write --tokenizer for a tokenizer on this machine",
     "resume_from_checkpoint": "write --from_resume auto, none or a path",
     "train_batch_size": "write --batch_size for rows a rank and micro-batch, --accumulation_steps for micro-batches",
     "report_to": "write --use_wandb or --use_tensorboard",
+    "load_best_model_at_end": "write --keep_best: the best weights lie in save_dir/best, the last ones in save_dir",
     "optim": "an optimizer block of the DeepSpeed JSON names another than AdamW",
     "attn_implementation": "write --kernels",
 }
@@ -216,6 +219,12 @@ def number(text: str) -> float:
     if math.isfinite(value):
         return value
     raise argparse.ArgumentTypeError(f"{text!r} is no finite number")
+
+
+def epochs(text: str | float) -> int | float:
+    """A number, 2 for 2.0."""
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
 def to_bool(text: str) -> bool:

@@ -100,7 +100,8 @@ class Attempt:
             report("done")
         elif isinstance(error, Stopped):
             write(self.folder, {**read(self.folder), "running": False})
-            report("stopped")
+            # A batch script requeues what was stopped, and not what has done all it was told to.
+            report("done" if error.planned else "stopped")
         else:
             # A full disk fails here too; what it failed first is to be seen.
             with contextlib.suppress(OSError):

@@ -25,13 +25,21 @@ END = b"\0"
 
 
 class Stopped(Exception):
-    """The run was asked to stop and did, after writing the checkpoint of `step` unless there are none."""
+    """The run was asked to stop and did, after writing the checkpoint of `step` unless there are none.
 
-    def __init__(self, step: int, *, kept: bool = True):
-        super().__init__(f"stopped as asked; the checkpoint of step {step} is written, the same command goes on"
+    code: the exit code.  planned: the stop was part of the command (--stop_after): nothing is to be started again by
+    itself, and what comes next in a script may.
+    """
+
+    def __init__(self, step: int, *, kept: bool = True, planned: int = 0):
+        if planned:
+            said = f"stopped after {planned} steps (--stop_after)"
+        else:
+            said = "stopped as asked"
+        super().__init__(f"{said}; the checkpoint of step {step} is written, the same command goes on"
                          if kept else f"stopped as asked after step {step}; with optimizer states on NVMe there is no "
                          "checkpoint, the same command starts over")
-        self.step = step
+        self.step, self.planned, self.code = step, bool(planned), 0 if planned else STOPPED
 
 
 class StopRequest:

@@ -11,6 +11,7 @@ from typing import Any
 from minimind_ds.checkpoint.async_save import AsyncSave
 from minimind_ds.resilience.signals import StopRequest
 from minimind_ds.resilience.watchdog import Watchdog
+from minimind_ds.training.evaluations import Evaluations
 from minimind_ds.training.spikes import SpikeDetector
 
 
@@ -26,6 +27,7 @@ class LiveRun:
     stop: StopRequest = field(default_factory=StopRequest)
     watchdog: Watchdog | None = None
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
+    evaluations: Evaluations = field(default_factory=Evaluations)
     pending_save: AsyncSave | None = None
     folder_lock: Any = None
     hosts: list[str] = field(default_factory=list)

@@ -25,8 +25,7 @@ from minimind_ds.checkpoint.async_save import SaveFailed
 from minimind_ds.config import deepspeed_json
 from minimind_ds.config.errors import UserError, first_line, one_line
 from minimind_ds.config.run import RunConfig
-from minimind_ds.convert import minimind, weight_files
-from minimind_ds.convert.vocabulary import Vocabulary
+from minimind_ds.convert import minimind
 from minimind_ds.data import loader
 from minimind_ds.data.conversation import DataError
 from minimind_ds.data.sources import Mixture, what_is_lost
@@ -36,11 +35,12 @@ from minimind_ds.distributed.world import World, read_world
 from minimind_ds.io import write_file
 from minimind_ds.model import lora
 from minimind_ds.resilience import restarts
-from minimind_ds.resilience.signals import STOPPED, Stopped
+from minimind_ds.resilience.signals import Stopped
 from minimind_ds.resilience.watchdog import Watchdog, lost_contact
+from minimind_ds.training import kept_weights
 from minimind_ds.training.build import build_engine
 from minimind_ds.training.live import LiveRun
-from minimind_ds.training.lr_schedule import learning_rate, progress
+from minimind_ds.training.lr_schedule import learning_rate, progress, steps_of, warmup_share
 from minimind_ds.training.metrics import Metrics
 from minimind_ds.training.prepare import EvalSet, PreparedRun, prepare
 from minimind_ds.training.resume import (
@@ -106,7 +106,7 @@ def main(program: str, argv: list[str]) -> int:
     except Stopped as stopped:
         if world.rank == 0:
             print(stopped, file=sys.stderr, flush=True)
-        return STOPPED
+        return stopped.code
     finally:
         engine.stop()
     return 0
@@ -127,8 +127,10 @@ def train(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:
     run, world = prepared.run, prepared.world
     if start.finished:
         if world.rank == 0:
-            print(f"{prepared.folder} holds a finished run of {start.step} steps; --from_resume none starts over, "
-                  "another --save_dir keeps it")
+            print(*start.notes)
+            if run.keep_weights_only and prepared.weights_path.exists():
+                # For a run that was killed on its way to do so, or was finished without the flag.
+                checkpoint.clear(prepared.folder)
         return
     live.engine = build_engine(prepared)
     if start.path is not None:
@@ -149,32 +151,34 @@ def train(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:
             metrics.write({"step": start.step, "epoch": start.epoch, "changed": start.changed})
         with Watchdog(world.rank, world.size, 60 * run.hang_minutes) as live.watchdog:
             try:
-                step = run_plan(prepared, live, start, metrics)
+                step, early = run_plan(prepared, live, start, metrics)
             except (NonFinite, Stopped):
                 # All ranks end alike.  A checkpoint from before is worth having all the more.
                 live.finish_save()
                 live.watchdog.finish()
                 raise
-            live.finish_save()
-            live.beat("the final weights")
             engine.log_communication(prepared.ds)
-            write_weights(prepared, live, step, metrics)
+            write_weights(prepared, live, step, metrics, early)
     finally:
         metrics.close()
 
 
-def write_weights(prepared: PreparedRun, live: LiveRun, step: int, metrics: Metrics) -> None:
+def write_weights(prepared: PreparedRun, live: LiveRun, step: int, metrics: Metrics, early: bool) -> None:
     """The weights in the run folder, and the note that the run of `step` steps is finished; collective."""
-    final = engine.full_weights(live.engine, prepared.stage)
+    run, evaluations = prepared.run, live.evaluations
+    path = kept_weights.put(prepared, live, kept_weights.LAST, {"step": step, **evaluations.at(step)})
+    live.finish_save()
     if prepared.world.rank == 0:
-        trained_with = Vocabulary.of(prepared.tokenizer).to_json()
-        if prepared.lora:
-            lora.save_adapters(prepared.weights_path, final, prepared.lora, prepared.model_config, trained_with)
-        else:
-            weight_files.save_safetensors(prepared.weights_path, final, prepared.model_config, trained_with)
         checkpoint.keep_metrics(prepared.folder)
-        write_file(prepared.done_path, json.dumps({"step": step, "identity": identity(prepared)}))
-        metrics.say(f"wrote {prepared.weights_path}")
+        done = {"step": step, **({"early": True} if early else {}), "identity": identity(prepared)}
+        write_file(prepared.done_path, json.dumps(done))
+        metrics.say(f"wrote {path}")
+        if run.keep_weights_only:
+            checkpoint.clear(prepared.folder)
+            metrics.say("the checkpoints are deleted (--keep_weights_only): the run cannot be made longer")
+        if run.keep_best and evaluations.best:
+            metrics.say("the lowest evaluation loss was {1:.4f}, after step {0}: ".format(*evaluations.best)
+                        + str(kept_weights.path_of(prepared, kept_weights.BEST)))
     dist.barrier()
     live.watchdog.finish()
 
@@ -185,6 +189,7 @@ def write_run_folder(prepared: PreparedRun, start: ResumePoint) -> None:
     checkpoint.folder_of(prepared.folder).mkdir(exist_ok=True)
     if start.path is None:
         checkpoint.clear(prepared.folder)
+        kept_weights.forget(prepared)
         # A new run has a curve of its own at Weights & Biases.
         (prepared.folder / "wandb_id").unlink(missing_ok=True)
     write_file(prepared.folder / "run.yaml", prepared.run.to_yaml())
@@ -236,51 +241,92 @@ def summary(prepared: PreparedRun, start: ResumePoint) -> list[str]:
     return lines
 
 
-def run_plan(prepared: PreparedRun, live: LiveRun, start: ResumePoint, metrics: Metrics) -> int:
-    """Every step from `start` to the end; returns the number of the last one.
+def run_plan(prepared: PreparedRun, live: LiveRun, start: ResumePoint, metrics: Metrics) -> tuple[int, bool]:
+    """Every step from `start` to the end; returns the number of the last one, and whether --patience ended it early.
 
     Raises:
         Stopped: on all ranks after the same step, when any was asked to stop.
     """
     run, step = prepared.run, start.step
-    owns_lr = "scheduler" not in prepared.ds
-    for epoch in range(start.epoch, run.epochs):
+    if live.evaluations.gave_up(run.patience):
+        # Killed before it was finished, or finished and extended.
+        metrics.say(gave_up(live, step))
+        return step, True
+    owns_lr, warmup = "scheduler" not in prepared.ds, warmup_share(run, prepared.total_steps)
+    for epoch in range(start.epoch, run.epochs_begun):
         plan, first = prepared.plan(epoch), start.epoch_step if epoch == start.epoch else 0
-        last = min(len(plan), first + run.max_steps - step) if run.max_steps else len(plan)
+        steps = steps_of(run, epoch, len(plan))
+        last = min(steps, first + run.max_steps - step) if run.max_steps else steps
         batches = fetch(prepared, epoch, plan, range(first, last))
         with loader.Prefetcher(batches, pin=prepared.world.device.type == "cuda") as ready:
             for epoch_step in range(first, last):
                 step += 1
                 if owns_lr:
-                    engine.set_lr(live.engine, learning_rate(progress(run, step, epoch, epoch_step, len(plan)), run))
+                    done = progress(run, step, epoch, epoch_step, steps)
+                    engine.set_lr(live.engine, learning_rate(done, run, warmup))
                 stats = train_step(prepared, live, plan, Position(step, epoch, epoch_step), ready)
                 metrics.write({"step": step, "epoch": epoch, **stats.line()})
                 if stats.note:
                     metrics.say(f"{'skipped: ' if stats.skipped else ''}{stats.note}")
                 at_end = epoch_step + 1 == last
-                if prepared.eval_sets and (step % run.eval_interval == 0 if run.eval_interval else at_end):
-                    metrics.write({"step": step, "epoch": epoch, **evaluate(prepared, live)})
-                # At the very end finishing takes no longer than a checkpoint.
-                stopping = stats.stop_requested and step != prepared.total_steps
-                save_or_stop(prepared, live, Position(step, epoch, epoch_step + 1), stopping)
+                ends = at_end and (step == run.max_steps or epoch + 1 == run.epochs_begun)
+                due = step % run.eval_interval == 0 if run.eval_interval else at_end
+                if prepared.eval_sets and (due or ends):
+                    judge(prepared, live, Position(step, epoch, epoch_step + 1), metrics)
+                early = not ends and live.evaluations.gave_up(run.patience)
+                if early:
+                    metrics.say(gave_up(live, step))
+                to, stop = Position(step, epoch, epoch_step + 1), None
+                if step - start.step == run.stop_after:
+                    stop = Stopped(step, planned=run.stop_after)
+                elif stats.stop_requested:
+                    stop = Stopped(step, kept=prepared.keeps_checkpoints)
+                if ends or early:
+                    # Finishing takes no longer than stopping.
+                    save(prepared, live, to, due=bool(run.save_interval) and not run.keep_weights_only)
+                    return step, early
+                save_or_stop(prepared, live, to, stop)
         if step == run.max_steps:
             break
-    return step
+    return step, False
 
 
-def save_or_stop(prepared: PreparedRun, live: LiveRun, to: Position, stopping: bool) -> None:
-    """Begins a checkpoint where one is due; raises Stopped, once it is written, if the run is to stop here.
+def judge(prepared: PreparedRun, live: LiveRun, at: Position, metrics: Metrics) -> None:
+    """One evaluation, and its weights where they are to be kept; collective."""
+    found = evaluate(prepared, live)
+    metrics.write({"step": at.step, "epoch": at.epoch, **found})
+    lowest = live.evaluations.record(at.step, found["eval_loss"])
+    if lowest and prepared.run.keep_best:
+        kept_weights.put(prepared, live, kept_weights.BEST, {"step": at.step, "epoch": at.epoch, **found})
+
+
+def gave_up(live: LiveRun, step: int) -> str:
+    """What an early end says."""
+    best = "none was a number"
+    if live.evaluations.best is not None:
+        best = "the lowest was {1:.4f} after step {0}".format(*live.evaluations.best)
+    return (f"ends early, after step {step}: {live.evaluations.since} evaluations in a row without a lower loss "
+            f"(--patience); {best}")
+
+
+def save_or_stop(prepared: PreparedRun, live: LiveRun, to: Position, stop: Stopped | None) -> None:
+    """Begins a checkpoint where one is due; raises `stop`, once it is written, if the run is to stop here.
 
     to: the last step taken, and the place in the data from which a resume goes on.
     """
-    step, interval = to.step, prepared.run.save_interval
-    if stopping and not prepared.keeps_checkpoints:
-        raise Stopped(step, kept=False)
-    if stopping or (interval and step % interval == 0):
-        live.beat(f"step {step}: checkpoint")
+    interval = prepared.run.save_interval
+    if stop is None:
+        save(prepared, live, to, due=bool(interval) and to.step % interval == 0)
+        return
+    save(prepared, live, to, due=prepared.keeps_checkpoints)
+    live.finish_save()
+    raise stop
+
+
+def save(prepared: PreparedRun, live: LiveRun, to: Position, *, due: bool) -> None:
+    """Begins a checkpoint, if one is due, once the one before is written; collective."""
+    if due:
+        live.beat(f"step {to.step}: checkpoint")
         live.finish_save()
         live.pending_save = checkpoint.save(live.engine, prepared.folder, facts=manifest_facts(prepared, *to),
                                             keep=prepared.run.keep)
-    if stopping:
-        live.finish_save()
-        raise Stopped(step)

@@ -93,7 +93,9 @@ class Metrics:
             for name, value in numbers.items():
                 self.board.add_scalar(name, value, line["step"])
         if "eval_loss" in line:
-            self.say(f"step {line['step']}: eval loss {line['eval_loss']:.4f}")
+            loss, perplexity = line["eval_loss"], line.get("eval_perplexity")
+            self.say(f"step {line['step']}: eval loss {'not finite' if loss is None else f'{loss:.4f}'}"
+                     + (f", perplexity {perplexity:.4g}" if perplexity is not None else ""))
         elif "loss" in line:
             self.show(line)
 

@@ -41,7 +41,7 @@ from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.model.lora import Lora, find_targets, fingerprint
 from minimind_ds.paths import cache_folder
 from minimind_ds.resilience import restarts
-from minimind_ds.training import starting_weights
+from minimind_ds.training import lr_schedule, starting_weights
 
 
 class EvalSet(NamedTuple):
@@ -88,8 +88,7 @@ class PreparedRun:
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the run, if every epoch has as many as the first; packing may add or save a row."""
-        steps = self.run.epochs * len(self.first_plan)
-        return min(self.run.max_steps, steps) if self.run.max_steps else steps
+        return lr_schedule.total_steps(self.run, len(self.first_plan))
 
     def plan(self, epoch: int) -> loader.EpochPlan:
         """An epoch's plan, made when the epoch begins: the start of a run does not wait for all of them."""
@@ -162,6 +161,7 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
     selection = kernels.resolve(spec, world.device, DTYPES[run.dtype], kernel_requirements(model_config))
     check_machine(run, ds, world, model_config)
     plan = plan_epoch(stores[0], run, ranks, 0)
+    notes += lr_schedule.notes(run, lr_schedule.total_steps(run, len(plan)))
     eval_sets = split_by_source(held_out, run, ranks)
     start_weights = starting_weights.load(run, model_config)
     if lora is not None:
@@ -259,6 +259,9 @@ def check_machine(run: RunConfig, ds: dict, world: World, config: ModelConfig) -
     for block in ("offload_optimizer", "offload_param"):
         if (zero.get(block) or {}).get("device") == "nvme":
             check_nvme(f"{path}: zero_optimization.{block}", zero[block])
+    if run.stop_after and not deepspeed_json.keeps_checkpoints(ds):
+        raise UserError(f"{run.place('stop_after')} is {run.stop_after}, and with optimizer states on NVMe ({path}) "
+                        "there is no checkpoint to go on from: leave it out")
     if deepspeed_json.optimizer_device(ds) == "nvme" and run.save_interval:
         raise UserError(f"{path}: no checkpoints with optimizer states on NVMe: DeepSpeed forgets Adam's moments "
                          "when it loads them; --save_interval 0 trains without, offload_optimizer to \"cpu\" keeps "
@@ -323,7 +326,7 @@ def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer, *,
     options = dict(random_system_ratio=run.random_system_ratio, drop_empty_think_ratio=run.drop_empty_think_ratio,
                    seed=run.seed)
     of_epochs = [opened(sources, {**fixed, **options, "epoch": epoch} if drawn else fixed)
-                 for epoch in range(run.epochs if drawn else 1)]
+                 for epoch in range(run.epochs_begun if drawn else 1)]
     held_stores = opened(held_sources, fixed)
     if run.eval_fraction and not held_sources:
         split = [[store.split(run.eval_fraction, run.seed) for store in stores] for stores in of_epochs]
@@ -334,8 +337,8 @@ def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer, *,
         held_out = mix([replace(source, share=1.0) for source in held_sources], held_stores, run.seed, 0)
     once = len(of_epochs) == 1 and whole_passes(sources)
     epochs = [mix(sources, of_epochs[min(epoch, len(of_epochs) - 1)], run.seed, epoch)
-              for epoch in range(1 if once else run.epochs)]
-    return epochs * run.epochs if once else epochs, held_out
+              for epoch in range(1 if once else run.epochs_begun)]
+    return epochs * run.epochs_begun if once else epochs, held_out
 
 
 def split_by_source(held_out: Mixture | None, run: RunConfig, ranks: int) -> tuple[EvalSet, ...]:

@@ -19,11 +19,14 @@ from minimind_ds import checkpoint
 from minimind_ds.checkpoint import reshape
 from minimind_ds.config import deepspeed_json, untrusted
 from minimind_ds.config.errors import UserError
-from minimind_ds.config.run import DEFAULTS, MAY_CHANGE, MUST_STAY
+from minimind_ds.config.run import DEFAULTS, MAY_CHANGE, MAY_GROW, MUST_STAY
 from minimind_ds.convert.minimind import expected_shapes
 from minimind_ds.data.sources import content_change
 from minimind_ds.resilience import restarts
+from minimind_ds.training import kept_weights
+from minimind_ds.training.evaluations import Evaluations, recorded
 from minimind_ds.training.live import LiveRun
+from minimind_ds.training.lr_schedule import total_steps
 from minimind_ds.training.prepare import PreparedRun
 from minimind_ds.training.spikes import SpikeDetector, taken_losses
 
@@ -94,18 +97,28 @@ def acquire_run_lock(folder: pathlib.Path):
 
 def look_for_resume_point(prepared: PreparedRun) -> ResumePoint:
     run, folder = prepared.run, prepared.folder
+    kept_weights.check(run)
+    if run.keep_weights_only and checkpoint.folder_of(folder).is_symlink():
+        raise UserError(f"{run.place('keep_weights_only')}: {checkpoint.folder_of(folder)} is a link, and nothing is "
+                        "deleted through one: leave the flag out, or name another --save_dir")
     if run.from_resume == "auto" and prepared.done_path.exists():
         done = untrusted.read_json(prepared.done_path)
         if not isinstance(done.get("identity"), dict) or not isinstance(done.get("step"), int):
             raise UserError(f"{prepared.done_path} is damaged: delete it to go on from the newest checkpoint")
         refuse_changes(done["identity"], identity(prepared), folder)
-        return ResumePoint(step=done["step"], finished=True)
+        if said := finished(prepared, done):
+            return ResumePoint(step=done["step"], finished=True, notes=(said,))
     if run.from_resume == "0":
         refuse_to_delete(folder)
     path, manifest, notes = checkpoint.find("none" if run.from_resume == "0" else run.from_resume, folder)
     if path is None:
+        if run.from_resume == "auto" and prepared.done_path.exists():
+            raise UserError(f"{folder} holds a finished run of which only weights are left, no checkpoint to go on "
+                            f"from: --from_weight {prepared.weights_path} with another --save_dir starts from them, "
+                            "--from_resume none starts over")
         return ResumePoint(notes=tuple(notes))
     refuse_changes(manifest["identity"], identity(prepared), path)
+    longer = length(manifest["identity"], prepared, path)
     then, now = {**PARTITIONS, **manifest["layout"]}, layout_facts(prepared)
     refuse_changes(then, {name: fact for name, fact in now.items() if name not in reshape.MAY_DIFFER}, path)
     if then != now:
@@ -115,8 +128,59 @@ def look_for_resume_point(prepared: PreparedRun) -> ResumePoint:
     changed = {name: [before[name], value] for name, value in may_change(prepared).items()
                if before.get(name, value) != value}
     notes = [*notes, *(f"{name} is {now!r} from here on; it was {then!r}" for name, (then, now) in changed.items())]
+    if longer:
+        grown = {name: [before_growth(manifest["identity"], name), getattr(run, name)] for name in MAY_GROW}
+        changed |= {name: [was, now] for name, [was, now] in grown.items() if was != now}
+        notes.append(longer)
     return ResumePoint(path, manifest["step"], manifest["epoch"], manifest["epoch_step"],
                        layout=then if then != now else None, changed=changed or None, notes=tuple(notes))
+
+
+def finished(prepared: PreparedRun, done: dict) -> str | None:
+    """What to say of a finished run that this command has nothing to add to; None where it goes on.
+
+    done: what DONE holds.
+    """
+    run, what = prepared.run, f"{prepared.folder} holds a finished run of {done['step']} steps"
+    other = "--from_resume none starts over, another --save_dir keeps it"
+    more = "more --epochs or --max_steps go on, "
+    if done.get("early") or length(done["identity"], prepared, prepared.folder):
+        evaluations = Evaluations(recorded(prepared.folder / "metrics.jsonl", done["step"]))
+        if not evaluations.gave_up(run.patience):
+            return None
+        what += f", the last {evaluations.since} evaluations without a lower loss"
+        more = "a larger --patience goes on, "
+    if run.keep_weights_only or not checkpoint.listed(checkpoint.folder_of(prepared.folder)):
+        return f"{what}, of which only weights are left; {other}"
+    return f"{what}; {more}{other}"
+
+
+def length(then: dict, prepared: PreparedRun, path) -> str | None:
+    """What a run says that goes on to another end than the one that wrote `then`, its identity; None for the same end.
+
+    Raises:
+        UserError: this run is no longer than that one.
+    """
+    run, before = prepared.run, {name: before_growth(then, name) for name in MAY_GROW}
+    if all(before[name] == getattr(run, name) for name in MAY_GROW):
+        return None
+    was, steps = total_steps(run.replace(**before), len(prepared.first_plan)), prepared.total_steps
+    if steps <= was:
+        ends = "; ".join(f"its {name} is {before[name]}, this run's is {getattr(run, name)}" for name in MAY_GROW
+                         if before[name] != getattr(run, name))
+        raise UserError(f"cannot resume from {path}: {ends}: a run can be made longer, not shorter ({was} "
+                        f"steps then, {steps} now); --from_resume none starts over, another --save_dir keeps both")
+    rate = ("the learning rate is from here on that of a run of this length" if "scheduler" not in prepared.ds else
+            "the DeepSpeed file's scheduler goes on")
+    return f"the run goes on to {steps} steps instead of {was}: {rate}"
+
+
+def before_growth(then: dict, name: str):
+    """--epochs or --max_steps of the run that wrote `then`, its identity."""
+    value = then.get(name, DEFAULTS[name])
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"cannot resume: its {name} is {untrusted.shown(value)}")
+    return value
 
 
 def refuse_to_delete(folder: pathlib.Path) -> None:
@@ -131,7 +195,7 @@ def refuse_to_delete(folder: pathlib.Path) -> None:
 def identity(prepared: PreparedRun) -> dict:
     """What must not change between the halves of a run: the model, the data and everything the curve depends on."""
     run = prepared.run
-    facts = {name: getattr(run, name) for name in MUST_STAY}
+    facts = {name: getattr(run, name) for name in (*MUST_STAY, *MAY_GROW)}
     facts["rows per step"] = run.batch_size * run.accumulation_steps * prepared.data_parallel_size
     facts["tokenizer"] = prepared.tokenizer.fingerprint
     facts["data"] = prepared.stores[0].content
@@ -144,7 +208,8 @@ def must_be_alike(prepared: PreparedRun) -> dict:
     """What all ranks of a run have to agree on before they begin; where it begins is rank 0's to decide."""
     run = prepared.run
     return {**identity(prepared), "torch": torch.__version__, "dtype": run.dtype, "save_interval": run.save_interval,
-            "eval_interval": run.eval_interval,
+            "eval_interval": run.eval_interval, "keep_best": run.keep_best, "patience": run.patience,
+            "stop_after": run.stop_after, "keep_weights_only": run.keep_weights_only,
             "the DeepSpeed configuration": json.dumps(prepared.ds, sort_keys=True)}
 
 
@@ -175,7 +240,7 @@ def manifest_facts(prepared: PreparedRun, step: int, epoch: int, epoch_step: int
 
 
 def refuse_changes(then: dict, now: dict, path) -> None:
-    """Raises UserError, naming the first of `now`'s facts that was another `then`.
+    """Raises UserError, naming the first of `now`'s facts that was another `then`; how long the run is, is length's.
 
     A flag that the checkpoint's release did not know had the effect of its default; before "optimizer settings" were
     kept, nobody compared them.
@@ -183,7 +248,7 @@ def refuse_changes(then: dict, now: dict, path) -> None:
     then = {**{name: DEFAULTS.get(name, now[name]) for name in now if name in (*DEFAULTS, "optimizer settings")},
             **then}
     # The model first: of everything that differs it explains the most.
-    for name in sorted(now, key=lambda n: not n.startswith("model.")):
+    for name in sorted((n for n in now if n not in MAY_GROW), key=lambda n: not n.startswith("model.")):
         if name == "data" and then.get(name) != now[name]:
             raise UserError(f"cannot resume from {path}: {content_change(then.get(name), now[name])}; --from_resume "
                             "none starts over, another --save_dir keeps both")
@@ -198,10 +263,13 @@ def refuse_changes(then: dict, now: dict, path) -> None:
 
 def share_start(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:
     """What every rank has to know and only one can: the losses before a resume, each rank's host; collective."""
-    world = prepared.world
-    shared = [taken_losses(prepared.folder / "metrics.jsonl", start.step) if world.rank == 0 else None]
+    world, shared = prepared.world, [None, None]
+    if world.rank == 0:
+        path = prepared.folder / "metrics.jsonl"
+        shared = [taken_losses(path, start.step), recorded(path, start.step)]
     dist.broadcast_object_list(shared)
-    live.spikes, live.hosts = SpikeDetector(shared[0]), [None] * world.size
+    live.spikes, live.evaluations = SpikeDetector(shared[0]), Evaluations(shared[1])
+    live.hosts = [None] * world.size
     dist.all_gather_object(live.hosts, socket.gethostname())
 
 

@@ -22,6 +22,7 @@ from minimind_ds.distributed.world import World
 from minimind_ds.model.decoder import ModelOutput
 from minimind_ds.model.loss import scaled_loss
 from minimind_ds.resilience.stragglers import ForwardTimer, slowest
+from minimind_ds.training.evaluations import perplexity
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.prepare import PreparedRun
 from minimind_ds.training.spikes import MOST_SKIPPED
@@ -274,7 +275,8 @@ def locate_non_finite(prepared: PreparedRun, plan: loader.EpochPlan, at: Positio
 
 @torch.no_grad()
 def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
-    """Loss per labelled token over the held-out samples, and of each source where there are several; all ranks."""
+    """Loss per labelled token over the held-out samples, its exponential, and the loss of each source where there are
+    several; collective."""
     run, world, sets = prepared.run, prepared.world, prepared.eval_sets
     sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=world.device)
     live.engine.eval()
@@ -291,5 +293,7 @@ def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
     dist.all_reduce(sums)
     live.engine.train()
     loss, tokens = sums.sum(0).tolist()
-    of_sources = {f"eval_loss/{part.name}": loss / tokens for part, (loss, tokens) in zip(sets, sums.tolist())}
-    return {"eval_loss": loss / tokens, "eval_tokens": int(tokens), **(of_sources if len(sets) > 1 else {})}
+    of_sources = {f"eval_loss/{part.name}": finite(loss / tokens) for part, (loss, tokens) in zip(sets, sums.tolist())}
+    mean = finite(loss / tokens)
+    return {"eval_loss": mean, "eval_perplexity": perplexity(mean), "eval_tokens": int(tokens),
+            **(of_sources if len(sets) > 1 else {})}

@@ -72,7 +72,7 @@ def trained(prepared: PreparedRun, steps: int) -> tuple[list[dict], dict[str, Te
 
     ds_engine.step = watched_update
     lines, step = [], 0
-    for epoch in range(prepared.run.epochs):
+    for epoch in range(prepared.run.epochs_begun):
         plan = prepared.plan(epoch)
         here = range(min(len(plan), steps - step))
         batches = loop.fetch(prepared, epoch, plan, here)

@@ -91,7 +91,8 @@ class ReducedRun:
         run = prepared.run.replace(**{
             "batch_size": ROWS // accumulation, "accumulation_steps": accumulation, "pack_len": self.row_len,
             "max_seq_len": self.row_len, "dtype": dtype, "kernels": self.spec if dtype == prepared.run.dtype
-            else self.spec32, "compile": False, "epochs": STEPS, "max_steps": STEPS, "eval_interval": 0, **changes})
+            else self.spec32, "compile": False, "epochs": STEPS, "max_steps": STEPS, "eval_interval": 0,
+            "stop_after": 0, "patience": 0, "keep_best": False, "keep_weights_only": False, **changes})
         ds["train_micro_batch_size_per_gpu"], ds["gradient_accumulation_steps"] = ROWS // accumulation, accumulation
         ds["gradient_clipping"] = float(run.grad_clip)
         for name in ("bf16", "fp16"):

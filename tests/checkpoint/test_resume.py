@@ -26,12 +26,13 @@ MOMENTS = {"before the first checkpoint": 3, "right after a checkpoint": 4,
 class Run:
     """Two ranks of launch/sft.py started as torchrun would start them, killable at once."""
 
-    def __init__(self, folder: pathlib.Path, cache: pathlib.Path, stage: int, ranks: int = 2):
+    def __init__(self, folder: pathlib.Path, cache: pathlib.Path, stage: int, ranks: int = 2, **more):
         self.folder = folder
         config = cache / "run.yaml"
         flags = {"--config": config, "--deepspeed": ROOT / "ds_configs" / f"zero{stage}.json", "--save_dir": folder,
                  "--cache_dir": cache_dir(), "--dtype": "bf16", "--max_steps": STEPS, "--save_interval": EVERY,
-                 "--batch_size": 1, "--accumulation_steps": 2, "--max_seq_len": 96, "--pack_len": 96}
+                 "--batch_size": 1, "--accumulation_steps": 2, "--max_seq_len": 96, "--pack_len": 96,
+                 **{f"--{name}": value for name, value in more.items()}}
         words = [str(w) for pair in flags.items() for w in pair]
         config.write_text("preset: debug\nmodel: " + json.dumps({**MODEL, "use_moe": stage in (1, 3)}))
         port = free_port()

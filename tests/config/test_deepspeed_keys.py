@@ -81,6 +81,9 @@ def test_a_flag_that_the_optimizer_has_no_place_for_is_an_error_and_run_yaml_lea
     ("WarmupDecayLR", {"warmup_num_steps": 10}, ("--warmup_ratio", "0.1")),
     ("WarmupCosineLR", {"cos_min_ratio": 0.2}, ("--min_lr_ratio", "0.5")),
     ("WarmupLR", {"warmup_max_lr": 1e-2}, ("--learning_rate", "1e-3")),
+    ("WarmupCosineLR", {"warmup_num_steps": 10}, ("--warmup_steps", "10")),
+    ("WarmupLR", {}, ("--lr_schedule", "linear")),
+    ("OneCycle", {"cycle_min_lr": 1e-4, "cycle_max_lr": 1e-2}, ("--decay_ratio", "0.1")),
 ])
 def test_a_flag_that_the_scheduler_makes_meaningless_is_an_error_that_names_both(tmp_path, kind, params, flags):
     said = refusal(tmp_path, {**optimizer("AdamW", lr="auto"), **scheduler(kind, **params)}, *flags)
@@ -104,6 +107,8 @@ def test_what_a_scheduler_block_leaves_out_comes_from_the_flags(tmp_path):
         assert params["warmup_num_steps"] == 20 and params.get("total_num_steps", 200) == 200
         assert params.get("warmup_max_lr", 2e-3) == 2e-3 and params.get("cos_min_ratio", 0.2) == 0.2
         assert yaml.safe_load(run.to_yaml())["warmup_ratio"] == 0.1
+        ds, run, _ = resolved(tmp_path, scheduler(kind), "--warmup_steps", "30")
+        assert ds["scheduler"]["params"]["warmup_num_steps"] == 30 and "lr_schedule" not in run.to_yaml()
 
 
 def test_run_yaml_reads_back_beside_the_same_file(tmp_path):

@@ -49,8 +49,8 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_may_stand(tmp_path, monkeypa
 
 @pytest.mark.parametrize("text, expected", [
     ("learnig_rate: 1\n", "unknown key 'learnig_rate'"),
-    ("epochs: many\n", "epochs is 'many'; it must be int"),
-    ("epochs: true\n", "epochs is True; it must be int"),
+    ("epochs: many\n", "epochs is 'many'; it must be float"),
+    ("epochs: true\n", "epochs is True; it must be float"),
     ("dtype: fp8\n", "choose from bf16, fp16, fp32"),
     ("preset: huge\n", "choose from minimind-3"),
     ("save_weight: a/b\n", "save_weight in .* is 'a/b'; it must be a plain file name"),

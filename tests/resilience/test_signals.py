@@ -123,6 +123,16 @@ def test_the_same_step_failing_three_times_ends_automatic_restarts_with_its_reas
         job.start(12, 15)
     with pytest.raises(ValueError, match="failed 3 times at step 14"):
         job.start(12, 15)
+
+
+@pytest.mark.parametrize("stopped, code, outcome", [(Stopped(12), 75, "stopped"), (Stopped(12, planned=5), 0, "done")])
+def test_a_planned_stop_is_not_started_again_by_itself(tmp_path, monkeypatch, stopped, code, outcome):
+    monkeypatch.setenv("MINIMIND_DS_OUTCOME", str(tmp_path / "outcome"))
+    job = Crash(tmp_path, monkeypatch)
+    job.start(0, 12, stopped)
+    assert stopped.code == code and (tmp_path / "outcome").read_text() == f"{outcome}\n"
+    # Nor is it a failure.
+    assert not restarts.read(tmp_path)["running"] and restarts.read(tmp_path)["failures"] == []
     # Started by hand it is tried again, and from then on counted anew.
     monkeypatch.setenv("SLURM_RESTART_COUNT", "")
     assert restarts.begin(tmp_path, 12) == []

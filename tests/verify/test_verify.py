@@ -168,7 +168,8 @@ def test_the_program_warns_keeps_its_table_beside_the_run_and_ends_with_0(tmp_pa
                     "num_key_value_heads: 2, intermediate_size: 96}\n")
     done = subprocess.run([sys.executable, "launch/verify.py", "--config", str(yaml), *ZERO[1], "--data_path", path,
                            "--save_dir", str(tmp_path / "run"), "--cache_dir", str(tmp_path), "--max_seq_len", "64",
-                           "--samples", "17"], cwd=ROOT, env=environment(), text=True, capture_output=True)
+                           "--samples", "17", "--epochs", "1.5", "--stop_after", "1"], cwd=ROOT,
+                          env=environment(), text=True, capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "run" / "verify.json").read_text())
     said = " ".join(report["warnings"])

@@ -260,7 +260,7 @@ def program(world, out: pathlib.Path, half: str, stage: str) -> None:
                         "--save_dir", str(out / f"program_{half}"), "--cache_dir", str(out / "cache"),
                         "--dtype", "fp32", "--max_seq_len", "128", "--pack_len", "128", "--batch_size", str(rows),
                         "--accumulation_steps", str(accumulation), "--max_steps", "5", "--save_interval", "2",
-                        "--from_resume", begin]) == 0
+                        "--keep", "3", "--from_resume", begin]) == 0
 
 
 if __name__ == "__main__":
