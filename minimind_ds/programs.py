@@ -56,6 +56,8 @@ PROGRAMS = {
     "chat": Program("talk to a trained model", program_flags.chat, "inference.chat", environment=OFFLINE),
     "score": Program("exact match on held-out conversations", program_flags.score, "inference.score",
                      environment=OFFLINE),
+    "evaluate": Program("loss, perplexity and token accuracy on data files", program_flags.evaluate,
+                        "inference.evaluate", ASKED),
     "export": Program("weights for transformers, vLLM or MiniMind", program_flags.export, "inference.export_weights"),
     "plan": Program("memory and traffic of a run at every ZeRO stage", program_flags.plan, "plan.report"),
     "verify": Program("check a run's data, labels, kernels and DeepSpeed file", program_flags.verify, "verify", ASKED),

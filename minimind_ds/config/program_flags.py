@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import pathlib
 
+from minimind_ds.config import run_flags
 from minimind_ds.config.model import PRESETS
-from minimind_ds.config.run import PRECISIONS
+from minimind_ds.config.run import FLAGS, PRECISIONS, value_type
 from minimind_ds.config.spellings import SHAPE, OneLineParser, number, program_parser, to_bool
 
 # How chat draws, and what an exported folder's generation_config says.
@@ -22,6 +23,9 @@ LIMITS = {"min_free_gib": (20.0, "least free disk in the run folder and the cach
           "max_clock_skew": (2.0, "most seconds between two nodes' clocks"),
           "min_bandwidth": (0.0, "least all-reduce bandwidth over all ranks, GB/s; 0: only shown"),
           "wait_seconds": (120.0, "how long to wait for a node to answer")}
+# Flags of the training that evaluate takes, too: what an evaluation gives depends on these, besides the precision.
+AS_TRAINED = ("max_seq_len", "too_long", "pack_len", "packing", "batch_size", "accumulation_steps", "on_bad_record",
+              "learn", "text_markers", "seed", "kernels", "cache_dir", "num_workers")
 # What check_kernels does.
 PARTS = ("correctness", "curve", "timings")
 SWITCH = dict(nargs="?", const=True, type=to_bool)
@@ -80,6 +84,26 @@ def score() -> OneLineParser:
     p.add_argument("--batch_size", type=int, default=64, help="prompts answered together (default: 64)")
     p.add_argument("--show_wrong", type=int, default=0, help="print so many wrong answers (default: 0)")
     p.add_argument("--json", action="store_true", help="print the result as one JSON line, last")
+    return p
+
+
+def evaluate() -> OneLineParser:
+    p = program_parser("evaluate", allow_abbrev=False,
+                       epilog="What is not given is as in the run.yaml beside the weights, where there is one: with "
+                              "as many ranks, the training's own evaluation gives the same numbers.")
+    weights(p)
+    p.add_argument("--data_path", nargs="+", required=True, metavar="PATH",
+                   help="data files, globs and folders (docs/DATA.md), each evaluated by itself and all together")
+    p.add_argument("--kind", choices=("conversations", "text"),
+                   help="what they hold (default: text for weights of a pretraining that splits texts, else "
+                        "conversations)")
+    p.add_argument("--out", type=pathlib.Path, metavar="FILE.json", help="write the result there")
+    group = p.add_argument_group("as the training's")
+    for f in FLAGS:
+        if f.name in AS_TRAINED:
+            run_flags.add(group, f, value_type(f), {})
+    # The launcher adds it; the rank itself is read from the environment.
+    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return p
 
 

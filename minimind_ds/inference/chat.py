@@ -139,6 +139,16 @@ def load_model(weight: Source, tokenizer: str | None = None, *, dtype: torch.dty
     return as_transformers(state, config, dtype or state["model.embed_tokens.weight"].dtype, device), tok
 
 
+def usable(device: str) -> torch.device:
+    """A device that this machine has.  Raises ValueError for any other."""
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {first_line(error)}") from None
+    return target
+
+
 def as_transformers(state: dict[str, torch.Tensor], config: ModelConfig, dtype: torch.dtype,
                     device: str = "cpu") -> PreTrainedModel:
     """Weights under our names as the transformers model that an export of them would load as.
@@ -146,12 +156,7 @@ def as_transformers(state: dict[str, torch.Tensor], config: ModelConfig, dtype: 
     Raises:
         ValueError: no such device, or a model without a counterpart in transformers.
     """
-    values = huggingface.to_hf_config(config, dtype)
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {first_line(error)}") from None
+    values, target = huggingface.to_hf_config(config, dtype), usable(device)
     hf_config = AutoConfig.for_model(**values)
     hf_config.architectures = values["architectures"]
     model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)

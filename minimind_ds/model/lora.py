@@ -162,15 +162,20 @@ def fingerprint(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_base(state: dict[str, Tensor], lora: Lora) -> None:
+    """Raises ValueError for adapters that were trained on other weights than these."""
+    if lora.base is not None and lora.base != fingerprint(state):
+        raise UserError("the adapters were trained on other weights than these: name the base that the run had as "
+                         "--from_weight, in its own precision")
+
+
 def merge(state: dict[str, Tensor], lora: Lora, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
     """A base's weights with adapters added: W + alpha / rank * B A, in fp32 (fp64 where W is); the rest as it was.
 
     Raises:
         ValueError: adapters that were trained on other weights than these.
     """
-    if lora.base is not None and lora.base != fingerprint(state):
-        raise UserError("the adapters were trained on other weights than these: name the base that the run had as "
-                         "--from_weight, in its own precision")
+    check_base(state, lora)
     merged = dict(state)
     for name in adapters:
         if name.endswith(".lora.A.weight"):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
@@ -271,10 +271,10 @@ def locate_non_finite(prepared: PreparedRun, plan: loader.EpochPlan, at: Positio
 
 
 @torch.no_grad()
-def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
-    """Loss per labelled token over the held-out samples, and of each source where there are several; all ranks."""
-    run, world, sets = prepared.run, prepared.world, prepared.eval_sets
-    sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=world.device)
+def evaluation_sums(prepared: PreparedRun, live: LiveRun,
+                    measure: Callable[[PackedBatch], list[float]]) -> torch.Tensor:
+    """(held-out sets, figures): the sums of measure(micro-batch on the device) over each set, in fp64; collective."""
+    run, world, sets, sums = prepared.run, prepared.world, prepared.eval_sets, None
     live.engine.eval()
     for number, (name, store, plan) in enumerate(sets):
         for epoch_step in range(len(plan)):
@@ -283,10 +283,22 @@ def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
                 rows = local_rows(prepared, plan, epoch_step, micro)
                 batch = local_shard(prepared, loader.load_micro_batch(store, rows, run.row_len,
                                                                       prepared.tokenizer.pad_id))
-                out = live.engine(batch.to(world.device))
-                sums[number] += torch.tensor([float(out.loss_sum), out.n_labelled], device=world.device)
-    dist.all_reduce(sums)
+                found = torch.tensor(measure(batch.to(world.device)), dtype=torch.float64, device=world.device)
+                sums = found.new_zeros(len(sets), len(found)) if sums is None else sums
+                sums[number] += found
+    if world.size > 1:
+        dist.all_reduce(sums)
     live.engine.train()
+    return sums
+
+
+def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
+    """Loss per labelled token over the held-out samples, and of each source where there are several; all ranks."""
+    def measure(batch: PackedBatch) -> list[float]:
+        out = live.engine(batch)
+        return [float(out.loss_sum), out.n_labelled]
+
+    sets, sums = prepared.eval_sets, evaluation_sums(prepared, live, measure)
     loss, tokens = sums.sum(0).tolist()
     of_sources = {f"eval_loss/{part.name}": loss / tokens for part, (loss, tokens) in zip(sets, sums.tolist())}
     return {"eval_loss": loss / tokens, "eval_tokens": int(tokens), **(of_sources if len(sets) > 1 else {})}

@@ -1,9 +1,11 @@
 """Checkpoints of many layouts beside the weights that the engine itself gives, for tests/checkpoint/test_weights.py.
 
-    deepspeed --num_gpus 2 tests/distributed/ranks/speak.py OUT_DIR
+    deepspeed --num_gpus 2 tests/distributed/ranks/speak.py OUT_DIR cases whole
+    deepspeed --num_gpus 2 tests/distributed/ranks/speak.py OUT_DIR whole adapters
 
-Each case is a run folder OUT_DIR/<case> with a checkpoint after two steps; rank 0 writes the engine's weights to
-OUT_DIR/<case>.safetensors.  Last, the trainer's own main trains OUT_DIR/whole to its end.
+`cases`: each a run folder OUT_DIR/<case> with a checkpoint after two steps; rank 0 writes the engine's weights to
+OUT_DIR/<case>.safetensors.  `whole`, `adapters`: the trainer trains OUT_DIR/whole, all weights in bf16 at
+stage 3, and OUT_DIR/adapters, LoRA in fp32 at stage 2, each to its end, with evaluations.
 """
 
 import pathlib
@@ -24,7 +26,8 @@ from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.training import loop  # noqa: E402
 from minimind_ds.training.build import build_engine  # noqa: E402
 from minimind_ds.training.live import LiveRun  # noqa: E402
-from minimind_ds.training.resume import ResumePoint, manifest_facts  # noqa: E402
+from minimind_ds.training.prepare import prepare  # noqa: E402
+from minimind_ds.training.resume import ResumePoint, find_resume_point, manifest_facts  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
 from tests.distributed.ranks.layouts import make_run  # noqa: E402
 
@@ -76,23 +79,29 @@ def case(world, out: pathlib.Path, name: str, start: pathlib.Path | None) -> Non
         save_file(weights, out / f"{name}.safetensors")
 
 
-def whole(out: pathlib.Path, rank: int) -> None:
-    """The main of launch/sft.py, evaluating and saving after the last step too."""
-    yaml, few = out / f"whole_{rank}.yaml", str(out / "few.jsonl")
-    yaml.write_text("preset: debug\nmodel: {hidden_size: 48, num_hidden_layers: 2}")
-    held = [str(ROOT / "examples" / name) for name in ("sft_heldout.jsonl", "sft_train.jsonl")]
-    assert loop.main("sft", ["--config", str(yaml), "--deepspeed", "ds_configs/zero3.json", "--data_path", few,
-                             "--eval_path", *held, "--save_dir", str(out / "whole"), "--cache_dir",
-                             str(out / "cache"), "--dtype", "bf16", "--max_seq_len", "128", "--pack_len", "256",
-                             "--batch_size", "2", "--max_steps", "4", "--save_interval", "2"]) == 0
+def train(world, out: pathlib.Path, name: str, start: pathlib.Path) -> None:
+    """What launch/sft.py does, evaluating and saving after the last step too."""
+    stage, flags = {"whole": (3, ["--dtype", "bf16"]),
+                    "adapters": (2, ["--dtype", "fp32", "--from_weight", str(start), *LORA])}[name]
+    held = [str(ROOT / "examples" / file) for file in ("sft_heldout.jsonl", "sft_train.jsonl")]
+    words = ["--config", str(out / f"dense_{world.rank}.yaml"), "--deepspeed", f"ds_configs/zero{stage}.json",
+             "--data_path", str(out / "few.jsonl"), "--eval_path", *held, "--save_dir", str(out / name), "--cache_dir",
+             str(out / "cache"), "--max_seq_len", "128", "--pack_len", "256", "--batch_size", "2", "--max_steps", "4",
+             "--save_interval", "2", "--learning_rate", "1e-2", *flags]
+    prepared, live = prepare("sft", words, world), LiveRun()
+    loop.train(prepared, live, find_resume_point(prepared, live))
 
 
 if __name__ == "__main__":
     # The launcher puts --local_rank somewhere among the arguments.
-    out = pathlib.Path(next(a for a in sys.argv[1:] if not a.startswith("--local_rank")))
-    world = read_world()
+    folder, *parts = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    out, world = pathlib.Path(folder), read_world()
     engine.start(world)
     start = base(out, make_run(world, out, "dense", 0, 1, []))
-    for name in CASES:
-        case(world, out, name, start)
-    whole(out, world.rank)
+    for part in parts:
+        if part == "cases":
+            for name in CASES:
+                case(world, out, name, start)
+        else:
+            train(world, out, part, start)
+    engine.stop()
