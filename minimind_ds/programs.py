@@ -59,7 +59,7 @@ PROGRAMS = {
     "evaluate": Program("loss, perplexity and token accuracy on data files", program_flags.evaluate,
                         "inference.evaluate", ASKED),
     "export": Program("weights for transformers, vLLM or MiniMind", program_flags.export, "inference.export_weights"),
-    "plan": Program("memory and traffic of a run at every ZeRO stage", program_flags.plan, "plan.report"),
+    "plan": Program("memory, traffic and time of a run at every ZeRO stage", program_flags.plan, "plan.report"),
     "verify": Program("check a run's data, labels, kernels and DeepSpeed file", program_flags.verify, "verify", ASKED),
     "benchmark": Program("throughput of the real training step", program_flags.benchmark, "bench.throughput", ASKED),
     "preflight": Program("are all nodes alike, healthy and connected?", program_flags.preflight,

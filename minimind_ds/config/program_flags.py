@@ -164,6 +164,14 @@ def plan() -> OneLineParser:
     p.add_argument("--memory", type=float, default=0,
                    help="GiB of a device; 0: this machine's GPU, or 80 where there is none (default: 0)")
     p.add_argument("--labelled", type=float, default=0.5, help="share of tokens with a label, 0 to 1 (default: 0.5)")
+    p.add_argument("--gpu", help="plan for this GPU, with its memory and in bf16 unless told otherwise: H200, H100, "
+                                 "A100 or 4090 (default: this machine's, or that nearest to --memory; else this CPU)")
+    p.add_argument("--network", type=float,
+                   help="GB/s that a rank sends (default: the links within a machine of such GPUs, or this CPU's)")
+    p.add_argument("--document", type=float, default=300,
+                   help="mean tokens of a document, which attention's time depends on (default: 300)")
+    p.add_argument("--tokens", type=float, help="tokens to train, for example 4.5e9: shows the hours it takes")
+    p.add_argument("--price", type=float, help="of one GPU's hour: shows what --tokens cost on all ranks")
     p.add_argument("--json", action="store_true", help="print the plan as one JSON line, last")
     p.add_argument("--measure", action="store_true",
                    help="run a step of each file on --ranks processes here, and print how far off the plan is")

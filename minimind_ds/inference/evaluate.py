@@ -14,6 +14,8 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from minimind_ds import kernels
 from minimind_ds.config import program_flags, untrusted
 from minimind_ds.config.errors import UserError
@@ -140,9 +142,9 @@ def build(state: dict, config: ModelConfig, adapters: Source | None, spec: str) 
 
 def evaluate(prepared: PreparedRun, model: MiniMindForCausalLM) -> dict:
     """{"all": figures, "sources": [figures with the source's name and path, ...]}; collective."""
-    def measure(batch: PackedBatch) -> list[float]:
+    def measure(batch: PackedBatch) -> list[torch.Tensor | int]:
         out = model(batch, count_correct=True)
-        return [float(out.loss_sum), out.n_labelled, float(out.n_correct)]
+        return [out.loss_sum, out.n_labelled, out.n_correct]
 
     sums = evaluation_sums(prepared, LiveRun(engine=model), measure)
     return {"all": figures(*sums.sum(0).tolist()),

@@ -152,6 +152,9 @@ def backend_module(op: str, backend: str, x: Tensor, needs: KernelRequirements =
     """The module that runs `op` for tensors like x.  Raises ValueError as the operations below do."""
     if backend != "auto" and backend not in BACKENDS:
         raise UserError(f"kernels: no backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
+    if backend != "auto" and torch.compiler.is_compiling():
+        # A model's were chosen before its layers run; torch.compile need not follow what why_not asks the machine.
+        return operations_of(backend)
     return operations_of(choose(op, backend, x.device, x.dtype, needs))
 
 

@@ -72,7 +72,8 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
     # Choice m = t * K + k; `order` lists choices by expert, `place` is where each choice went.
     order_M = experts.flatten().argsort(stable=True)
     place_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(T * K, device=x.device))
-    counts_E = torch.bincount(experts.flatten(), minlength=E)
+    # Not bincount, which waits for the GPU to learn the largest number.
+    counts_E = (experts.flatten() == torch.arange(E, device=x.device)[:, None]).sum(dim=1)
     x_MC = Permute.apply(x[:, None].expand(T, K, -1).reshape(T * K, -1), order_M, place_M)
     hidden_MI = JoinedSwiGLU.apply(grouped_linear(x_MC, gate_up, counts_E))
     y_MC = grouped_linear(hidden_MI, down, counts_E)

@@ -43,7 +43,10 @@ class ChainedProduct(Function):
 
 
 def chained_product(x_TC: Tensor, weight_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """-> x weight^T (T, N), and x for the next of the chain: see ChainedProduct for who may read it."""
-    if x_TC.requires_grad and torch.is_grad_enabled():
+    """-> x weight^T (T, N), and x for the next of the chain: see ChainedProduct for who may read it.
+
+    torch.compile gets plain products: it does not trace a Function that returns its input, and sums gradients itself.
+    """
+    if x_TC.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return ChainedProduct.apply(x_TC, weight_NC)
     return F.linear(x_TC, weight_NC), x_TC

@@ -1,1 +1,1 @@
-"""Memory, traffic and a recommendation before a run, and the same counted in a step."""
+"""Memory, traffic, time and a recommendation before a run, and the same counted in a step."""

@@ -25,7 +25,7 @@ from minimind_ds.distributed.engine import start, stop
 from minimind_ds.distributed.world import alone, free_port, read_world
 from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.paths import DS_CONFIGS, LAUNCH
-from minimind_ds.plan import measure, memory_model
+from minimind_ds.plan import hardware, measure, memory_model, time_report
 from minimind_ds.plan.memory_model import GIB, Setting
 from minimind_ds.training import starting_weights
 from minimind_ds.training.prepare import PROGRAMS, choose, choose_lora, prepare
@@ -47,6 +47,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         name = "labelled" if 0 <= options.memory < float("inf") else "memory"
         raise UserError(f"--{name} is {getattr(options, name)}; it must be "
                          + ("at least 0, and finite" if name == "memory" else "between 0 and 1"))
+    time_report.check(options)
     return options, rest
 
 
@@ -59,10 +60,11 @@ def main(argv: list[str]) -> int:
         run = parse_run_config(rest, "sft", PROGRAMS["sft"])
         files = files_of(run)
         settings = {name: setting(path, run, options) for name, path in files.items()}
-        memory = (options.memory or device_memory()) * GIB
+        memory = device_memory(options) * GIB
         plans = {name: plan(s, memory) for name, s in settings.items()}
         advice = recommend(settings, plans, run, options, memory)
-        for line in [*table(settings, plans, memory), advice["line"]]:
+        for line in [*table(settings, plans, memory), advice["line"],
+                     *time_report.lines_of(settings, plans, run, options)]:
             print(line)
         measured = compare_with_run(files, rest, options.ranks) if options.measure else {}
     except UserError as error:
@@ -74,8 +76,10 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def device_memory() -> float:
-    """GiB of the GPU, or of a common one."""
+def device_memory(options: argparse.Namespace) -> float:
+    """GiB as asked for, of --gpu, of this machine's, or of a common one."""
+    if options.memory or options.gpu:
+        return options.memory or hardware.sheet_of(options.gpu)[0].memory / GIB
     return torch.cuda.get_device_properties(0).total_memory / GIB if torch.cuda.is_available() else 80.0
 
 
@@ -100,6 +104,8 @@ def setting(path: str, run: RunConfig, options: argparse.Namespace) -> Setting:
     Raises:
         ValueError: one line about a mistake in them.
     """
+    if options.gpu and run.dtype is None:
+        run = run.replace(dtype="bf16")
     run, _ = choose(run.replace(deepspeed=path), alone())
     if run.from_weight == "none" or pathlib.Path(run.from_weight).exists():
         run, _, config, _ = starting_weights.tokenizer_and_model(run)
@@ -112,7 +118,7 @@ def setting(path: str, run: RunConfig, options: argparse.Namespace) -> Setting:
     ds, run = deepspeed_json.resolve(raw, run, config, ranks=max(1, options.ranks // dims.sequence), total_steps=0)
     sequence_parallel.check(dims, config, ranks=options.ranks, row_tokens=run.batch_size * run.row_len,
                    stage=deepspeed_json.stage_of(ds), path=path)
-    on_cpu = not torch.cuda.is_available() and not options.memory
+    on_cpu = not torch.cuda.is_available() and not options.memory and not options.gpu
     active = kernels.resolve(run.kernels, "cpu", DTYPES[run.dtype],
                              kernel_requirements(config)).activations.itemsize if on_cpu \
         else None
@@ -167,7 +173,7 @@ def because(name: str, settings: dict, plans: dict, options: argparse.Namespace)
                                                  for n in STAGES)
     more = sum(plans["zero3"]["sent"].values()) / max(sum(chosen["sent"].values()), 1)
     return line + (f"; sharding does not pay: it would free at most {spared / GIB:.2f} GiB of "
-                   f"{(options.memory or device_memory()):.0f}, and stage 3 sends {more:.1f} x the bytes")
+                   f"{device_memory(options):.0f}, and stage 3 sends {more:.1f} x the bytes")
 
 
 def table(settings: dict, plans: dict, memory: float) -> list[str]:

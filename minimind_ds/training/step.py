@@ -91,7 +91,9 @@ class StepSums:
 
     def reduce(self, *, stop_asked: bool, forward_s: float) -> None:
         """Collective, once per step."""
-        self.values[2], self.values[3 + self.world.rank] = float(stop_asked), forward_s
+        # Not values[2] = ..., which is a copy to the GPU that waits for it.
+        self.values[2].fill_(float(stop_asked))
+        self.values[3 + self.world.rank].fill_(forward_s)
         if self.world.size > 1:
             dist.all_reduce(self.values)
 
@@ -272,7 +274,7 @@ def locate_non_finite(prepared: PreparedRun, plan: loader.EpochPlan, at: Positio
 
 @torch.no_grad()
 def evaluation_sums(prepared: PreparedRun, live: LiveRun,
-                    measure: Callable[[PackedBatch], list[float]]) -> torch.Tensor:
+                    measure: Callable[[PackedBatch], list[torch.Tensor | int]]) -> torch.Tensor:
     """(held-out sets, figures): the sums of measure(micro-batch on the device) over each set, in fp64; collective."""
     run, world, sets, sums = prepared.run, prepared.world, prepared.eval_sets, None
     live.engine.eval()
@@ -283,9 +285,11 @@ def evaluation_sums(prepared: PreparedRun, live: LiveRun,
                 rows = local_rows(prepared, plan, epoch_step, micro)
                 batch = local_shard(prepared, loader.load_micro_batch(store, rows, run.row_len,
                                                                       prepared.tokenizer.pad_id))
-                found = torch.tensor(measure(batch.to(world.device)), dtype=torch.float64, device=world.device)
-                sums = found.new_zeros(len(sets), len(found)) if sums is None else sums
-                sums[number] += found
+                found = measure(batch.to(world.device, non_blocking=True))
+                if sums is None:
+                    sums = torch.zeros(len(sets), len(found), dtype=torch.float64, device=world.device)
+                for figure, value in enumerate(found):
+                    sums[number, figure] += value
     if world.size > 1:
         dist.all_reduce(sums)
     live.engine.train()
@@ -294,9 +298,9 @@ def evaluation_sums(prepared: PreparedRun, live: LiveRun,
 
 def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
     """Loss per labelled token over the held-out samples, and of each source where there are several; all ranks."""
-    def measure(batch: PackedBatch) -> list[float]:
+    def measure(batch: PackedBatch) -> list[torch.Tensor | int]:
         out = live.engine(batch)
-        return [float(out.loss_sum), out.n_labelled]
+        return [out.loss_sum, out.n_labelled]
 
     sets, sums = prepared.eval_sets, evaluation_sums(prepared, live, measure)
     loss, tokens = sums.sum(0).tolist()

@@ -72,15 +72,16 @@ def run(prepared: PreparedRun, *, warm_up: int, steps: int, split_steps: int = 2
         torch.cuda.reset_peak_memory_stats()
     engine.set_lr(live.engine, prepared.run.learning_rate)
     with loader.Prefetcher(fetch(prepared, 0, plan, order), pin=world.device.type == "cuda") as batches:
-        stats, seconds = [], []
+        stats, seconds, cpu_seconds = [], [], []
         for i in range(warm_up + steps):
-            began = time.perf_counter()
+            began, cpu_began = time.perf_counter(), time.process_time()
             one = train_step(prepared, live, plan, Position(i + 1, 0, order[i]), batches)
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
             if i >= warm_up:
                 stats.append(one)
                 seconds.append(time.perf_counter() - began)
+                cpu_seconds.append(time.process_time() - cpu_began)
         peaks = peak_memory(world)
         at = warm_up + steps
         held, traffic = counted_step(prepared, live, Position(at + 1, 0, order[at]), batches)
@@ -88,7 +89,7 @@ def run(prepared: PreparedRun, *, warm_up: int, steps: int, split_steps: int = 2
     mine = {"held": held, "traffic": traffic, **peaks, "rss_before_engine": rss_before}
     everyone = [None] * world.size
     dist.all_gather_object(everyone, mine)
-    return {**rates(prepared, stats, seconds, peak),
+    return {**rates(prepared, stats, seconds, peak), "step_cpu_s_all": cpu_seconds,
             "split_s": {part: statistics.median(p[part] for p in parts) for part in PARTS} if parts else None,
             "memory": memory_facts(prepared, live.engine, everyone), "traffic": traffic,
             "sent_bytes_per_step": max(sum(kind["sent"] for kind in r["traffic"].values()) for r in everyone),

@@ -169,6 +169,14 @@ def query_gradient_kernel(q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, delta
         store_rows(dq_ptr + first64 * (H * D), offsets, valid, dq1 * SCALE, D0, D1, D)
 
 
+@triton.jit
+def turn_of_delta(delta_ptr, turn, kv_head, first, end, T, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """delta of the queries of a turn of key_gradient_kernel, 0 past the end."""
+    head = kv_head * GROUP + turn % GROUP
+    token = first + turn // GROUP * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(delta_ptr + head.to(tl.int64) * T + token, mask=token < end, other=0.0)
+
+
 @triton.jit(do_not_specialize=["T"])
 def key_gradient_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr, T,
                         Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
@@ -186,8 +194,7 @@ def key_gradient_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_pt
     kv_head = tl.program_id(0) % HKV
     first64 = first.to(tl.int64)
     key_row = tl.arange(0, KEYS)
-    key = first + key_row
-    here = key < end
+    key, here = first + key_row, first + key_row < end
     k_block = k_ptr + first64 * K_STRIDE + kv_head * D
     v_block = v_ptr + first64 * V_STRIDE + kv_head * D
     k0 = load_rows(k_block, key_row * K_STRIDE, here, 0, D0, D)
@@ -201,6 +208,8 @@ def key_gradient_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_pt
         dv1 = tl.zeros([KEYS, D1], ACC)
     row = tl.arange(0, BLOCK)
     GROUP: tl.constexpr = H // HKV
+    # Read a turn ahead: it is where a product starts from, which the compiler copies nothing ahead for.
+    delta = turn_of_delta(delta_ptr, 0, kv_head, first, end, T, GROUP, BLOCK)
     for turn in range(0, tl.cdiv(end - first, BLOCK) * GROUP):
         head = kv_head * GROUP + turn % GROUP
         token = first + turn // GROUP * BLOCK + row
@@ -208,14 +217,13 @@ def key_gradient_kernel(q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, dk_pt
         token64 = first64 + turn // GROUP * BLOCK
         q_block, q_offsets = q_ptr + token64 * Q_STRIDE, row * Q_STRIDE + head * D
         dout_block, offsets = dout_ptr + token64 * (H * D), row * (H * D) + head * D
-        statistics = head.to(tl.int64) * T + token
-        lse = tl.load(lse_ptr + statistics, mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + statistics, mask=valid, other=0.0)
+        lse = tl.load(lse_ptr + head.to(tl.int64) * T + token, mask=valid, other=0.0)
         q0 = load_rows(q_block, q_offsets, valid, 0, D0, D)
         dout0 = load_rows(dout_block, offsets, valid, 0, D0, D)
         scores = tl.dot(k0, tl.trans(q0), input_precision=PRECISION, out_dtype=ACC)
         # The product with v starts from -delta instead of 0, which costs neither an instruction nor registers.
         minus_delta = tl.zeros([KEYS, BLOCK], ACC) - delta[None, :]
+        delta = turn_of_delta(delta_ptr, turn + 1, kv_head, first, end, T, GROUP, BLOCK)
         dweights = tl.dot(v0, tl.trans(dout0), minus_delta, input_precision=PRECISION, out_dtype=ACC)
         if D1 > 0:
             q1 = load_rows(q_block, q_offsets, valid, D0, D1, D)
@@ -280,8 +288,8 @@ def layout(H: int, HKV: int, D: int, dtype: torch.dtype) -> Layout:
 def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
     """Launch sizes of "forward", "query_gradient" or "key_gradient".
 
-    Chosen from what compiled code needs (docs/KERNELS.md has the table): no spills with Triton 3.6 and 3.9, and the
-    most blocks on an SM.  A document's bits depend on these alone, so no tuner may pick them by the clock.
+    Chosen from what compiled code needs (no spills with Triton 3.6 to 3.9, blocks on an SM) and, at D = 96, from an
+    H200's times (docs/KERNELS.md).  A document's bits depend on these alone, so no tuner may pick them by the clock.
     """
     if dtype == torch.float64:
         return Config(16, 16, 4, 1)
@@ -292,11 +300,11 @@ def config(kernel: str, D: int, dtype: torch.dtype, arch: int) -> Config:
         return {
             "forward": Config(64, 32, 4, 3),
             "query_gradient": Config(64, 32, 4, 2),
-            "key_gradient": Config(64 if D <= 64 else 32, 64, 4, 3 if 64 < D <= 96 else 2),
+            "key_gradient": Config(64 if D <= 64 else 32 if D <= 96 else 16, 64, 4, 3 if D > 64 else 2),
         }[kernel]
     if kernel == "key_gradient" and (32 < D <= 48 or 64 < D <= 96):
         return Config(16, 64, 4, 2, 255)
-    return Config(64, 32, 4, 2, 255 if kernel == "forward" and D > 96 else None)
+    return Config(64, 32, 4, 2, 255 if kernel != "query_gradient" and D > 96 else None)
 
 
 class Launch(NamedTuple):

@@ -15,10 +15,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .host import on
+from .operator import for_compile, operator
 
 # Numbers of a norm's tile forward and backward, and tiles that a backward program goes through.
 TILE, BACK_TILE, TILES = 4096, 2048, 8
@@ -169,83 +168,104 @@ def norm_gradient(dy: Tensor, dsum: Tensor | None, x: Tensor, weight: Tensor, ep
     return dx, partial.sum(0).to(weight.dtype)
 
 
-class RMSNorm(Function):
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return apply_norm(x, None, weight, eps)[1]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        return *norm_gradient(dy, None, *ctx.saved_tensors, ctx.eps), None
+def save_sum(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    _, residual, weight, ctx.eps = inputs
+    ctx.add = residual is not None
+    ctx.save_for_backward(output[0], weight)
 
 
-class AddRMSNorm(Function):
-    @staticmethod
-    def forward(ctx, x, residual, weight, eps):
-        ctx.set_materialize_grads(False)
-        total, y = apply_norm(x, residual, weight, eps)
-        ctx.save_for_backward(total, weight)
-        ctx.eps, ctx.add = eps, residual is not None
-        return total if ctx.add else x.view_as(x), y
+def sum_formula(gradient, ctx, dsum: Tensor | None, dy: Tensor | None):
+    dx, dweight = (dsum, None) if dy is None else gradient(dy, dsum, *ctx.saved_tensors, ctx.eps)
+    return dx, dx if ctx.add else None, dweight, None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dsum, dy):
-        dx, dweight = (dsum, None) if dy is None else norm_gradient(dy, dsum, *ctx.saved_tensors, ctx.eps)
-        return dx, dx if ctx.add else None, dweight, None
+
+def fake_norm_gradient(dy, dsum, x, weight, eps):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+sum_and_norm = operator(
+    "add_rms_norm", apply_norm, norm_gradient, save=save_sum, formula=sum_formula,
+    fake=lambda x, residual, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+    fake_gradient=fake_norm_gradient)
+
+
+def norm_alone(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return apply_norm(x, None, weight, eps)[1]
+
+
+def save_norm(ctx, inputs, output):
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+norm = operator(
+    "rms_norm", norm_alone, norm_gradient, save=save_norm,
+    formula=lambda gradient, ctx, dy: (*gradient(dy, None, *ctx.saved_tensors, ctx.eps), None),
+    fake=lambda x, weight, eps: x.new_empty(x.shape), fake_gradient=fake_norm_gradient)
 
 
 def swiglu_constants(x: Tensor) -> dict:
     return dict(I=x.shape[-1], BLOCK=BLOCK, ACC=accumulator(x.dtype), num_warps=4)
 
 
-class SwiGLU(Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        y = torch.empty_like(gate)
-        with on(gate.device):
-            swiglu_kernel[(triton.cdiv(y.numel(), BLOCK),)](gate, up, y, math.prod(y.shape[:-1]),
-                                                            **swiglu_constants(y))
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-        with on(gate.device):
-            swiglu_gradient_kernel[(triton.cdiv(dy.numel(), BLOCK),)](
-                dy.contiguous(), gate, up, dgate, dup, math.prod(dy.shape[:-1]), **swiglu_constants(dy))
-        return dgate, dup
+def apply_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    y = torch.empty_like(gate)
+    with on(gate.device):
+        swiglu_kernel[(triton.cdiv(y.numel(), BLOCK),)](gate, up, y, math.prod(y.shape[:-1]), **swiglu_constants(y))
+    return y
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) * weight over the last dimension, (..., C)."""
-    return RMSNorm.apply(x.contiguous(), weight, eps)
+def swiglu_gradient(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    with on(gate.device):
+        swiglu_gradient_kernel[(triton.cdiv(dy.numel(), BLOCK),)](
+            dy.contiguous(), gate, up, dgate, dup, math.prod(dy.shape[:-1]), **swiglu_constants(dy))
+    return dgate, dup
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """total = x + residual (x itself without one), and rms_norm(total); all (..., C)."""
-    return AddRMSNorm.apply(x.contiguous(), None if residual is None else residual.contiguous(), weight, eps)
+gated = operator(
+    "swiglu", apply_swiglu, swiglu_gradient, save=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    formula=lambda gradient, ctx, dy: gradient(dy, *ctx.saved_tensors),
+    fake=lambda gate, up: gate.new_empty(gate.shape),
+    fake_gradient=lambda dy, gate, up: (gate.new_empty(gate.shape), up.new_empty(up.shape)))
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, of any shape; rounded once, where PyTorch's own two operations round twice."""
-    return SwiGLU.apply(gate.contiguous(), up.contiguous())
-
-
-def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """logits (n, V), labels (n,) in [0, V) -> cross-entropy (n,) in fp32 or wider; the logits become its gradient."""
+def apply_token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     n, V = logits.shape
-    assert logits.is_contiguous()
     losses = torch.empty(n, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
     block = min(LOGITS, triton.next_power_of_2(V))
     if n:
         with on(logits.device):
             token_loss_kernel[(n,)](logits, labels, losses, V=V, BLOCK=block, ACC=accumulator(logits.dtype),
                                     num_warps=8 if block > 2048 else 4)
-    return losses, logits
+    return losses
+
+
+in_place_losses = for_compile("token_losses", apply_token_losses, mutates=("logits",), fake=lambda logits, labels: (
+    logits.new_empty(labels.shape, dtype=torch.promote_types(logits.dtype, torch.float32))))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension, (..., C)."""
+    return norm(x.contiguous(), weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """total = x + residual (x itself without one), and rms_norm(total); all (..., C)."""
+    x = x.contiguous()
+    if residual is None and torch.compiler.is_compiling():
+        # An operator may not return what it was given.  Then the compiler adds x's two gradients.
+        return x, norm(x, weight, eps)
+    return sum_and_norm(x, None if residual is None else residual.contiguous(), weight, eps)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, of any shape; rounded once, where PyTorch's own two operations round twice."""
+    return gated(gate.contiguous(), up.contiguous())
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (n, V), labels (n,) in [0, V) -> cross-entropy (n,) in fp32 or wider; the logits become its gradient."""
+    assert logits.is_contiguous()
+    return in_place_losses(logits, labels), logits

@@ -25,13 +25,12 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from . import hopper
 from .grouped_gemm import gate_up_kernel, hidden_gradient_kernel, linear_kernel, weight_gradient_kernel
 from .host import architecture, on, processors
-from .sort import Plan, plan
+from .operator import operator
+from .sort import Plan, blocks_at_most, plan
 
 
 class Sizes(NamedTuple):
@@ -96,6 +95,17 @@ def sizes_for(dtype: torch.dtype) -> dict[str, Sizes]:
     if dtype.itemsize > 2:
         return WIDE
     return HOPPER if 90 <= architecture() < 120 else AMPERE
+
+
+def table(sizes: dict[str, Sizes] | str, x: Tensor, down: Tensor, experts: Tensor) -> dict[str, Sizes]:
+    """`sizes`, or what suits the GPU where they are "" (an operator takes no dict); GATHERED where descriptors that
+    they ask for cannot be made."""
+    sizes = sizes or sizes_for(x.dtype)
+    _, C, I = down.shape
+    if any(not size.by_token for size in sizes.values()) and not hopper.fits(
+            experts.numel(), C, I, x.element_size(), sizes["hidden_gradient"].depth):
+        return GATHERED
+    return sizes
 
 
 def splits(tiles: int, rows: int, device: torch.device) -> int:
@@ -213,44 +223,69 @@ def weight_gradient(a: Tensor, b: Tensor, gathered: str, K: int, made: Plan, siz
     return out[0] if split == 1 else out.sum(dim=0).to(a.dtype)
 
 
-class Moe(Function):
-    """Saves what it was given, gate_up and the plan; gate_up only if a gradient can be asked for."""
+def apply(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, sizes: str,
+          save: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """-> y (T, C), gate_up's products (M, 2 I), empty unless `save`, and the plan."""
+    K, sizes = experts.shape[1], table(sizes, x, down, experts)
+    with on(x.device):
+        made = plan(experts, gate_up.shape[0], sizes["gate_up"].rows)
+        saved, hidden = apply_gate_up(x, gate_up, K, made, sizes["gate_up"], save)
+        return apply_linear(hidden, down, weights, K, made, sizes["linear"]), saved, *made
 
-    @staticmethod
-    def forward(ctx, x, gate_up, down, weights, experts, sizes, save):
-        K = experts.shape[1]
-        with on(x.device):
-            made = plan(experts, gate_up.shape[0], sizes["gate_up"].rows)
-            saved, hidden = apply_gate_up(x, gate_up, K, made, sizes["gate_up"], save)
-            y = apply_linear(hidden, down, weights, K, made, sizes["linear"])
-        ctx.save_for_backward(x, gate_up, down, weights, saved, *made)
-        ctx.sizes = sizes
-        return y
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, gate_up, down, weights, saved, *made = ctx.saved_tensors
-        made, K, sizes, dy = Plan(*made), weights.shape[1], ctx.sizes, dy.contiguous()
-        wants_x, wants_gate_up, wants_down = ctx.needs_input_grad[:3]
-        own, of_gate_up, of_down = (sizes[name] for name in ("hidden_gradient", "gate_up_gradient", "down_gradient"))
-        M, sorted_dy, dx, dweight, ddown = len(made.order), None, None, None, None
-        stream = second_stream(x.device) if BESIDE and x.device.type == "cuda" else None
-        with on(x.device):
-            if not (own.by_token and of_down.by_token):
-                sorted_dy = hopper.sort_rows(dy, made, K, of_down.tail)
-            dgate_up, hidden, dweights = hidden_gradient(dy, sorted_dy, down, weights, saved, made, sizes)
-            if wants_gate_up:
-                x_rows = x if of_gate_up.by_token else hopper.sort_rows(x, made, K, of_gate_up.tail)
-                dweight = weight_gradient(dgate_up, x_rows, "b", K, made, of_gate_up, stream)
-            if wants_down:
-                dy_rows = dy if of_down.by_token else sorted_dy
-                ddown = weight_gradient(dy_rows, hidden, "a", K, made, of_down, stream)
-            if wants_x:
-                dx = apply_linear(dgate_up[:M], gate_up, None, K, made, sizes["linear"])
-            if stream is not None:
-                torch.cuda.current_stream(x.device).wait_stream(stream)
-        return dx, dweight, ddown, dweights, None, None, None
+def gradient(dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, saved: Tensor, order: Tensor,
+             offsets: Tensor, blocks: Tensor, sizes: str, wants_x: bool, wants_gate_up: bool,
+             wants_down: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dx, dgate_up, ddown (empty where not wanted) and dweights."""
+    made, K, sizes, dy = Plan(order, offsets, blocks), weights.shape[1], table(sizes, x, down, order), dy.contiguous()
+    own, of_gate_up, of_down = (sizes[name] for name in ("hidden_gradient", "gate_up_gradient", "down_gradient"))
+    M, sorted_dy, dx, dweight, ddown = len(order), None, *(empty(dy, 0) for _ in range(3))
+    stream = second_stream(x.device) if BESIDE and x.device.type == "cuda" else None
+    with on(x.device):
+        if not (own.by_token and of_down.by_token):
+            sorted_dy = hopper.sort_rows(dy, made, K, of_down.tail)
+        dgate_up, hidden, dweights = hidden_gradient(dy, sorted_dy, down, weights, saved, made, sizes)
+        if wants_gate_up:
+            x_rows = x if of_gate_up.by_token else hopper.sort_rows(x, made, K, of_gate_up.tail)
+            dweight = weight_gradient(dgate_up, x_rows, "b", K, made, of_gate_up, stream)
+        if wants_down:
+            dy_rows = dy if of_down.by_token else sorted_dy
+            ddown = weight_gradient(dy_rows, hidden, "a", K, made, of_down, stream)
+        if wants_x:
+            dx = apply_linear(dgate_up[:M], gate_up, None, K, made, sizes["linear"])
+        if stream is not None:
+            torch.cuda.current_stream(x.device).wait_stream(stream)
+    return dx, dweight, ddown, dweights
+
+
+def save(ctx, inputs, output):
+    x, gate_up, down, weights, _, ctx.sizes, _ = inputs
+    _, *kept = output
+    ctx.save_for_backward(x, gate_up, down, weights, *kept)
+    ctx.mark_non_differentiable(*kept)
+    ctx.set_materialize_grads(False)
+
+
+def formula(gradient, ctx, dy: Tensor | None, *_):
+    if dy is None:
+        return (None,) * 7
+    wants = ctx.needs_input_grad[:3]
+    *found, dweights = gradient(dy, *ctx.saved_tensors, ctx.sizes, *wants)
+    return *(dx if wanted else None for dx, wanted in zip(found, wants)), dweights, None, None, None
+
+
+def fake(x, gate_up, down, weights, experts, sizes, save):
+    M, (E, _, I), rows = experts.numel(), down.shape, table(sizes, x, down, experts)["gate_up"].rows
+    made = (empty(x, *shape, dtype=torch.int32) for shape in ((M,), (E + 1,), (blocks_at_most(M, E, rows), 4)))
+    return x.new_empty(x.shape), empty(x, M if save else 0, 2 * I), *made
+
+
+def fake_gradient(dy, x, gate_up, down, weights, saved, order, offsets, blocks, sizes, *wants):
+    return *(empty(dy, *(like.shape if wanted else (0,))) for like, wanted in zip((x, gate_up, down), wants)), \
+        weights.new_empty(weights.shape)
+
+
+mixture = operator("moe", apply, gradient, save=save, formula=formula, fake=fake, fake_gradient=fake_gradient)
 
 
 def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor,
@@ -260,7 +295,7 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
     Args:
         x: (T, C).  gate_up: (E, 2 I, C), gate first.  down: (E, C, I).  All of one dtype.
         weights: (T, K) floating.  experts: (T, K) integers in [0, E); others are undefined behaviour.
-        sizes: the kernels' tiles, by name; chosen for the GPU if None.
+        sizes: the kernels' tiles, by name; chosen for the GPU if None, as it must be under torch.compile.
 
     Returns:
         (T, C) in x's dtype.  Experts that nobody chose get gradients of exactly zero.
@@ -274,10 +309,6 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
     if gate_up.shape != (E, 2 * I, C) or x.shape != (len(weights), C) or weights.shape != experts.shape:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (x, gate_up, down, weights, experts))
         raise ValueError(f"x, gate_up, down, weights, experts do not fit each other: {shapes}")
-    sizes = sizes or sizes_for(x.dtype)
-    if any(not size.by_token for size in sizes.values()) and not hopper.fits(
-            experts.numel(), C, I, x.element_size(), sizes["hidden_gradient"].depth):
-        sizes = GATHERED
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gate_up, down, weights))
-    return Moe.apply(x.contiguous(), gate_up.contiguous(), down.contiguous(), weights.contiguous(), experts,
-                     sizes, save)
+    return mixture(x.contiguous(), gate_up.contiguous(), down.contiguous(), weights.contiguous(), experts, sizes or "",
+                   save)[0]

@@ -33,21 +33,30 @@ def operator(name: str, apply: Callable, gradient: Callable, *, fake: Callable, 
     backward_op.register_fake(fake_gradient)
     forward_op.register_autograd(lambda ctx, *douts: formula(backward_op, ctx, *douts), setup_context=save)
 
-    class Eager(Function):
-        @staticmethod
-        def forward(ctx, *inputs):
-            output = apply(*inputs)
-            save(ctx, inputs, output)
-            return output
+    def forward(ctx, *inputs):
+        output = apply(*inputs)
+        save(ctx, inputs, output)
+        return output
 
-        @staticmethod
-        @once_differentiable
-        def backward(ctx, *douts):
-            return formula(gradient, ctx, *douts)
+    @once_differentiable
+    def backward(ctx, *douts):
+        return formula(gradient, ctx, *douts)
 
-    Eager.__name__ = Eager.__qualname__ = name
+    # Made with its name, which profiles show.
+    eager = type(name, (Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
 
     def call(*inputs):
-        return forward_op(*inputs) if torch.compiler.is_compiling() else Eager.apply(*inputs)
+        return forward_op(*inputs) if torch.compiler.is_compiling() else eager.apply(*inputs)
+
+    return call
+
+
+def for_compile(name: str, apply: Callable, *, fake: Callable, mutates: tuple[str, ...]) -> Callable:
+    """-> `apply`, which has no gradient and changes its arguments named in `mutates`; torch.compile takes it whole."""
+    whole = torch.library.custom_op(f"minimind_ds::{name}", apply, mutates_args=mutates)
+    whole.register_fake(fake)
+
+    def call(*inputs):
+        return whole(*inputs) if torch.compiler.is_compiling() else apply(*inputs)
 
     return call

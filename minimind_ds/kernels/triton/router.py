@@ -12,10 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .host import on
+from .operator import operator
 
 # Numbers of a (tokens, experts) tile; upstream's guard against a zero sum of weights.
 TILE = 2048
@@ -104,38 +103,59 @@ def route_gradient_kernel(logits_ptr, group_ptr, experts_ptr, dweights_ptr, dsum
              dlogits.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
-class Route(Function):
-    @staticmethod
-    def forward(ctx, logits, k, norm, group, n_groups):
-        (T, E), device = logits.shape, logits.device
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        shape = dict(E=E, K=k, NORM=norm, GROUPED=group is not None, E_PAD=max(2, triton.next_power_of_2(E)),
-                     TINY=TINY, ACC=tl.float64 if wide == torch.float64 else tl.float32)
-        block = max(16, TILE // shape["E_PAD"])
-        blocks = triton.cdiv(T, block)
-        weights = torch.empty(T, k, dtype=wide, device=device)
-        experts = torch.empty(T, k, dtype=torch.int64, device=device)
-        # Blocks write the groups they have tokens of.
-        counts, sums = torch.zeros(2, blocks, n_groups, E, dtype=wide, device=device)
-        with on(logits.device):
-            route_kernel[(blocks,)](logits, group, weights, experts, counts, sums, T, n_groups, BLOCK=block,
-                                    K_PAD=triton.next_power_of_2(k), **shape)
-        counts, sums = counts.sum(dim=0), sums.sum(dim=0)
-        ctx.save_for_backward(logits, experts, group)
-        ctx.n_groups, ctx.shape, ctx.block = n_groups, shape, block
-        ctx.mark_non_differentiable(experts, counts)
-        return weights, experts, counts, sums
+def constants(logits: Tensor, k: int, norm: bool, grouped: bool) -> dict:
+    E, wide = logits.shape[1], torch.promote_types(logits.dtype, torch.float32)
+    E_PAD = max(2, triton.next_power_of_2(E))
+    return dict(E=E, K=k, NORM=norm, GROUPED=grouped, E_PAD=E_PAD, BLOCK=max(16, TILE // E_PAD), TINY=TINY,
+                ACC=tl.float64 if wide == torch.float64 else tl.float32)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dweights, _dexperts, _dcounts, dsums):
-        logits, experts, group = ctx.saved_tensors
-        dlogits = torch.empty_like(logits)
-        with on(logits.device):
-            route_gradient_kernel[(triton.cdiv(len(logits), ctx.block),)](
-                logits, group, experts, dweights.contiguous(), dsums.contiguous(), dlogits, len(logits), ctx.n_groups,
-                BLOCK=ctx.block, **ctx.shape)
-        return dlogits, None, None, None, None
+
+def apply(logits: Tensor, k: int, norm: bool, group: Tensor | None,
+          n_groups: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> weights, experts (T, k), counts, sums (n_groups, E)."""
+    (T, E), device, shape = logits.shape, logits.device, constants(logits, k, norm, group is not None)
+    blocks, wide = triton.cdiv(T, shape["BLOCK"]), torch.promote_types(logits.dtype, torch.float32)
+    weights = torch.empty(T, k, dtype=wide, device=device)
+    experts = torch.empty(T, k, dtype=torch.int64, device=device)
+    # Blocks write the groups they have tokens of.
+    counts, sums = torch.zeros(2, blocks, n_groups, E, dtype=wide, device=device)
+    with on(device):
+        route_kernel[(blocks,)](logits, group, weights, experts, counts, sums, T, n_groups,
+                                K_PAD=triton.next_power_of_2(k), **shape)
+    return weights, experts, counts.sum(dim=0), sums.sum(dim=0)
+
+
+def gradient(dweights: Tensor, dsums: Tensor, logits: Tensor, experts: Tensor, group: Tensor | None, norm: bool,
+             n_groups: int) -> Tensor:
+    """-> dlogits (T, E)."""
+    T, shape = len(logits), constants(logits, experts.shape[1], norm, group is not None)
+    dlogits = torch.empty_like(logits)
+    with on(logits.device):
+        route_gradient_kernel[(triton.cdiv(T, shape["BLOCK"]),)](
+            logits, group, experts, dweights.contiguous(), dsums.contiguous(), dlogits, T, n_groups, **shape)
+    return dlogits
+
+
+def save(ctx, inputs, output):
+    logits, _, ctx.norm, group, ctx.n_groups = inputs
+    _, experts, counts, _ = output
+    ctx.save_for_backward(logits, experts, group)
+    ctx.mark_non_differentiable(experts, counts)
+
+
+def formula(gradient, ctx, dweights: Tensor, _dexperts, _dcounts, dsums: Tensor):
+    return gradient(dweights, dsums, *ctx.saved_tensors, ctx.norm, ctx.n_groups), None, None, None, None
+
+
+def fake(logits, k, norm, group, n_groups):
+    (T, E), wide = logits.shape, torch.promote_types(logits.dtype, torch.float32)
+    return (logits.new_empty(T, k, dtype=wide), logits.new_empty(T, k, dtype=torch.int64),
+            logits.new_empty(n_groups, E, dtype=wide), logits.new_empty(n_groups, E, dtype=wide))
+
+
+choose_and_count = operator(
+    "route", apply, gradient, save=save, formula=formula, fake=fake,
+    fake_gradient=lambda dweights, dsums, logits, experts, group, norm, n_groups: logits.new_empty(logits.shape))
 
 
 def route(logits: Tensor, k: int, norm: bool, group: Tensor | None = None,
@@ -166,4 +186,4 @@ def route(logits: Tensor, k: int, norm: bool, group: Tensor | None = None,
         raise ValueError(f"k is {k}; with {E} experts it must be from 1 to {E}")
     if (group is None) != (n_groups == 0) or (group is not None and group.shape != (T,)):
         raise ValueError(f"group must be ({T},) with n_groups > 0, or None with 0; n_groups is {n_groups}")
-    return Route.apply(logits.contiguous(), k, norm, None if group is None else group.contiguous(), n_groups)
+    return choose_and_count(logits.contiguous(), k, norm, None if group is None else group.contiguous(), n_groups)

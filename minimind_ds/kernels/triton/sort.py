@@ -97,6 +97,11 @@ def place_kernel(experts_ptr, counts_ptr, order_ptr, offsets_ptr, blocks_ptr, M,
         place += tl.sum(hits, 0)
 
 
+def blocks_at_most(M: int, E: int, rows: int) -> int:
+    """Row blocks of M choices: every expert may leave one block short of rows, by all but one of them."""
+    return (M + E * (rows - 1)) // rows
+
+
 def plan(experts: Tensor, E: int, rows: int, *, programs: int = PROGRAMS) -> Plan:
     """Sorts choices by expert, stably (choices of one expert stay in their order), without a host-device wait.
 
@@ -112,8 +117,7 @@ def plan(experts: Tensor, E: int, rows: int, *, programs: int = PROGRAMS) -> Pla
     BLOCK = max(16, ONE_HOT // E_PAD)
     span = triton.cdiv(triton.cdiv(M, programs), BLOCK) * BLOCK
     used = max(1, triton.cdiv(M, max(span, 1)))
-    # Every expert may leave one block short of rows, by all but one of them.
-    n_blocks = (M + E * (rows - 1)) // rows
+    n_blocks = blocks_at_most(M, E, rows)
     counts = torch.empty(used, E_PAD, dtype=torch.int32, device=device)
     made = Plan(torch.empty(M, dtype=torch.int32, device=device), torch.empty(E + 1, dtype=torch.int32, device=device),
                 torch.empty(n_blocks, 4, dtype=torch.int32, device=device))

@@ -58,6 +58,8 @@ class Resources:
     stores: dict[int, int]
     constants: dict
     dtypes: list[str]
+    waits: list[int]
+    waiting_loads: int
 
     @property
     def blocks_per_sm(self) -> int:
@@ -116,6 +118,33 @@ def widths(code: str, instruction: str) -> dict[int, int]:
                                     for modifiers in found))
 
 
+def loops(code: str) -> list[str]:
+    """The bodies of the loops of a kernel's TTGIR that hold matrix products."""
+    found, open_loops = [], []
+    for line in code.splitlines():
+        indent = len(line) - len(line.lstrip())
+        if "scf.for" in line:
+            open_loops.append((indent, []))
+        for _, body in open_loops:
+            body.append(line)
+        if open_loops and line.lstrip().startswith("}") and indent == open_loops[-1][0]:
+            found.append("\n".join(open_loops.pop()[1]))
+    return [body for body in found if re.search(r"warp_group_dot |tt\.dot ", body)]
+
+
+def pipelining(code: str) -> tuple[list[int], int]:
+    """-> waits and waiting_loads of a kernel's TTGIR, as Resources has them."""
+    waits, waiting = [], 0
+    for body in loops(code):
+        waits.append(max(map(int, re.findall(r"async_wait.*?num = (\d+)", body)), default=-1))
+        for name in re.findall(r"(%\w+) = tt\.load", body):
+            # What only the loop's yield takes arrives by the next round.
+            users = [line for line in body.splitlines() if re.search(rf"{name}\b", line.split(" = ", 1)[-1])
+                     and not line.strip().startswith(f"{name} = ")]
+            waiting += any("scf.yield" not in line for line in users)
+    return waits, waiting
+
+
 def read(kernel, result, args, kwargs, arch: int) -> Resources:
     """Reads the compiled code: cuobjdump for resources, nvdisasm for instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -128,12 +157,14 @@ def read(kernel, result, args, kwargs, arch: int) -> Resources:
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if numbers is None:
         raise RuntimeError(f"cuobjdump said nothing of registers: {usage!r}")
+    waits, waiting = pipelining(result.asm["ttgir"])
     plain = {name: value for name, value in kwargs.items() if isinstance(value, int | float | str | bool)}
     return Resources(
         kernel=kernel.__name__, arch=arch, warps=result.metadata.num_warps, stages=result.metadata.num_stages,
         registers=int(numbers[1]), stack=int(numbers[2]), shared=result.metadata.shared,
         counts={name: len(re.findall(rf"\b{name}\b", code)) for name in COUNTED},
         loads=widths(code, "LDG"), stores=widths(code, "STG"), constants=plain,
+        waits=waits, waiting_loads=waiting,
         dtypes=[str(x.dtype).removeprefix("torch.") for x in args if hasattr(x, "dtype")])
 
 
