@@ -32,6 +32,8 @@ from minimind_ds.io import fsync, write_file
 
 FORMAT = 2
 TAG = "state"
+# The run's tokenizer, in its folder and in each checkpoint.
+TOKENIZER = "tokenizer"
 # What this program calls its checkpoints; nothing else in their folder is read or deleted.
 STEP = re.compile(r"step_\d{8,}")
 
@@ -108,6 +110,9 @@ def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> AsyncSave:
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
+            if (run_dir / TOKENIZER).is_dir():
+                # A checkpoint that is moved elsewhere can still speak.
+                shutil.copytree(run_dir / TOKENIZER, aside / TOKENIZER)
         except OSError as caught:
             error = caught
     together(error, f"writing {final}", SaveFailed)

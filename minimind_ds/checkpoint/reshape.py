@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import math
 import pathlib
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from minimind_ds import checkpoint
-from minimind_ds.checkpoint import full_state as whole_state
-from minimind_ds.checkpoint.full_state import COUNTERS, SCHEDULED, FullState, read_scaler
+from minimind_ds.checkpoint.full_state import FullState
+from minimind_ds.checkpoint.reading import Piece, in_order, in_partitions, read
 from minimind_ds.config.errors import UserError
 from minimind_ds.distributed import deepspeed_compat
 from minimind_ds.distributed.world import current_device
@@ -29,15 +27,6 @@ from minimind_ds.distributed.world import current_device
 # Of the layout (resume.layout_facts), what may differ between the halves of a run.
 MAY_DIFFER = ("ranks", "ZeRO stage", "offload", "batch_size", "accumulation_steps", "sequence_parallel_size",
               "expert_parallel.autoep_size")
-
-
-class Piece(NamedTuple):
-    """`numel` elements of a parameter from its `start`, lying in a flat tensor from `at`."""
-
-    name: str
-    at: int
-    start: int
-    numel: int
 
 
 def check(then: dict, now: dict, path: pathlib.Path) -> None:
@@ -125,132 +114,6 @@ def expert_ranks(p: torch.nn.Parameter) -> int:
     from minimind_ds.distributed import expert_parallel
 
     return dist.get_world_size(expert_parallel.group_of(p))
-
-
-# Reading: a checkpoint's files, one at a time, on rank 0.
-
-
-def read(path: pathlib.Path, layout: dict, *, shapes: dict[str, torch.Size], fixed: set[str]) -> FullState:
-    """The whole state in a verified checkpoint; one of its files is in memory at a time.
-
-    Args:
-        layout: the checkpoint's: 'ranks' and 'ZeRO stage'.
-        shapes: the trained parameters, in the model's order.
-        fixed: names of frozen parameters and buffers to look for.
-
-    Raises:
-        ValueError: the files do not hold exactly these parameters.
-    """
-    if (path / checkpoint.TAG / whole_state.FILE).exists():
-        return whole_state.read_file(path / checkpoint.TAG, shapes=shapes)
-    stage, ranks = layout["ZeRO stage"], layout["ranks"]
-    folder, whole, seen = path / checkpoint.TAG, FullState({name: {} for name in shapes}), {}
-    for rank in range(ranks if stage > 0 else 1):
-        model = open_file(folder, f"zero_pp_rank_{rank}_mp_rank_00_model" if stage == 3 else "mp_rank_00_model")
-        if rank == 0:
-            whole.counters = {name: model[name] for name in COUNTERS}
-            whole.scheduler = model["lr_scheduler"]
-        states = model["optimizer"] if stage == 0 else open_file(
-            folder, f"zero_pp_rank_{rank}_mp_rank_00_optim")["optimizer_state_dict"]
-        if stage == 0:
-            base, masters = stage_zero_parts(states, model["module"], shapes)
-            slots = in_order([t.numel() for t in masters], shapes)
-        elif stage == 3:
-            base, masters = states["optimizer_state_dict"], states["fp32_flat_groups"]
-            slots = in_partitions(model["param_shapes"], rank, ranks)
-        else:
-            base, masters = states["base_optimizer_state"], states["single_partition_of_fp32_groups"]
-            slots = [[Piece(name, part.start, seen.get((name, "fp32"), 0), part.numel) for name, part in group.items()]
-                     for group in states["param_slice_mappings"]]
-        if not isinstance(base, dict):
-            raise UserError(f"{folder}: it was written with zero_optimization.elastic_checkpoint, which only its own "
-                             "layout can resume")
-        gather(whole, slots, masters, base, seen=seen, shapes=shapes)
-        gather_fixed(whole, model, fixed, whole_files=stage < 3)
-        whole.groups = [{key: group[key] for key in SCHEDULED if key in group} for group in base["param_groups"]]
-        whole.scaler = read_scaler(states)
-    keys = {key for _, key in seen}
-    torn = [name for name in shapes for key in keys if seen.get((name, key), 0) != shapes[name].numel()]
-    if torn:
-        raise UserError(f"{folder}: it does not hold the whole of {torn[0]}")
-    return whole
-
-
-def open_file(folder: pathlib.Path, name: str) -> dict:
-    """A file of a verified checkpoint, DeepSpeed's own."""
-    path = folder / f"{name}_states.pt"
-    if not path.exists():
-        # DeepSpeed names the optimizer's files of a bf16 run so.
-        path = folder / f"bf16_{name}_states.pt"
-    return deepspeed_compat.load_states(path)
-
-
-def stage_zero_parts(states: dict, module: dict, shapes: dict) -> tuple[dict, list[torch.Tensor]]:
-    """-> (torch's optimizer state, masters in its order).  In fp32 the weights are the masters."""
-    if "fp32_groups_flat" in states:
-        return states["optimizer_state_dict"], list(states["fp32_groups_flat"])
-    if "fp32_groups" in states:
-        return states["optimizer_state_dict"], [t for group in states["fp32_groups"] for t in group]
-    return states, [module[name] for name in shapes]
-
-
-def in_order(sizes: list[int], shapes: dict[str, torch.Size]) -> list[list[Piece]]:
-    """Where parameters lie in flat tensors of these sizes that are filled with them one after the other."""
-    slots, names = [], iter(shapes)
-    for size in sizes:
-        slots.append([])
-        at = 0
-        while at < size:
-            name = next(names, None)
-            if name is None or at + shapes[name].numel() > size:
-                raise UserError(f"{size} elements are not whole parameters; the next is {name}")
-            slots[-1].append(Piece(name, at, 0, shapes[name].numel()))
-            at += shapes[name].numel()
-    return slots
-
-
-def in_partitions(groups: list[dict[str, torch.Size]], rank: int, ranks: int) -> list[list[Piece]]:
-    """Where parameters lie in a rank's flat tensors at stage 3: each is cut into `ranks` parts of one size."""
-    slots = []
-    for group in groups:
-        slots.append([])
-        at = 0
-        for name, shape in group.items():
-            part = math.ceil(shape.numel() / ranks)
-            start = min(part * rank, shape.numel())
-            slots[-1].append(Piece(name, at, start, min(part, shape.numel() - start)))
-            at += part
-    return slots
-
-
-def gather(whole: FullState, slots: list[list[Piece]], masters: list[torch.Tensor], base: dict, *, seen: dict,
-           shapes: dict) -> None:
-    """Copy one file's pieces into the whole; `seen` counts the elements of each (parameter, key)."""
-    for i, (pieces, master) in enumerate(zip(slots, masters, strict=True)):
-        tensors = dict(base["state"].get(i, {}))
-        # DeepSpeed's fused Adam counts in one of a group's states only.
-        whole.step = max(whole.step, int(tensors.pop("step", 0)))
-        for key, flat in {"fp32": master, **tensors}.items():
-            for name, at, start, numel in pieces:
-                if name not in shapes:
-                    raise UserError(f"the checkpoint trains {name}, this run does not")
-                parts = whole.parameters[name]
-                if key not in parts:
-                    parts[key] = torch.empty(shapes[name].numel(), dtype=flat.dtype)
-                parts[key][start:start + numel] = flat.detach().reshape(-1)[at:at + numel]
-                seen[name, key] = seen.get((name, key), 0) + numel
-
-
-def gather_fixed(whole: FullState, model: dict, names: set[str], *, whole_files: bool) -> None:
-    """Frozen parameters and buffers: whole in each file, or frozen parameters in parts at stage 3."""
-    parts = {} if whole_files else model.get("frozen_param_fragments") or {}
-    for name in names:
-        if name in parts:
-            numel = model["frozen_param_shapes"][name].numel()
-            before = whole.fixed.get(name, parts[name].new_empty(0))
-            whole.fixed[name] = torch.cat([before, parts[name].reshape(-1)])[:numel]
-        elif name in model["module"] and (whole_files or name in model["buffer_names"]):
-            whole.fixed[name] = model["module"][name].detach().reshape(-1).clone()
 
 
 # Writing: every rank, from rank 0's whole state.

@@ -10,18 +10,22 @@ from __future__ import annotations
 import argparse
 import pathlib
 
+from minimind_ds.config import run_flags
 from minimind_ds.config.model import PRESETS
-from minimind_ds.config.run import PRECISIONS
+from minimind_ds.config.run import FLAGS, PRECISIONS, value_type
 from minimind_ds.config.spellings import SHAPE, OneLineParser, number, program_parser, to_bool
 
 # How chat draws, and what an exported folder's generation_config says.
-SAMPLING = {"temperature": 0.85, "top_p": 0.95, "top_k": 0}
+SAMPLING = {"temperature": 0.85, "top_p": 0.95, "top_k": 0, "repetition_penalty": 1.0}
 # Flags of preflight: default and meaning.
 LIMITS = {"min_free_gib": (20.0, "least free disk in the run folder and the cache, GiB"),
           "min_gpu_free": (0.9, "least free share of a GPU's memory"),
           "max_clock_skew": (2.0, "most seconds between two nodes' clocks"),
           "min_bandwidth": (0.0, "least all-reduce bandwidth over all ranks, GB/s; 0: only shown"),
           "wait_seconds": (120.0, "how long to wait for a node to answer")}
+# Flags of the training that evaluate takes, too: what an evaluation gives depends on these, besides the precision.
+AS_TRAINED = ("max_seq_len", "too_long", "pack_len", "packing", "batch_size", "accumulation_steps", "on_bad_record",
+              "learn", "text_markers", "seed", "kernels", "cache_dir", "num_workers")
 # What check_kernels does.
 PARTS = ("correctness", "curve", "timings")
 SWITCH = dict(nargs="?", const=True, type=to_bool)
@@ -29,10 +33,11 @@ SWITCH = dict(nargs="?", const=True, type=to_bool)
 
 def weights(p: OneLineParser) -> None:
     """The flags of chat and score that say which weights to load; inference/arguments.py reads them."""
-    p.add_argument("--weight", help="run folder, its .safetensors file, exported folder or MiniMind .pth; a bare name "
-                                    "as MiniMind's: full_sft is full_sft_768 in --save_dir")
+    p.add_argument("--weight", help="run folder, its .safetensors file, RUN/checkpoints (the newest) or a checkpoint "
+                                    "in it, exported folder or MiniMind .pth; a bare name as MiniMind's: full_sft is "
+                                    "full_sft_768 in --save_dir")
     p.add_argument("--lora", "--lora_weight", help="LoRA adapters of these weights: run folder, .safetensors file, "
-                                                   "MiniMind .pth or a bare name; None: none")
+                                                   "checkpoint, MiniMind .pth or a bare name; None: none")
     p.add_argument("--tokenizer", help="another tokenizer than the one beside the weights")
     p.add_argument("--load_from", help="as MiniMind's: a Hugging Face folder, or for its own weights (--weight) the "
                                        "folder of their tokenizer")
@@ -64,7 +69,7 @@ def chat() -> OneLineParser:
                    help="draw from the likeliest tokens that hold this share (default: %(default)s)")
     p.add_argument("--top_k", type=int, default=SAMPLING["top_k"],
                    help="draw from this many tokens; 0: all (default: %(default)s)")
-    p.add_argument("--repetition_penalty", type=float, default=1.0,
+    p.add_argument("--repetition_penalty", type=float, default=SAMPLING["repetition_penalty"],
                    help="above 1: repeats less (default: %(default)s)")
     p.add_argument("--max_new_tokens", type=int, default=512, help="longest answer in tokens (default: %(default)s)")
     p.add_argument("--seed", type=int, help="the same seed draws the same answers (default: another each time)")
@@ -82,16 +87,39 @@ def score() -> OneLineParser:
     return p
 
 
+def evaluate() -> OneLineParser:
+    p = program_parser("evaluate", allow_abbrev=False,
+                       epilog="What is not given is as in the run.yaml beside the weights, where there is one: with "
+                              "as many ranks, the training's own evaluation gives the same numbers.")
+    weights(p)
+    p.add_argument("--data_path", nargs="+", required=True, metavar="PATH",
+                   help="data files, globs and folders (docs/DATA.md), each evaluated by itself and all together")
+    p.add_argument("--kind", choices=("conversations", "text"),
+                   help="what they hold (default: text for weights of a pretraining that splits texts, else "
+                        "conversations)")
+    p.add_argument("--out", type=pathlib.Path, metavar="FILE.json", help="write the result there")
+    group = p.add_argument_group("as the training's")
+    for f in FLAGS:
+        if f.name in AS_TRAINED:
+            run_flags.add(group, f, value_type(f), {})
+    # The launcher adds it; the rank itself is read from the environment.
+    p.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return p
+
+
 def export() -> OneLineParser:
     p = program_parser("export")
-    p.add_argument("--weight", help="a run folder, its .safetensors file, a MiniMind .pth or a Hugging Face folder")
-    p.add_argument("--lora", help="LoRA adapters to merge into the weights: a run folder, its .safetensors file or a "
-                                  "MiniMind LoRA .pth")
-    p.add_argument("--to", choices=["hf", "minimind", "minimind_lora"], required=True,
-                   help="the format to write; minimind_lora: the adapters alone, for MiniMind's load_lora")
-    p.add_argument("--out", required=True, help="the folder (hf) or file (minimind, minimind_lora) to write")
+    p.add_argument("--weight", help="a run folder, its .safetensors file, RUN/checkpoints (the newest) or a "
+                                    "checkpoint in it, a MiniMind .pth or a Hugging Face folder")
+    p.add_argument("--lora", help="LoRA adapters to merge into the weights: a run folder, its .safetensors file, a "
+                                  "checkpoint or a MiniMind LoRA .pth")
+    p.add_argument("--to", choices=["hf", "peft", "minimind", "minimind_lora"], required=True,
+                   help="the format to write; the adapters alone are peft, for Hugging Face's PEFT, and "
+                        "minimind_lora, for MiniMind's load_lora")
+    p.add_argument("--out", required=True, help="the folder (hf, peft) or file (minimind, minimind_lora) to write")
     p.add_argument("--dtype", choices=PRECISIONS,
-                   help="precision of the weights (default: the run's own for hf, else fp16)")
+                   help="precision of the weights (default: as stored for hf and peft, which is fp32 for a run's "
+                        "weights and checkpoints; fp16 for MiniMind's)")
     p.add_argument("--preset", choices=tuple(PRESETS), help="the model's shape, needed for a .pth only")
     p.add_argument("--tokenizer", help="a tokenizer folder or .model (default: the run's own)")
     p.add_argument("--overwrite", action="store_true", help="replace what is at --out")

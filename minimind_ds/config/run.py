@@ -94,8 +94,9 @@ class RunConfig:
     adam_beta2: float = flag(0.999, "AdamW's decay of the second moment", resume="must keep")
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon", resume="must keep")
     grad_clip: float = flag(1.0, "largest global gradient norm; 0: no clipping", resume="must keep")
-    from_weight: str = flag("none", "weights to start from: none, a run folder, .safetensors, .pth or HF folder; a "
-                                    "bare name as MiniMind's: pretrain is pretrain_768.pth in save_dir or out")
+    from_weight: str = flag("none", "weights to start from: none, run folder, checkpoint, .safetensors, .pth, HF "
+                                    "folder; a bare name as MiniMind's: pretrain is pretrain_768.pth in save_dir or "
+                                    "out")
     grow_vocab: int = flag(0, "adds rows to --from_weight's for the ids they lack, up to a multiple of this number "
                               "if one is given, for example 64; 0: off", alone=1)
     lora_rank: int = flag(0, "train adapters of this rank beside frozen --from_weight; 0: train all weights")

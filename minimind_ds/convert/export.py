@@ -5,26 +5,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
 import shutil
-import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minimind_ds.config import program_flags
-from minimind_ds.config.errors import UserError, one_line
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.program_flags import SAMPLING
 from minimind_ds.convert import huggingface, minimind, weight_files
 from minimind_ds.convert.vocabulary import KEY, Vocabulary, recorded
+from minimind_ds.convert.weight_files import InMemory, Source
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.io import write_file
 from minimind_ds.model import lora as adapters
@@ -33,7 +34,7 @@ from minimind_ds.model import lora as adapters
 OF_RUNS = ("checkpoints", "metrics.jsonl", "run.yaml")
 
 
-def load(weight: str | Path, preset: str | None = None, lora: str | Path | None = None, *,
+def load(weight: Source, preset: str | None = None, lora: Source | None = None, *,
          shape: ModelConfig | None = None) -> tuple[dict[str, Tensor], ModelConfig]:
     """Weights under our names and their configuration.
 
@@ -68,15 +69,17 @@ def load(weight: str | Path, preset: str | None = None, lora: str | Path | None 
         raise UserError(f"{lora} beside {weight}: {error}") from None
 
 
-def find_tokenizer(weight: str | Path) -> str | None:
+def find_tokenizer(weight: Source) -> str | None:
     """Where the tokenizer of these weights lies: the run folder's copy, or the Hugging Face folder itself."""
+    if isinstance(weight, InMemory):
+        return str(weight.tokenizer) if weight.tokenizer else None
     folder = Path(weight) if Path(weight).is_dir() else Path(weight).parent
     if (folder / "tokenizer").is_dir():
         return str(folder / "tokenizer")
     return str(folder) if (folder / "tokenizer.json").is_file() else None
 
 
-def tokenizer_of(weight: str | Path, named: str | None = None, lora: str | Path | None = None) -> Tokenizer:
+def tokenizer_of(weight: Source, named: str | None = None, lora: Source | None = None) -> Tokenizer:
     """The tokenizer that speaks with these weights: the one named, the adapters' own, or the weights' own.
 
     Raises:
@@ -137,18 +140,52 @@ def export_hf(state: dict[str, Tensor], config: ModelConfig, tokenizer: Tokenize
     if config.tie_word_embeddings:
         del named["lm_head.weight"]
     named = {name: tensor.to(dtype).contiguous() for name, tensor in named.items()}
-    check_free(out, overwrite)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+    with new_folder(out, overwrite) as temporary:
         write_companions(temporary, config, tokenizer, dtype)
         save_file(named, temporary / "model.safetensors",
                   metadata={"format": "pt", KEY: Vocabulary.of(tokenizer).to_json()})
-        temporary.chmod(0o755)
+
+
+@contextlib.contextmanager
+def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
+    """A folder to fill, which takes the place of `out` when all is written; who may read it, the umask says."""
+    check_free(out, overwrite)
+    aside = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        # mkdtemp's own folder, and safetensors' files, are their owner's alone.
+        folder = aside / out.name
+        folder.mkdir()
+        yield folder
+        for file in folder.iterdir():
+            file.chmod(folder.stat().st_mode & 0o666)
         if out.exists():
             shutil.rmtree(out)
-        os.replace(temporary, out)
+        os.replace(folder, out)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def export_peft(lora: Source, out: str | Path, *, base: str, tokenizer: Tokenizer | None, dtype: torch.dtype | None,
+                overwrite: bool = False):
+    """A folder that Hugging Face's PEFT loads beside the exported base: adapter_config.json and
+    adapter_model.safetensors, with the tokenizer where there is one.
+
+    Args:
+        base: what adapter_config.json names as the base's folder; "" leaves it to be named where it is loaded.
+        dtype: None keeps the adapters' own.
+
+    Raises:
+        ValueError: what lora.load_adapters or lora.to_peft refuses, or a folder that is there already.
+    """
+    matrices, facts, config = adapters.load_adapters(lora)
+    named, settings = adapters.to_peft(matrices, facts)
+    huggingface.to_hf_config(config, torch.float32)
+    with new_folder(Path(out), overwrite) as folder:
+        write_json(folder / "adapter_config.json", {**settings, "base_model_name_or_path": base or None})
+        save_file({name: tensor.to(dtype or tensor.dtype).contiguous() for name, tensor in named.items()},
+                  folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_hf(folder)
 
 
 def export_minimind(state: dict[str, Tensor], config: ModelConfig, out: str | Path, *, dtype: torch.dtype,
@@ -167,7 +204,7 @@ def export_minimind(state: dict[str, Tensor], config: ModelConfig, out: str | Pa
     write_pth(Path(out), named, overwrite)
 
 
-def export_minimind_lora(lora: str | Path, out: str | Path, *, dtype: torch.dtype, overwrite: bool = False):
+def export_minimind_lora(lora: Source, out: str | Path, *, dtype: torch.dtype, overwrite: bool = False):
     """A .pth that the original's load_lora takes after its apply_lora(model): see lora.to_minimind.
 
     Raises:
@@ -201,26 +238,23 @@ def write_json(path: Path, value: dict):
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def main(argv: list[str]) -> int:
-    """The whole of launch/export.py.  Returns the exit code."""
-    args = program_flags.export().parse_args(argv)
-    try:
-        run(args.weight, args.to, args.out, dtype=args.dtype, preset=args.preset, tokenizer=args.tokenizer,
-            overwrite=args.overwrite, lora=args.lora)
-    except UserError as error:
-        print(one_line(error), file=sys.stderr)
-        return 2
-    print(f"wrote {args.out}")
-    return 0
-
-
-def run(weight: str | None, to: str, out: str, *, dtype: str | None, preset: str | None, tokenizer: str | None,
-        overwrite: bool, lora: str | None = None):
+def run(weight: Source | None, to: str, out: str, *, dtype: str | None, preset: str | None, tokenizer: str | None,
+        overwrite: bool, lora: Source | None = None):
     """What launch/export.py does.  Raises ValueError: a user's mistake."""
     if to == "minimind_lora":
         if lora is None:
             raise UserError("--to minimind_lora writes adapters: name them with --lora")
         export_minimind_lora(lora, out, dtype=DTYPES[dtype or "fp16"], overwrite=overwrite)
+        return
+    if to == "peft":
+        if lora is None:
+            raise UserError("--to peft writes adapters: name them with --lora, and their exported base with --weight, "
+                            "if PEFT is to find it by itself")
+        if weight is not None and (isinstance(weight, InMemory) or not (Path(weight) / "config.json").is_file()):
+            raise UserError(f"--weight {weight}: with --to peft it is the folder that PEFT loads the base from: "
+                            "export the base with --to hf, or leave it out")
+        own = load_tokenizer(path) if (path := tokenizer or find_tokenizer(lora)) else None
+        export_peft(lora, out, base=str(weight or ""), tokenizer=own, dtype=DTYPES.get(dtype), overwrite=overwrite)
         return
     if weight is None:
         raise UserError(f"--to {to} writes a whole model: name its weights with --weight")

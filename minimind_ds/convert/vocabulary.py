@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -80,7 +79,7 @@ def pieces_hash(tokenizer: Tokenizer, size: int) -> str:
     return digest([tokenizer.piece(i) for i in range(size)])
 
 
-def recorded(path: str | Path) -> Vocabulary | None:
+def recorded(path: weight_files.Source) -> Vocabulary | None:
     """The vocabulary that a .safetensors file of ours says it was trained with; None where none is named.
 
     Raises:

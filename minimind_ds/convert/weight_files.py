@@ -14,7 +14,9 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +34,28 @@ from minimind_ds.io import write_file
 FREE_FIELDS = {"dropout", "router_aux_loss_coef", "max_position_embeddings", "bos_token_id", "eos_token_id",
                "inference_rope_scaling", "rope_scaling"}
 MOE_FIELDS = {"num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"}
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """Weights that were put together from something else, a checkpoint; every function here takes them for a path.
+
+    path: what they are called.  state: under our names, on the CPU.  metadata: what a .safetensors file of ours would
+    say of them.  tokenizer: the folder of theirs, None where there is none.
+    """
+
+    path: Path
+    state: dict[str, Tensor]
+    metadata: dict[str, str]
+    tokenizer: Path | None = None
+    suffix: ClassVar[str] = ".safetensors"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+# Where weights are.
+Source = str | Path | InMemory
 
 
 def file_name(save_weight: str, config: ModelConfig) -> str:
@@ -86,12 +110,14 @@ def save_safetensors(path: str | Path, state: dict[str, Tensor], config: ModelCo
     write_file(Path(path), save(state, metadata=metadata))
 
 
-def find(path: str | Path) -> list[Path]:
+def find(path: Source) -> list[Path | InMemory]:
     """The weight files that a path means: a file itself, a run folder's one .safetensors, a Hugging Face folder's.
 
     Raises:
         ValueError: nothing there, or several weights to choose from.
     """
+    if isinstance(path, InMemory):
+        return [path]
     path = Path(path)
     if path.is_file():
         return [path]
@@ -103,20 +129,21 @@ def find(path: str | Path) -> list[Path]:
             raise UserError(f"{path}: a Hugging Face folder without .safetensors files (pickled ones are not read)")
         return files
     if not files:
-        raise UserError(f"{path}: holds no .safetensors file")
+        under_way = path / "checkpoints"
+        also = f"; its run goes on, or has stopped: {under_way} names its newest checkpoint" * under_way.is_dir()
+        raise UserError(f"{path}: holds no .safetensors file{also}")
     if len(files) > 1:
         raise UserError(f"{path}: holds several weights ({', '.join(f.name for f in files)}); name one of them")
     return files
 
 
-def read_config(path: str | Path) -> ModelConfig | None:
+def read_config(path: Source) -> ModelConfig | None:
     """The configuration that weights carry with them, or None (a .pth, or a .safetensors of another origin).
 
     Raises:
         ValueError: nothing there, or a configuration that is not a MiniMind's.
     """
     first = find(path)[0]
-    folder_config = first.parent / "config.json"
     if first.suffix != ".safetensors":
         return None
     metadata = read_metadata(first)
@@ -127,14 +154,16 @@ def read_config(path: str | Path) -> ModelConfig | None:
     try:
         if stored is not None:
             return ModelConfig.from_dict(untrusted.json_object(stored, "its metadata"))
-        if folder_config.is_file():
+        if not isinstance(first, InMemory) and (folder_config := first.parent / "config.json").is_file():
             return huggingface.from_hf_config(untrusted.read_json(folder_config))
     except (TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"{path}: its configuration is not a MiniMind's: {error}") from None
     return None
 
 
-def read_metadata(path: Path) -> dict[str, str]:
+def read_metadata(path: Path | InMemory) -> dict[str, str]:
+    if isinstance(path, InMemory):
+        return path.metadata
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
@@ -142,7 +171,7 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
 
 
-def embedding_rows(path: str | Path) -> int | None:
+def embedding_rows(path: Source) -> int | None:
     """How many ids the model in these files has rows for; None where there is no embedding.
 
     Raises:
@@ -150,7 +179,9 @@ def embedding_rows(path: str | Path) -> int | None:
     """
     name = "model.embed_tokens.weight"
     for file in find(path):
-        if file.suffix == ".safetensors":
+        if isinstance(file, InMemory):
+            shape = getattr(file.state.get(name), "shape", ())
+        elif file.suffix == ".safetensors":
             try:
                 with safe_open(file, "pt") as opened:
                     shape = opened.get_slice(name).get_shape() if name in opened.keys() else ()
@@ -163,11 +194,11 @@ def embedding_rows(path: str | Path) -> int | None:
     return None
 
 
-def load_weights(path: str | Path, config: ModelConfig) -> dict[str, Tensor]:
+def load_weights(path: Source, config: ModelConfig) -> dict[str, Tensor]:
     """Weights under our names, on the CPU, in the dtype of the file.
 
     Args:
-        path: a run folder or its .safetensors file, the original MiniMind's .pth, or a Hugging Face folder.
+        path: a run folder or its .safetensors file, the original MiniMind's .pth, a Hugging Face folder, or InMemory.
 
     Raises:
         ValueError: one line: no such file, unreadable, not plain tensors, or weights of another model.
@@ -178,7 +209,7 @@ def load_weights(path: str | Path, config: ModelConfig) -> dict[str, Tensor]:
     return minimind.from_minimind(read_state(path), config, str(path))
 
 
-def read_state(path: str | Path) -> dict[str, Tensor]:
+def read_state(path: Source) -> dict[str, Tensor]:
     """Weights under the names of their files.  Raises ValueError on what cannot be read."""
     state = {}
     for file in find(path):
@@ -201,7 +232,7 @@ def check_tensor(tensor: Tensor, what: str) -> None:
         raise UserError(f"{what} is not finite: these weights are broken, training from them cannot help")
 
 
-def check_same_model(path: str | Path, theirs: ModelConfig, ours: ModelConfig):
+def check_same_model(path: Source, theirs: ModelConfig, ours: ModelConfig):
     """Raises ValueError naming the first field of the file's configuration that makes it another model's."""
     fields = [name for name in ours.to_dict() if name not in FREE_FIELDS]
     for name in fields if ours.use_moe else [name for name in fields if name not in MOE_FIELDS]:
@@ -209,7 +240,9 @@ def check_same_model(path: str | Path, theirs: ModelConfig, ours: ModelConfig):
             raise UserError(f"{path}: {name} is {getattr(theirs, name)} there and {getattr(ours, name)} here")
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path | InMemory) -> dict[str, Tensor]:
+    if isinstance(path, InMemory):
+        return dict(path.state)
     try:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
+from minimind_ds.checkpoint.weights import opened
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
 from minimind_ds.config.run import RunConfig
@@ -44,7 +45,7 @@ def choose(args: argparse.Namespace) -> Chosen:
         notes.append(f"{flag} {name}: {path}")
         return str(path)
 
-    path = named("--weight", weight) if bare else weight
+    path = named("--weight", weight) if bare else opened(weight)
     carried = weight_files.read_config(path)
     if carried is None and shape is None:
         raise UserError(f"{path} does not carry its model's configuration: name --preset, or --hidden_size, "
@@ -55,6 +56,7 @@ def choose(args: argparse.Namespace) -> Chosen:
     lora = None if args.lora == "None" else args.lora
     if lora and weight_files.is_bare(lora):
         lora = named("--lora", lora, f"{lora}_lora")
+    lora = opened(lora)
     arguments = dict(weight=path, tokenizer=tokenizer, lora=lora, shape=shape,
                      inference_rope_scaling=args.inference_rope_scaling)
     return Chosen(arguments, notes, bare and "pretrain" in weight)
@@ -89,7 +91,7 @@ def shape_of(preset: str | None, told: dict, usual: bool) -> ModelConfig | None:
     return RunConfig(preset=values["preset"], model=values.get("model", {})).model_config(vocab_size=1)
 
 
-def check_shape(path: str, carried: ModelConfig, told: dict, preset: str | None) -> None:
+def check_shape(path: weight_files.Source, carried: ModelConfig, told: dict, preset: str | None) -> None:
     """Raises ValueError where the weights' own configuration is another than the one that was told."""
     asked = {"--preset " + preset: PRESETS[preset]} if preset else {}
     wanted = {name: (getattr(config, name), flag) for flag, config in asked.items() for name in SHAPE}

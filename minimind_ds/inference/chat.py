@@ -22,11 +22,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
+from minimind_ds.checkpoint.weights import opened
 from minimind_ds.config import program_flags
 from minimind_ds.config.errors import UserError, first_line, one_line
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.convert import export, huggingface
+from minimind_ds.convert.weight_files import Source
 from minimind_ds.data.sample import prompt_ids
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.inference import arguments
@@ -89,7 +91,7 @@ class Sampling:
     temperature: float = export.SAMPLING["temperature"]
     top_p: float = export.SAMPLING["top_p"]
     top_k: int = export.SAMPLING["top_k"]
-    repetition_penalty: float = 1.0
+    repetition_penalty: float = export.SAMPLING["repetition_penalty"]
     max_new_tokens: int = 512
 
     def __post_init__(self):
@@ -109,11 +111,11 @@ class Sampling:
                                 **export.generation(tok, vocab_size))
 
 
-def load_model(weight: str, tokenizer: str | None = None, *, dtype: torch.dtype | None = None,
-               device: str = "cpu", lora: str | None = None, shape: ModelConfig | None = None,
+def load_model(weight: Source, tokenizer: str | None = None, *, dtype: torch.dtype | None = None,
+               device: str = "cpu", lora: Source | None = None, shape: ModelConfig | None = None,
                inference_rope_scaling: bool = False) -> tuple[PreTrainedModel, Tokenizer]:
-    """A run folder, its weights file, a MiniMind .pth or an exported folder -> a transformers model in eval mode, and
-    its tokenizer.
+    """A run folder, its weights file, a checkpoint, a MiniMind .pth or an exported folder -> a transformers model in
+    eval mode, and its tokenizer.
 
     Args:
         tokenizer: another than the one beside the weights.
@@ -126,6 +128,7 @@ def load_model(weight: str, tokenizer: str | None = None, *, dtype: torch.dtype 
         ValueError: nothing there, several weights, weights, adapters or a configuration that do not fit, no
             tokenizer, one of another vocabulary, or no such device.
     """
+    weight, lora = opened(weight), opened(lora)
     state, config = export.load(weight, lora=lora, shape=shape)
     if inference_rope_scaling:
         config = dataclasses.replace(config, inference_rope_scaling=True)
@@ -136,6 +139,16 @@ def load_model(weight: str, tokenizer: str | None = None, *, dtype: torch.dtype 
     return as_transformers(state, config, dtype or state["model.embed_tokens.weight"].dtype, device), tok
 
 
+def usable(device: str) -> torch.device:
+    """A device that this machine has.  Raises ValueError for any other."""
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {first_line(error)}") from None
+    return target
+
+
 def as_transformers(state: dict[str, torch.Tensor], config: ModelConfig, dtype: torch.dtype,
                     device: str = "cpu") -> PreTrainedModel:
     """Weights under our names as the transformers model that an export of them would load as.
@@ -143,12 +156,7 @@ def as_transformers(state: dict[str, torch.Tensor], config: ModelConfig, dtype: 
     Raises:
         ValueError: no such device, or a model without a counterpart in transformers.
     """
-    values = huggingface.to_hf_config(config, dtype)
-    try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {first_line(error)}") from None
+    values, target = huggingface.to_hf_config(config, dtype), usable(device)
     hf_config = AutoConfig.for_model(**values)
     hf_config.architectures = values["architectures"]
     model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)

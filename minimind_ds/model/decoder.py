@@ -49,6 +49,7 @@ class ModelOutput(NamedTuple):
     aux_loss: the balance loss, coefficient included, a mean over real tokens (0 for a dense model and in eval mode).
     logits: (B, T, V) when asked for, else None.
     expert_counts: (layers, E), real tokens' choices of each expert, for metrics; None for a dense model or in eval.
+    n_correct: how many labels have the largest logit, when asked for, else None.
     """
 
     loss_sum: Tensor
@@ -56,6 +57,7 @@ class ModelOutput(NamedTuple):
     aux_loss: Tensor
     logits: Tensor | None = None
     expert_counts: Tensor | None = None
+    n_correct: Tensor | None = None
 
 
 class ForwardContext(NamedTuple):
@@ -319,7 +321,7 @@ class MiniMindForCausalLM(nn.Module):
         """The backends this model uses there, with the reason: for printing once.  Raises ValueError if it cannot."""
         return resolve(self.kernels, device, dtype, kernel_requirements(self.config))
 
-    def forward(self, batch: PackedBatch, return_logits: bool = False) -> ModelOutput:
+    def forward(self, batch: PackedBatch, return_logits: bool = False, count_correct: bool = False) -> ModelOutput:
         """Runs packed rows.  The balance loss and expert counts are worked out in training mode only.
 
         Raises:
@@ -339,14 +341,15 @@ class MiniMindForCausalLM(nn.Module):
         labelled_N = getattr(batch, "labelled_index", None)
         if labelled_N is None:
             labelled_N = (labels_T != IGNORE).nonzero().flatten()
-        loss_sum = self.lm_head(hidden_TC.index_select(0, labelled_N), labels_T.index_select(0, labelled_N),
-                                selection.elementwise)
+        hidden_NC, labels_N = hidden_TC.index_select(0, labelled_N), labels_T.index_select(0, labelled_N)
+        loss_sum = self.lm_head(hidden_NC, labels_N, selection.elementwise)
         return ModelOutput(
             loss_sum=loss_sum,
             n_labelled=len(labelled_N),
             aux_loss=torch.stack(balances).sum() if balances else loss_sum.new_zeros(()),
             logits=self.lm_head(hidden_TC).unflatten(0, batch.labels.shape) if return_logits else None,
             expert_counts=torch.stack(counts) if counts else None,
+            n_correct=loss.count_correct(hidden_NC, self.lm_head.weight, labels_N) if count_correct else None,
         )
 
     def balance_groups(self, batch: PackedBatch) -> tuple[Tensor | None, int]:

@@ -59,6 +59,11 @@ class Lora:
         """All of it in one line, for a checkpoint to compare."""
         return f"{self.describe()}, dropout {self.dropout:g}, base {(self.base or '')[:16]}"
 
+    def facts(self) -> dict:
+        """All of it, for read_facts to read back from JSON."""
+        return {"rank": self.rank, "alpha": self.alpha, "targets": self.targets, "dropout": self.dropout,
+                "base": self.base}
+
 
 class Adapter(nn.Module):
     """x -> alpha / rank * B(A(x)).  A and B own their weights, so that ZeRO-3 gathers them where they are used."""
@@ -157,15 +162,20 @@ def fingerprint(state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def check_base(state: dict[str, Tensor], lora: Lora) -> None:
+    """Raises ValueError for adapters that were trained on other weights than these."""
+    if lora.base is not None and lora.base != fingerprint(state):
+        raise UserError("the adapters were trained on other weights than these: name the base that the run had as "
+                         "--from_weight, in its own precision")
+
+
 def merge(state: dict[str, Tensor], lora: Lora, adapters: dict[str, Tensor]) -> dict[str, Tensor]:
     """A base's weights with adapters added: W + alpha / rank * B A, in fp32 (fp64 where W is); the rest as it was.
 
     Raises:
         ValueError: adapters that were trained on other weights than these.
     """
-    if lora.base is not None and lora.base != fingerprint(state):
-        raise UserError("the adapters were trained on other weights than these: name the base that the run had as "
-                         "--from_weight, in its own precision")
+    check_base(state, lora)
     merged = dict(state)
     for name in adapters:
         if name.endswith(".lora.A.weight"):
@@ -187,15 +197,14 @@ def save_adapters(path: str | Path, adapters: dict[str, Tensor], lora: Lora, con
     """
     adapters = {name: tensor.detach().contiguous().cpu()
                 for name, tensor in minimind.fit(adapters, shapes(config, lora), str(path)).items()}
-    facts = {"rank": lora.rank, "alpha": lora.alpha, "targets": lora.targets, "dropout": lora.dropout,
-             "base": lora.base}
-    metadata = {"lora": json.dumps(facts), "config": json.dumps(config.to_dict()), "format": "pt"}
+    metadata = {"lora": json.dumps(lora.facts()), "config": json.dumps(config.to_dict()), "format": "pt"}
     metadata |= {"tokenizer": tokenizer} if tokenizer else {}
     write_file(Path(path), save(adapters, metadata=metadata))
 
 
-def load_adapters(path: str | Path, config: ModelConfig | None = None) -> tuple[dict[str, Tensor], Lora, ModelConfig]:
-    """Adapters from a LoRA run's folder, its .safetensors file or MiniMind's LoRA .pth, on the CPU.
+def load_adapters(path: weight_files.Source,
+                  config: ModelConfig | None = None) -> tuple[dict[str, Tensor], Lora, ModelConfig]:
+    """Adapters from a LoRA run's folder, its .safetensors file, its checkpoint in memory or MiniMind's LoRA .pth.
 
     Args:
         config: the base model's; None takes the file's own word for it.
@@ -262,6 +271,24 @@ def from_minimind(state: dict[str, Tensor], source: str) -> tuple[dict[str, Tens
                          f"{source}: holds no adapter's A")
     targets = dict.fromkeys(name.split(".")[-4] for name in ours if name.count(".") >= 4)
     return ours, Lora(rank=ranks[0], alpha=ranks[0], targets=tuple(targets))
+
+
+def to_peft(adapters: dict[str, Tensor], lora: Lora) -> tuple[dict[str, Tensor], dict]:
+    """Adapters under the names of Hugging Face's PEFT, and adapter_config.json but for the base's name.
+
+    Raises:
+        ValueError: adapters of the router, which is no Linear in transformers.
+    """
+    if "gate" in lora.targets:
+        raise UserError("PEFT has no adapters for the router (gate): merge them into their base instead (--to hf)")
+    named = {f"base_model.model.{name.replace('.lora.A.', '.lora_A.').replace('.lora.B.', '.lora_B.')}": tensor
+             for name, tensor in adapters.items()}
+    alpha = int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha
+    return named, {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": lora.rank, "lora_alpha": alpha,
+                   "lora_dropout": lora.dropout, "target_modules": list(lora.targets), "bias": "none",
+                   "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "use_rslora": False,
+                   "use_dora": False, "modules_to_save": None, "layers_to_transform": None, "layers_pattern": None,
+                   "rank_pattern": {}, "alpha_pattern": {}}
 
 
 def to_minimind(adapters: dict[str, Tensor], lora: Lora, config: ModelConfig) -> dict[str, Tensor]:

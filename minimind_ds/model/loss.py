@@ -57,6 +57,14 @@ def cross_entropy_sum(hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor, *,
     return LinearCrossEntropy.apply(hidden_NC, weight_VC, labels_N, backend)
 
 
+@torch.no_grad()
+def count_correct(hidden_NC: Tensor, weight_VC: Tensor, labels_N: Tensor) -> Tensor:
+    """How many of the rows of hidden_NC @ weight_VC.T are largest at their label."""
+    weight_VC, chunks = weight_VC.to(hidden_NC.dtype), zip(hidden_NC.split(CHUNK), labels_N.split(CHUNK))
+    return sum(((F.linear(rows_nC, weight_VC).argmax(dim=-1) == labels_n).sum() for rows_nC, labels_n in chunks),
+               start=labels_N.new_zeros(()))
+
+
 def scaled_loss(ce_sum: Tensor, aux: Tensor, n_real: int, *, step_labelled: int, step_real: int,
                 dp_world: int) -> Tensor:
     """What a micro-batch hands to `engine.backward(..., scale_wrt_gas=False)`.

@@ -135,10 +135,11 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
     deepspeed_json.check_keys(run.deepspeed, raw)
     run, notes = choose(run, world)
     run, found = find_start_weights(run)
-    notes += found
+    run, weights, of_checkpoint = starting_weights.open_weights(run)
+    notes += found + of_checkpoint
     # Adapters stand in the layers, whatever the vocabulary.
     run, lora = choose_lora(run, run.model_config(1))
-    run, tokenizer, model_config, of_weights = starting_weights.tokenizer_and_model(run)
+    run, tokenizer, model_config, of_weights = starting_weights.tokenizer_and_model(run, weights)
     notes += of_weights
     check_writable(pathlib.Path(run.save_dir))
     if (final := weights_path(run, model_config, lora)).is_dir():
@@ -163,7 +164,7 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
     plan = plan_epoch(stores[0], run, ranks, 0)
     notes += lr_schedule.notes(run, lr_schedule.total_steps(run, len(plan)))
     eval_sets = split_by_source(held_out, run, ranks)
-    start_weights = starting_weights.load(run, model_config)
+    start_weights = starting_weights.load(run, model_config, weights)
     if lora is not None:
         lora = replace(lora, base=fingerprint(start_weights))
     prepared = PreparedRun(run, world, dims, tokenizer, model_config, stores, eval_sets, plan, ds, selection,

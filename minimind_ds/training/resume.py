@@ -207,9 +207,9 @@ def identity(prepared: PreparedRun) -> dict:
 def must_be_alike(prepared: PreparedRun) -> dict:
     """What all ranks of a run have to agree on before they begin; where it begins is rank 0's to decide."""
     run = prepared.run
-    return {**identity(prepared), "torch": torch.__version__, "dtype": run.dtype, "save_interval": run.save_interval,
-            "eval_interval": run.eval_interval, "keep_best": run.keep_best, "patience": run.patience,
-            "stop_after": run.stop_after, "keep_weights_only": run.keep_weights_only,
+    return {**identity(prepared), "torch": torch.__version__, "dtype": run.dtype, "from_weight": run.from_weight,
+            "save_interval": run.save_interval, "eval_interval": run.eval_interval, "keep_best": run.keep_best,
+            "patience": run.patience, "stop_after": run.stop_after, "keep_weights_only": run.keep_weights_only,
             "the DeepSpeed configuration": json.dumps(prepared.ds, sort_keys=True)}
 
 
@@ -236,7 +236,8 @@ def layout_facts(prepared: PreparedRun) -> dict:
 def manifest_facts(prepared: PreparedRun, step: int, epoch: int, epoch_step: int) -> dict:
     """What a checkpoint's manifest says of the run that wrote it."""
     return {"step": step, "epoch": epoch, "epoch_step": epoch_step, "identity": identity(prepared),
-            "may_change": may_change(prepared), "layout": layout_facts(prepared)}
+            "may_change": may_change(prepared), "layout": layout_facts(prepared),
+            **({"lora": prepared.lora.facts()} if prepared.lora else {})}
 
 
 def refuse_changes(then: dict, now: dict, path) -> None:

@@ -10,19 +10,37 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from minimind_ds.checkpoint.weights import opened
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.config.run import RunConfig
 from minimind_ds.convert import export, vocabulary, weight_files
 from minimind_ds.convert.vocabulary import Vocabulary
+from minimind_ds.convert.weight_files import Source
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 
 # The largest --grow_vocab: a multiple to fill up to.
 MOST_ROWS = 4096
 
 
-def tokenizer_and_model(run: RunConfig) -> tuple[RunConfig, Tokenizer, ModelConfig, list[str]]:
+def open_weights(run: RunConfig) -> tuple[RunConfig, Source | None, list[str]]:
+    """--from_weight, a checkpoint read into memory, and named where its folder was: the run with that name, the
+    weights (None: there are none), lines for the start.  Raises ValueError as opened."""
+    if run.from_weight == "none":
+        return run, None, []
+    weights = opened(run.from_weight)
+    if str(weights) == run.from_weight:
+        return run, weights, []
+    note = f"{run.place('from_weight')} {run.from_weight}: starts from {weights}"
+    return run.replace(from_weight=str(weights)), weights, [note]
+
+
+def tokenizer_and_model(run: RunConfig,
+                        weights: Source | None = None) -> tuple[RunConfig, Tokenizer, ModelConfig, list[str]]:
     """The run with its tokenizer named, that tokenizer, the model with its vocabulary, and lines for the start.
+
+    Args:
+        weights: --from_weight, opened; None opens it.
 
     Raises:
         ValueError: a tokenizer that cannot be read or is not the starting weights', fewer rows than ids, rows that
@@ -33,12 +51,13 @@ def tokenizer_and_model(run: RunConfig) -> tuple[RunConfig, Tokenizer, ModelConf
         tokenizer = load_tokenizer(run.tokenizer)
         return run, tokenizer, run.model_config(tokenizer.vocab_size), []
     # First, so that what is no whole model's weights is named before their tokenizer is looked for.
-    weight_files.read_config(run.from_weight)
-    beside = export.find_tokenizer(run.from_weight)
+    weights = weights or opened(run.from_weight)
+    weight_files.read_config(weights)
+    beside = export.find_tokenizer(weights)
     tokenizer = load_tokenizer(run.tokenizer or beside)
-    own = own_vocabulary(run, tokenizer, beside)
+    own = own_vocabulary(run, weights, tokenizer, beside)
     notes = check_tokenizer(run, tokenizer, own)
-    rows, grown = vocabulary_rows(run, tokenizer, own)
+    rows, grown = vocabulary_rows(run, weight_files.embedding_rows(weights), tokenizer, own)
     if run.model.get("vocab_size", rows) != rows:
         raise UserError(f"vocab_size is {run.model['vocab_size']} in the model block; with {run.from_weight} it is "
                         f"{rows:,}")
@@ -59,7 +78,7 @@ def check_growth(run: RunConfig) -> None:
         raise UserError(f"{said}; it must be at most {MOST_ROWS}, a multiple to fill up to")
 
 
-def own_vocabulary(run: RunConfig, tokenizer: Tokenizer, beside: str | None) -> Vocabulary | None:
+def own_vocabulary(run: RunConfig, weights: Source, tokenizer: Tokenizer, beside: str | None) -> Vocabulary | None:
     """What the weights say of their tokenizer, or the one beside them; None where there is neither.
 
     A .pth says nothing, and may lie anywhere.
@@ -67,8 +86,8 @@ def own_vocabulary(run: RunConfig, tokenizer: Tokenizer, beside: str | None) -> 
     Raises:
         ValueError: one beside them that cannot be read, unless the run allows any.
     """
-    own = vocabulary.recorded(run.from_weight)
-    if own is not None or beside is None or weight_files.find(run.from_weight)[0].suffix != ".safetensors":
+    own = vocabulary.recorded(weights)
+    if own is not None or beside is None or weight_files.find(weights)[0].suffix != ".safetensors":
         return own
     if run.tokenizer is None:
         return Vocabulary.of(tokenizer)
@@ -101,14 +120,18 @@ def check_tokenizer(run: RunConfig, tokenizer: Tokenizer, own: Vocabulary | None
     return [] if run.tokenizer else [f"tokenizer: {tokenizer.name}, with which {run.from_weight} was trained"]
 
 
-def vocabulary_rows(run: RunConfig, tokenizer: Tokenizer, own: Vocabulary | None) -> tuple[int, list[str]]:
+def vocabulary_rows(run: RunConfig, rows: int | None, tokenizer: Tokenizer,
+                    own: Vocabulary | None) -> tuple[int, list[str]]:
     """How many ids the model has rows for: as many as the weights, or more with --grow_vocab; lines for the start.
+
+    Args:
+        rows: of the weights' embedding; None where they have none.
 
     Raises:
         ValueError: fewer rows than ids, or more where nothing says that the weights are this tokenizer's.
     """
     ids = tokenizer.vocab_size
-    rows = weight_files.embedding_rows(run.from_weight) or ids
+    rows = rows or ids
     said = f"{run.from_weight} has rows for {rows:,} ids and {tokenizer.name} has {ids:,}"
     if run.grow_vocab:
         grown = math.ceil(max(ids, rows) / run.grow_vocab) * run.grow_vocab
@@ -123,16 +146,20 @@ def vocabulary_rows(run: RunConfig, tokenizer: Tokenizer, own: Vocabulary | None
     return rows, [said] if rows > ids else []
 
 
-def load(run: RunConfig, config: ModelConfig) -> dict[str, Tensor] | None:
+def load(run: RunConfig, config: ModelConfig, weights: Source | None = None) -> dict[str, Tensor] | None:
     """The weights that training starts from, with rows for the model's whole vocabulary; None: from nothing.
+
+    Args:
+        weights: as tokenizer_and_model's.
 
     Raises:
         ValueError: what weight_files.load_weights refuses.
     """
     if run.from_weight == "none":
         return None
+    weights = weights or opened(run.from_weight)
     if not run.grow_vocab:
-        return weight_files.load_weights(run.from_weight, config)
-    rows = weight_files.embedding_rows(run.from_weight) or config.vocab_size
-    state = weight_files.load_weights(run.from_weight, replace(config, vocab_size=rows))
+        return weight_files.load_weights(weights, config)
+    rows = weight_files.embedding_rows(weights) or config.vocab_size
+    state = weight_files.load_weights(weights, replace(config, vocab_size=rows))
     return vocabulary.grow(state, config.vocab_size, seed=run.seed)

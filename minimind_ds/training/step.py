@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
@@ -274,11 +274,10 @@ def locate_non_finite(prepared: PreparedRun, plan: loader.EpochPlan, at: Positio
 
 
 @torch.no_grad()
-def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
-    """Loss per labelled token over the held-out samples, its exponential, and the loss of each source where there are
-    several; collective."""
-    run, world, sets = prepared.run, prepared.world, prepared.eval_sets
-    sums = torch.zeros(len(sets), 2, dtype=torch.float64, device=world.device)
+def evaluation_sums(prepared: PreparedRun, live: LiveRun,
+                    measure: Callable[[PackedBatch], list[torch.Tensor | int]]) -> torch.Tensor:
+    """(held-out sets, figures): the sums of measure(micro-batch on the device) over each set, in fp64; collective."""
+    run, world, sets, sums = prepared.run, prepared.world, prepared.eval_sets, None
     live.engine.eval()
     for number, (name, store, plan) in enumerate(sets):
         for epoch_step in range(len(plan)):
@@ -287,11 +286,25 @@ def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
                 rows = local_rows(prepared, plan, epoch_step, micro)
                 batch = local_shard(prepared, loader.load_micro_batch(store, rows, run.row_len,
                                                                       prepared.tokenizer.pad_id))
-                out = live.engine(batch.to(world.device, non_blocking=True))
-                sums[number, 0] += out.loss_sum
-                sums[number, 1] += out.n_labelled
-    dist.all_reduce(sums)
+                found = measure(batch.to(world.device, non_blocking=True))
+                if sums is None:
+                    sums = torch.zeros(len(sets), len(found), dtype=torch.float64, device=world.device)
+                for figure, value in enumerate(found):
+                    sums[number, figure] += value
+    if world.size > 1:
+        dist.all_reduce(sums)
     live.engine.train()
+    return sums
+
+
+def evaluate(prepared: PreparedRun, live: LiveRun) -> dict:
+    """Loss per labelled token over the held-out samples, its exponential, and the loss of each source where there are
+    several; collective."""
+    def measure(batch: PackedBatch) -> list[torch.Tensor | int]:
+        out = live.engine(batch)
+        return [out.loss_sum, out.n_labelled]
+
+    sets, sums = prepared.eval_sets, evaluation_sums(prepared, live, measure)
     loss, tokens = sums.sum(0).tolist()
     of_sources = {f"eval_loss/{part.name}": finite(loss / tokens) for part, (loss, tokens) in zip(sets, sums.tolist())}
     mean = finite(loss / tokens)

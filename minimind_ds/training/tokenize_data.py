@@ -47,9 +47,10 @@ def tokenize(program: str, flags: list[str]) -> list[str]:
     """
     run, chosen = choose(parse_run_config(flags, program, PROGRAMS[program]), alone())
     run, found = find_start_weights(run)
-    run, tokenizer, _, of_weights = starting_weights.tokenizer_and_model(run)
+    run, weights, of_checkpoint = starting_weights.open_weights(run)
+    run, tokenizer, _, of_weights = starting_weights.tokenizer_and_model(run, weights)
     stores, held_out, notes = read_data(program, run, tokenizer, progress=True)
     said = describe_data(run, KINDS[program], stores[0], split_by_source(held_out, run, 1),
                          plan_epoch(stores[0], run, 1, 0))
-    return [*chosen, *found, *of_weights, *notes, f"tokenizer: {tokenizer.name}", *said,
+    return [*chosen, *found, *of_checkpoint, *of_weights, *notes, f"tokenizer: {tokenizer.name}", *said,
             f"tokenised data: {run.cache_dir}"]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minimind_ds.checkpoint import reshape
+from minimind_ds.checkpoint import full_state, reshape
 from minimind_ds.distributed.world import World
 from minimind_ds.training.resume import look_for_resume_point
 from minimind_ds.training.step import local_rows
@@ -142,16 +142,16 @@ def test_the_loss_scale_of_fp16_goes_from_one_stages_form_to_anothers():
                "consecutive_hysteresis": False}
     old, new, back = (DynamicLossScaler(**options) for _ in range(3))
     old.cur_scale, old.cur_iter, old.last_overflow_iter, old.cur_hysteresis = 512.0, 40, 33, 1
-    taken = reshape.read_scaler({"loss_scaler": old})
+    taken = full_state.read_scaler({"loss_scaler": old})
     reshape.write_scaler({"loss_scaler": new}, taken)
     assert vars(new) == vars(old)
     stage_zero = vars(LossScaleConfig(torch.float16, True, 0, options))
     reshape.write_scaler(stage_zero, taken)
     assert [stage_zero[key] for key in ("cur_scale", "cur_iter", "last_overflow_iter")] == [512.0, 40, 33]
-    reshape.write_scaler({"loss_scaler": back}, reshape.read_scaler(stage_zero))
+    reshape.write_scaler({"loss_scaler": back}, full_state.read_scaler(stage_zero))
     # Stage 0 knows no hysteresis; it begins anew.
     assert vars(back) == vars(old) | {"cur_hysteresis": 2}
-    assert reshape.read_scaler({"loss_scaler": LossScaler(128)}) == {}
+    assert full_state.read_scaler({"loss_scaler": LossScaler(128)}) == {}
 
 
 @pytest.mark.parametrize("ranks, dtype, said", [(1, "bf16", "its dtype is 'fp32', this run's is 'bf16'"),

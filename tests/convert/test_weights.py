@@ -106,6 +106,18 @@ def test_hugging_face_folder_gives_our_logits_in_transformers_and_comes_back(nam
     assert their_tokenizer.chat_template
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_read_an_exported_folder_says_the_umask(tmp_path, umask, mode):
+    config, before = CONFIGS["minimind-3"], os.umask(umask)
+    try:
+        export.export_hf(state_of(config), config, load_tokenizer(), tmp_path / "hf", dtype=torch.float32)
+    finally:
+        os.umask(before)
+    files = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "hf").iterdir()}
+    assert set(files.values()) == {mode} and "model.safetensors" in files
+    assert (tmp_path / "hf").stat().st_mode & 0o777 == mode | (mode & 0o444) >> 2
+
+
 def test_hugging_face_folder_describes_the_model_it_came_from(tmp_path):
     for name in ("minimind-3", "top2", "minimind2", "untied"):
         values = json.loads(json.dumps(huggingface.to_hf_config(CONFIGS[name], torch.bfloat16)))

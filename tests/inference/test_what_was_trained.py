@@ -68,7 +68,8 @@ def test_an_exported_folder_stops_and_asks_as_the_run_does(run, tmp_path):
     assert json.loads((out / "config.json").read_text())["eos_token_id"] == [2, 0]
     theirs, drawn = GenerationConfig.from_pretrained(out), chat.Sampling()
     assert theirs.eos_token_id == [2, 0] and theirs.do_sample
-    assert (theirs.temperature, theirs.top_p, theirs.top_k) == (drawn.temperature, drawn.top_p, drawn.top_k)
+    for name in ("temperature", "top_p", "top_k", "repetition_penalty"):
+        assert getattr(theirs, name) == getattr(drawn, name), name
     model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
     ids = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     said = model.generate(**ids, do_sample=False, max_new_tokens=40)[0, ids["input_ids"].shape[1]:]

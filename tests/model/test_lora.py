@@ -8,8 +8,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.func import functional_call
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, load_tokenizer
 from minimind_ds.convert import export, minimind, weight_files
@@ -94,6 +95,50 @@ def test_fresh_adapters_change_no_bit_and_only_they_train(name):
     assert torch.equal(logits_of(model), expected)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == list(fresh)
     assert len(fresh) == 2 * config.num_hidden_layers * len(EVERY[name].split(","))
+
+
+@pytest.mark.parametrize("name, targets", [("dense", EVERY["dense"]), ("moe", "q_proj,v_proj")])
+def test_an_adapter_folder_for_peft_is_what_peft_would_load(name, targets, tmp_path):
+    # PEFT's published format: "base_model.model." and the module's name, lora_A (r, in) and lora_B (out, r); the
+    # module's weight becomes W + lora_alpha / r * B A.
+    config = CONFIGS[name]
+    base, what = base_of(config), adapters_of(config, targets)
+    matrices = drawn(config, what)
+    weight_files.save_safetensors(tmp_path / "base.safetensors", base, config)
+    lora.save_adapters(tmp_path / "sft_lora.safetensors", matrices, what, config)
+    load_tokenizer().save(tmp_path / "tokenizer")
+    hf = exported(tmp_path / "base.safetensors", "hf", tmp_path / "hf")
+    merged = exported(tmp_path / "base.safetensors", "hf", tmp_path / "merged", lora=tmp_path / "sft_lora.safetensors")
+    out = exported(hf, "peft", tmp_path / "peft", lora=tmp_path / "sft_lora.safetensors")
+    settings = json.loads((out / "adapter_config.json").read_text())
+    assert (settings["peft_type"], settings["task_type"], settings["r"]) == ("LORA", "CAUSAL_LM", what.rank)
+    assert settings["target_modules"] == targets.split(",") and settings["base_model_name_or_path"] == str(hf)
+    model, read = AutoModelForCausalLM.from_pretrained(hf), load_file(out / "adapter_model.safetensors")
+    assert len(read) == len(matrices)
+    with torch.no_grad():
+        for full in [full for full in read if full.endswith(".lora_A.weight")]:
+            assert full.startswith("base_model.model.")
+            module = model.get_submodule(full.removeprefix("base_model.model.").removesuffix(".lora_A.weight"))
+            assert isinstance(module, torch.nn.Linear)
+            B, A = read[full.replace("lora_A", "lora_B")], read[full]
+            module.weight += settings["lora_alpha"] / settings["r"] * B @ A
+        ids = batch_of([40]).input_ids
+        expected = AutoModelForCausalLM.from_pretrained(merged)(ids).logits
+        assert_close(model(ids).logits, expected)
+        assert (AutoModelForCausalLM.from_pretrained(hf)(ids).logits - expected).abs().max() > 0.1
+    assert AutoTokenizer.from_pretrained(out).vocab_size == 6400
+
+
+def test_what_peft_cannot_hold_is_refused_in_a_line(tmp_path):
+    config = CONFIGS["moe"]
+    what = adapters_of(config, EVERY["moe"])
+    lora.save_adapters(tmp_path / "sft_lora.safetensors", drawn(config, what), what, config)
+    for weight, more, said in ((None, {}, "name them with --lora"),
+                               (None, {"lora": tmp_path}, "no adapters for the router"),
+                               (tmp_path, {"lora": tmp_path}, "it is the folder that PEFT loads the base from")):
+        with pytest.raises(ValueError, match=said):
+            exported(weight, "peft", tmp_path / "out", **more)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["dense", "moe"])
