@@ -29,7 +29,7 @@ PRELOAD = ("deepspeed", "transformers", "psutil", "safetensors.torch", "tokenize
 # DeepSpeed's engine loads them (2.5 s); frozen, triton would report leaks at the end of each program.
 AFTER_FREEZE = ("triton", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
 THREADS = "threads do not survive a fork"
-PATH, SET_BY_LIBRARIES = sys.path[1:], {}
+PATH, SET_BY_LIBRARIES, INTERRUPT = sys.path[1:], {}, []
 
 
 def serve(connection: socket.socket) -> None:
@@ -41,7 +41,8 @@ def serve(connection: socket.socket) -> None:
     del sys.modules["starts"]
     starts.BASE.update(os.environ)
     SET_BY_LIBRARIES.update(os.environ.items() - given.items())
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Python's own handler; nothing where a shell started the suite in its background, and so for its programs.
+    INTERRUPT.append(signal.signal(signal.SIGINT, signal.SIG_IGN))
     gc.collect()
     gc.freeze()
     for name in filter(importlib.util.find_spec, AFTER_FREEZE):
@@ -88,7 +89,7 @@ def become(request: dict, stdio: list[int]) -> None:
     os.chdir(request["cwd"])
     for number in signal.valid_signals():
         if number == signal.SIGINT or callable(signal.getsignal(number)):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            signal.signal(number, INTERRUPT[0] if number == signal.SIGINT else signal.SIG_DFL)
     os.environ.clear()
     os.environ.update({**SET_BY_LIBRARIES, **request["env"]})
     tempfile.tempdir = None

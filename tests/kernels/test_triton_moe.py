@@ -22,7 +22,8 @@ PRODUCTS = {name for name in KERNELS if name.startswith(("gate_up", "linear", "h
 SHARED = {80: 101_376, 90: 232_448}
 
 
-@pytest.mark.parametrize("facts", ["moe", "form", "router"])
+# Forms that nothing runs yet are for a GPU to choose from.
+@pytest.mark.parametrize("facts", ["moe", pytest.param("form", marks=pytest.mark.slow), "router"])
 def test_facts_hold_in_the_honest_interpreter(facts, request):
     hold(facts, slow=request.config.getoption("--slow"))
 
@@ -99,6 +100,7 @@ def test_two_blocks_of_the_memory_bound_product_fit_a_hopper_sm():
     assert one["blocks_per_sm"] >= 2
 
 
+@pytest.mark.slow
 def test_hoppers_forms_copy_through_descriptors_and_do_not_spill():
     found = [one for one in compiled("form_launches", 90) if "tma" in one["kernel"]]
     # gate_up in two forms, three tiles of hidden_gradient, two products for weights.

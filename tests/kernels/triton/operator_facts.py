@@ -47,7 +47,12 @@ def arguments() -> dict[str, list[tuple]]:
     }
 
 
-@pytest.mark.parametrize("name", arguments())
+# Made by one function: two of them, of which one has no gradient, in every run.
+QUICK = ("swiglu", "token_losses")
+
+
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in arguments()])
 def test_an_operator_is_what_its_schema_its_fake_and_its_gradient_say(name):
     # Results are compared whole, and the table of row blocks has a column that nobody writes.
     torch.use_deterministic_algorithms(True)
@@ -58,8 +63,9 @@ def test_an_operator_is_what_its_schema_its_fake_and_its_gradient_say(name):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", BOUNDS, ids=str)
-@pytest.mark.parametrize("preset", ["debug", "debug-moe"])
+@pytest.mark.parametrize("preset, dtype", [
+    ("debug", torch.float32), pytest.param("debug", torch.bfloat16, marks=pytest.mark.slow),
+    ("debug-moe", torch.float32), pytest.param("debug-moe", torch.bfloat16, marks=pytest.mark.slow)])
 def test_torch_compile_takes_a_layer_whole_both_ways(preset, dtype):
     """Two layers: the first has no residual, the second has."""
     config = dataclasses.replace(PRESETS[preset], num_hidden_layers=2)
