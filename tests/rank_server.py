@@ -41,7 +41,6 @@ def serve(connection: socket.socket) -> None:
     del sys.modules["starts"]
     starts.BASE.update(os.environ)
     SET_BY_LIBRARIES.update(os.environ.items() - given.items())
-    # Python's own handler; nothing where a shell started the suite in its background, and so for its programs.
     INTERRUPT.append(signal.signal(signal.SIGINT, signal.SIG_IGN))
     gc.collect()
     gc.freeze()
