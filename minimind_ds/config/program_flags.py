@@ -237,8 +237,6 @@ def check_kernels() -> OneLineParser:
                    help="instead: this project's operations against MiniMind's own way on the CPU")
     p.add_argument("--lengths", default="2048,8192", help="tokens, for --cpu_ratios (default: %(default)s)")
     p.add_argument("--pairs", type=int, default=5, help="timed pairs, for --cpu_ratios (default: %(default)s)")
-    p.add_argument("--summary", metavar="NAMES", help="only sum up these JSON files of OUT_DIR, comma-separated, the "
-                                                      ".json left out")
     # How this program starts itself.
     p.add_argument("--child", help=argparse.SUPPRESS)
     return p

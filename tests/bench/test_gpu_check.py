@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from minimind_ds.bench import kernels
+from minimind_ds.bench import gpu_tests, kernels, supervise
 from minimind_ds.bench.kernels import cases, contenders, items, measure
 from tests.conftest import ROOT
 from tests.waiting import HANG_S
@@ -104,12 +104,12 @@ def test_a_wrong_result_is_called_wrong_and_ends_the_program_with_1(tmp_path, ch
     size = cases.Size(T=3000, mean=200, longest=600, H=2, HKV=1, D=32)
     record = items.check("sdpa", spoilt(change), cases.attention(size, torch.bfloat16, CPU))
     assert record["status"] == status
-    group = kernels.Group("correctness", "attention", tmp_path / "group.json", ())
-    kernels.write(group.file, {"records": [record]})
-    kernels.write(tmp_path / "correctness.json", kernels.collect("correctness", [group], small=True))
-    ended = kernels.main([str(tmp_path), "--summary", "correctness"])
+    group = supervise.Group("correctness", "attention", tmp_path / "group.json", ())
+    supervise.write(group.file, {"records": [record]})
+    supervise.write(tmp_path / "correctness.json", kernels.collect("correctness", [group], small=True))
+    ended = kernels.summarise(tmp_path, ["correctness"])
     assert ended == (0 if status == "right" else 1)
-    assert kernels.main([str(tmp_path), "--summary", "correctness,timings"]) == 1
+    assert kernels.summarise(tmp_path, ["correctness", "timings"]) == 1
 
 
 def test_one_wrong_row_among_many_is_seen_where_the_norm_of_all_passes_it():
@@ -135,11 +135,11 @@ file.write_text(json.dumps(found))
 
 def test_a_process_that_dies_costs_the_check_it_died_of_and_no_other(tmp_path):
     file = tmp_path / "group.json"
-    group = kernels.Group("timings", "moe", file, (sys.executable, "-c", DIES_ONCE, str(file)))
-    kernels.supervise([group], 1, HANG_S, cuda=False)
+    group = supervise.Group("timings", "moe", file, (sys.executable, "-c", DIES_ONCE, str(file)))
+    supervise.supervise([group], 1, HANG_S, cuda=False)
     records = json.loads(file.read_text())["records"]
     assert [(r["item"], r["status"]) for r in records] == [("a", "right"), ("b", "failed"), ("c", "right")]
-    assert "clock" in records[1]["reason"] and not kernels.all_right(records)
+    assert "clock" in records[1]["reason"] and not supervise.all_right(records)
 
 
 BREAKS_ONCE = """
@@ -156,27 +156,27 @@ file.write_text(json.dumps(found))
 
 def test_after_a_fault_of_the_device_a_new_process_goes_on(tmp_path):
     file = tmp_path / "group.json"
-    group = kernels.Group("timings", "moe", file, (sys.executable, "-c", BREAKS_ONCE, str(file)))
-    kernels.supervise([group], 1, HANG_S, cuda=False)
+    group = supervise.Group("timings", "moe", file, (sys.executable, "-c", BREAKS_ONCE, str(file)))
+    supervise.supervise([group], 1, HANG_S, cuda=False)
     assert [(r["item"], r["status"]) for r in json.loads(file.read_text())["records"]] == [
         ("a", "failed"), ("b", "right")]
 
 
 def test_a_part_whose_time_is_over_is_stopped(tmp_path):
-    group = kernels.Group("timings", "moe", tmp_path / "group.json",
+    group = supervise.Group("timings", "moe", tmp_path / "group.json",
                                (sys.executable, "-c", "import time; time.sleep(60)"))
     later = group._replace(file=tmp_path / "later.json")
-    kernels.supervise([group, later], 1, 1, cuda=False)
+    supervise.supervise([group, later], 1, 1, cuda=False)
     for file in (group.file, later.file):
         record, = json.loads(file.read_text())["records"]
-        assert record["status"] == "stopped" and not kernels.all_right([record])
+        assert record["status"] == "stopped" and not supervise.all_right([record])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the tests run")
 @pytest.mark.slow
 def test_test_files_that_all_skip_are_no_proof(tmp_path):
     file = tmp_path / "tests.json"
-    group = kernels.Group("correctness", "tests", file, kernels.pytest_command(file.with_suffix(".xml")))
-    kernels.supervise([group], 1, 120, cuda=False)
+    group = gpu_tests.group("correctness", "tests", file, cuda=True)
+    supervise.supervise([group], 1, 120, cuda=False)
     record, = json.loads(file.read_text())["records"]
     assert record["status"] == "failed" and record["passed"] == 0 and any("GPU" in why for why in record["skipped"])

@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
-from minimind_ds.bench import gpu
+from minimind_ds.bench import gpu, supervise
 from minimind_ds.bench.gpu import summary
 from tests.conftest import ROOT
 from tests.waiting import HANG_S
@@ -69,7 +70,8 @@ def test_a_part_that_hangs_costs_itself_and_the_summary_comes_in_time(tmp_path, 
                  custom=HANG.format(part=part))
     assert done.returncode == 1, done.stdout[-3000:]
     document = json.loads((tmp_path / "out" / "results.json").read_text())
-    stopped = document["parts"][part]["results"]
+    # The test files of a GPU are no process here.
+    stopped = [r for r in document["parts"][part]["results"] if r["op"] != "tests"]
     assert stopped and all(r["status"] == "stopped" for r in stopped)
     assert all(r["status"] == "right" for name in others for r in document["parts"][name]["results"])
     assert "**stopped**" in done.stdout
@@ -79,6 +81,24 @@ def test_a_part_that_no_time_is_left_for_is_named(tmp_path):
     done = check(tmp_path / "out", "--parts", "products", "--seconds", "6")
     document = json.loads((tmp_path / "out" / "results.json").read_text())
     assert done.returncode == 1 and any("not started" in note for note in document["notes"])
+
+
+def test_a_part_without_time_makes_the_whole_not_right(tmp_path):
+    """The other parts' results are right: what was asked for is missing all the same."""
+    args = gpu.parse([str(tmp_path), "--seconds", "30", "--parts", "products"])
+    # Half a minute is left of it, all of which the first part would take.
+    run = gpu.Check(tmp_path, tmp_path, time.monotonic() - 29, args)
+    run.groups = [supervise.Group("imports", "imports", tmp_path / "one.json", ())]
+    supervise.write(run.groups[0].file, {"records": [{"op": "imports", "ours": True, "status": "right"}]})
+    assert run.write()["ok"]
+    assert run.run() == 1 and "products: not started, 1 s were left" in run.notes and not run.write()["ok"]
+
+
+def test_the_test_files_of_a_gpu_are_part_of_it(tmp_path):
+    """Without one they are said to be absent, not left out."""
+    done = check(tmp_path / "out", "--parts", "correctness/tests")
+    record, = json.loads((tmp_path / "out" / "results.json").read_text())["parts"]["correctness"]["results"]
+    assert done.returncode == 0 and record["op"] == "tests" and record["status"] == "absent" and record["reason"]
 
 
 def test_a_missing_package_is_named_with_what_to_do(tmp_path):

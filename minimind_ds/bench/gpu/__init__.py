@@ -20,7 +20,7 @@ import tempfile
 import time
 from typing import NamedTuple
 
-from minimind_ds.bench import supervise
+from minimind_ds.bench import gpu_tests, supervise
 from minimind_ds.bench.supervise import Group
 from minimind_ds.paths import LAUNCH
 
@@ -54,8 +54,9 @@ PARTS = (
     Part("products", 30, 15, 1, ("products",)),
     Part("variants", 70, 25, 1, ("attention_variants", "experts_variants", "elementwise_variants")),
     Part("stages", 80, 30, 1, ("stages",)),
-    Part("correctness", 100, 40, 8, ("correctness.attention", "correctness.moe", "correctness.elementwise",
-                                     "correctness.router", "correctness.leaks", "curve.dense", "curve.mixture")),
+    Part("correctness", 120, 40, 8, ("correctness.attention", "correctness.moe", "correctness.elementwise",
+                                     "correctness.router", "correctness.leaks", "curve.dense", "curve.mixture",
+                                     "tests")),
     Part("timings", 100, 30, 1, ("timings.attention", "timings.moe", "timings.elementwise")),
 )
 
@@ -107,7 +108,7 @@ class Check:
 
     def __init__(self, out: pathlib.Path, work: pathlib.Path, began: float, args: argparse.Namespace):
         self.out, self.work, self.began, self.args = out, work, began, args
-        self.cuda, self.groups, self.notes = False, [], []
+        self.cuda, self.groups, self.notes, self.missing = False, [], [], False
 
     def left(self) -> float:
         return self.args.seconds - (time.monotonic() - self.began)
@@ -124,6 +125,7 @@ class Check:
             seconds = min(self.args.limits.get(part.name, part.seconds * stretch), self.left() - 5)
             if seconds < min(part.least, self.args.limits.get(part.name, part.least)):
                 self.notes.append(f"{part.name}: not started, {max(0, self.left()):.0f} s were left")
+                self.missing = True
                 continue
             print(f"\n== {part.name} ({time.monotonic() - self.began:.0f} s since the start, {seconds:.0f} s at most)",
                   flush=True)
@@ -143,6 +145,9 @@ class Check:
         for name in part.groups:
             file = self.work / f"{part.name}.{name}.json"
             small = () if self.cuda else ("--small",)
+            if name == "tests":
+                made.append(gpu_tests.group(part.name, name, file, self.cuda))
+                continue
             if "." in name:
                 command = (*CHECK_KERNELS, str(file), "--child", name, *small, "--without", WITHOUT)
             else:
@@ -174,8 +179,9 @@ class Check:
         machine = next((r["machine"] for r in records if "machine" in r), {})
         document = {"what": "everything that only a GPU can tell", "mode": "device" if self.cuda else
                     "no GPU: tiny sizes, kernels in the interpreter; no time here means anything",
-                    "ok": supervise.all_right(records), "seconds": round(time.monotonic() - self.began, 1),
-                    "notes": self.notes, "machine": machine, "parts": parts}
+                    "ok": supervise.all_right(records) and not self.missing,
+                    "seconds": round(time.monotonic() - self.began, 1), "notes": self.notes,
+                    "machine": machine, "parts": parts}
         supervise.write(self.out / "results.json", document)
         (self.out / "summary.md").write_text(summary.text(document), encoding="utf-8")
         for trace in self.work.glob("profile*/trace.json"):
@@ -183,4 +189,3 @@ class Check:
                 shutil.copyfileobj(source, target)
             os.unlink(trace)
         return document
-

@@ -12,10 +12,11 @@ import time
 
 from minimind_ds.bench.supervise import write
 
-# What has to be there, and the package that brings it where the names differ.
-MODULES = {"torch": "", "triton": "", "numpy": "", "deepspeed": "", "transformers": "", "tokenizers": "",
-           "sentencepiece": "", "safetensors": "", "yaml": "pyyaml", "tqdm": "", "hjson": "", "pydantic": "",
-           "psutil": "", "packaging": ""}
+# What has to be there.
+MODULES = ("torch", "triton", "numpy", "deepspeed", "transformers", "tokenizers", "sentencepiece", "safetensors",
+           "yaml", "tqdm", "hjson", "pydantic", "psutil", "packaging")
+# Packages of other names.
+PACKAGES = {"yaml": "pyyaml"}
 LIMIT, LIMIT_SMALL = 100, 600
 
 
@@ -46,13 +47,13 @@ def run(name: str, file: pathlib.Path, *, small: bool, folder: pathlib.Path) -> 
 def check_imports(file: pathlib.Path) -> int:
     """One record: every package, or which are missing and what to do; and the machine."""
     began, missing, seconds = time.perf_counter(), [], {}
-    for module, package in MODULES.items():
+    for module in MODULES:
         start = time.perf_counter()
         try:
             importlib.import_module(module)
         # A package that is there and breaks while loading is no better.
         except Exception as error:  # noqa: BLE001
-            missing.append(f"{package or module} ({type(error).__name__}: {str(error)[:120]})")
+            missing.append(f"{PACKAGES.get(module, module)} ({type(error).__name__}: {str(error)[:120]})")
         seconds[module] = round(time.perf_counter() - start, 2)
     record = {"item": "imports", "op": "imports", "ours": True, "status": "failed" if missing else "right",
               "seconds": seconds}
@@ -71,5 +72,3 @@ def check_imports(file: pathlib.Path) -> int:
     write(file, {"records": [record], "seconds": round(time.perf_counter() - began, 2)})
     print(f"   {record['status']}: {record.get('reason', record.get('machine', {}).get('device'))}", flush=True)
     return 0
-
-

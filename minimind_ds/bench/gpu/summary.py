@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from minimind_ds.bench.supervise import BAD
 
-# How often a layer runs an operation; the head's loss is outside of them.
 LAYERS = 8
-PER_STEP = {"attention": LAYERS, "moe": LAYERS, "qk_norm_rope": LAYERS, "rms_norm": 1, "add_rms_norm": 2 * LAYERS - 1,
+# How often a step of the dense model runs an operation (the experts and their router: of the mixture).
+PER_STEP = {"attention": LAYERS, "moe": LAYERS, "qk_norm_rope": LAYERS, "add_rms_norm": 2 * LAYERS + 1,
             "swiglu": LAYERS, "head_loss": 1, "router": LAYERS}
 
 

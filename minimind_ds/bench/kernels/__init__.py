@@ -10,16 +10,14 @@ GPU the same checks run at tiny sizes in Triton's interpreter.
 from __future__ import annotations
 
 import argparse
-import functools
-import importlib.util
 import json
 import os
 import pathlib
 import signal
 import sys
-import xml.etree.ElementTree
 from collections.abc import Sequence
 
+from minimind_ds.bench import gpu_tests
 from minimind_ds.bench.machine import machine
 from minimind_ds.bench.supervise import BAD, Group, all_right, records_of, supervise, write
 from minimind_ds.config import program_flags
@@ -32,9 +30,6 @@ from .runner import run_group
 # The interpreter takes INTERPRETED times as long.
 INTERPRETED = 5
 BUDGETS = {"correctness": 190, "curve": 190, "timings": 170}
-TESTS = ("tests/kernels/test_triton_attention.py", "tests/kernels/test_triton_rope.py",
-         "tests/kernels/test_triton_moe.py",
-         "tests/kernels/test_triton_model.py", "tests/kernels/test_deepspeed_ops.py")
 WHAT = {
     "correctness": "outputs and gradients against the reference in fp64, and leak probes: changing one document moves "
                    "no bit of another; the groups named others are what ours is timed against",
@@ -68,8 +63,6 @@ def main(argv: list[str]) -> int:
     # Children start in the checkout's root.
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
-    if args.summary:
-        return summarise(args.out, words(args.summary))
     # A timeout's signal: no child may outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     return check(args)
@@ -118,39 +111,11 @@ def plan(args: argparse.Namespace, parts: list[str], cuda: bool) -> list[Group]:
             groups.append(Group(part, name, file, command))
     # A wheel has no tests.
     if "correctness" in parts and not args.no_pytest and not args.groups and (ROOT / "tests").is_dir():
-        file = folder / "correctness.tests.json"
-        report = file.with_suffix(".xml")
-        groups.insert(0, Group("correctness", "tests", file, pytest_command(report),
-                               functools.partial(tests_record, report)))
-        if not cuda:
-            write(file, {"records": [{"op": "tests", "contender": "pytest", "ours": True, "status": "absent",
-                                      "reason": "no GPU: python -m pytest tests/ runs them in the interpreter"}]})
-            groups[0] = groups[0]._replace(command=())
+        groups.insert(0, gpu_tests.group("correctness", "tests", folder / "correctness.tests.json", cuda))
     for group in groups:
         if group.command:
             group.file.unlink(missing_ok=True)
     return groups
-
-
-def pytest_command(report: pathlib.Path) -> tuple[str, ...]:
-    many = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    return (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "on_a_gpu", *many,
-            f"--junitxml={report}", *TESTS)
-
-
-def tests_record(report: pathlib.Path, returncode: int | None) -> dict:
-    """What pytest's report says.  No test run at all is a failure: there is a GPU."""
-    record = {"op": "tests", "contender": "pytest", "ours": True, "files": list(TESTS)}
-    if not report.exists():
-        return {**record, "status": "failed", "reason": f"pytest ended with {returncode} and left no report"}
-    found = list(xml.etree.ElementTree.parse(report).iter("testcase"))
-    skipped = {f"{t.get('name')}: {t.find('skipped').get('message')}" for t in found if t.find("skipped") is not None}
-    failed = {t.get("name"): (t.find("failure") if t.find("failure") is not None else t.find("error")).get("message")
-              for t in found if t.find("failure") is not None or t.find("error") is not None}
-    passed = len(found) - len(skipped) - len(failed)
-    right = returncode == 0 and passed and not failed
-    return {**record, "status": "right" if right else "failed", "passed": passed, "failed": failed,
-            "skipped": sorted(skipped), "exit": returncode}
 
 
 def collect(part: str, groups: list[Group], small: bool) -> dict:
@@ -186,11 +151,6 @@ def sum_up(path: pathlib.Path) -> dict:
     if not path.exists():
         return {"ok": False, "reason": "not measured: no such file"}
     found = json.loads(path.read_text(encoding="utf-8"))
-    if "results" not in found:
-        # launch/benchmark.py's: it has no judgement of its own; the machine is told as in the others.
-        found["machine"] = {**machine(), **found.get("machine", {})}
-        write(path, found)
-        return {"ok": True, **{key: value for key, value in found.items() if key not in ("what", "machine")}}
     for r in found["results"]:
         if r["status"] in BAD:
             name = r.get("item") or " ".join(str(r.get(key, "")) for key in ("op", "dtype", "contender"))

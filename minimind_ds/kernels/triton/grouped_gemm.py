@@ -134,12 +134,26 @@ def linear_kernel(a_ptr, weight_ptr, scale_ptr, out_ptr, order_ptr, blocks_ptr, 
 
 
 @triton.jit
-def swiglu_gradient(dhidden, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I: tl.constexpr,
-                    ACC: tl.constexpr):
-    """Epilogue of hidden_gradient_kernel for the columns given; returns their share of dscale, (rows,)."""
-    mask = valid[:, None] & (column < I)[None, :]
-    gate = tl.load(gate_up_rows + column[None, :], mask=mask, other=0.0).to(ACC)
-    up = tl.load(gate_up_rows + I + column[None, :], mask=mask, other=0.0).to(ACC)
+def mask_of(valid, column, I: tl.constexpr, EVEN: tl.constexpr):
+    """(rows, columns).  EVEN: all columns are inside."""
+    if EVEN:
+        return tl.broadcast_to(valid[:, None], [valid.shape[0], column.shape[0]])
+    return valid[:, None] & (column < I)[None, :]
+
+
+@triton.jit
+def gate_and_up(gate_up_rows, column, valid, I: tl.constexpr, EVEN: tl.constexpr):
+    mask = mask_of(valid, column, I, EVEN)
+    pointers = gate_up_rows + column[None, :]
+    return tl.load(pointers, mask=mask, other=0.0), tl.load(pointers + I, mask=mask, other=0.0)
+
+
+@triton.jit
+def swiglu_gradient(dhidden, gate, up, scale, dgate_up_rows, hidden_rows, column, valid, I: tl.constexpr,
+                    EVEN: tl.constexpr, ACC: tl.constexpr):
+    """Epilogue of the hidden gradient for the columns given; returns their share of dscale, (rows,)."""
+    mask = mask_of(valid, column, I, EVEN)
+    gate, up = gate.to(ACC), up.to(ACC)
     sigmoid = 1 / (1 + tl.exp(-gate))
     silu = gate * sigmoid
     hidden = silu * up
@@ -151,6 +165,14 @@ def swiglu_gradient(dhidden, scale, gate_up_rows, dgate_up_rows, hidden_rows, co
     tl.store(dgate_up_rows + column[None, :], dgate.to(dtype), mask=mask)
     tl.store(dgate_up_rows + I + column[None, :], (dhidden * silu).to(dtype), mask=mask)
     return dscale
+
+
+@triton.jit
+def swiglu_gradient_of(dhidden, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I: tl.constexpr,
+                       ACC: tl.constexpr):
+    """swiglu_gradient, gate and up read here."""
+    gate, up = gate_and_up(gate_up_rows, column, valid, I, False)
+    return swiglu_gradient(dhidden, gate, up, scale, dgate_up_rows, hidden_rows, column, valid, I, False, ACC)
 
 
 @triton.jit(do_not_specialize=["n_blocks", "M", "depth"])
@@ -187,14 +209,14 @@ def hidden_gradient_kernel(dy_ptr, down_ptr, scale_ptr, gate_up_ptr, dgate_up_pt
     WIDTH: tl.constexpr = COLUMNS // 4
     column = block * COLUMNS + tl.arange(0, WIDTH)
     quarter, next_quarter = halves(left, ROWS, COLUMNS // 2)
-    dscale = swiglu_gradient(quarter, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I, ACC)
+    dscale = swiglu_gradient_of(quarter, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I, ACC)
     column += WIDTH
-    dscale += swiglu_gradient(next_quarter, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I, ACC)
+    dscale += swiglu_gradient_of(next_quarter, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I, ACC)
     column += WIDTH
     quarter, next_quarter = halves(right, ROWS, COLUMNS // 2)
-    dscale += swiglu_gradient(quarter, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I, ACC)
+    dscale += swiglu_gradient_of(quarter, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I, ACC)
     column += WIDTH
-    dscale += swiglu_gradient(next_quarter, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I, ACC)
+    dscale += swiglu_gradient_of(next_quarter, scale, gate_up_rows, dgate_up_rows, hidden_rows, column, valid, I, ACC)
     tl.store(dscale_ptr + block.to(tl.int64) * M + choice, dscale, mask=valid)
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .grouped_gemm import SWIZZLE, halves, swiglu
+from .grouped_gemm import SWIZZLE, gate_and_up, halves, swiglu, swiglu_gradient
 
 
 @triton.jit(do_not_specialize=["M", "row_blocks"])
@@ -93,40 +93,6 @@ def gate_up_tma_kernel(x_desc, weight_desc, gate_up_ptr, hidden_ptr, blocks_ptr,
         swiglu(right_gate, right_up, gate_up_rows, hidden_rows, column + COLUMNS // 2, valid, I, SAVE)
 
 
-@triton.jit
-def mask_of(valid, column, I: tl.constexpr, EVEN: tl.constexpr):
-    """(rows, columns).  EVEN: all columns are inside."""
-    if EVEN:
-        return tl.broadcast_to(valid[:, None], [valid.shape[0], column.shape[0]])
-    return valid[:, None] & (column < I)[None, :]
-
-
-@triton.jit
-def gate_and_up(gate_up_rows, column, valid, I: tl.constexpr, EVEN: tl.constexpr):
-    mask = mask_of(valid, column, I, EVEN)
-    pointers = gate_up_rows + column[None, :]
-    return tl.load(pointers, mask=mask, other=0.0), tl.load(pointers + I, mask=mask, other=0.0)
-
-
-@triton.jit
-def swiglu_gradient_of(dhidden, gate, up, scale, dgate_up_rows, hidden_rows, column, valid, I: tl.constexpr,
-                       EVEN: tl.constexpr, ACC: tl.constexpr):
-    """grouped_gemm.swiglu_gradient with gate and up read already."""
-    mask = mask_of(valid, column, I, EVEN)
-    gate, up = gate.to(ACC), up.to(ACC)
-    sigmoid = 1 / (1 + tl.exp(-gate))
-    silu = gate * sigmoid
-    hidden = silu * up
-    dscale = tl.sum(dhidden * hidden, 1)
-    dtype = hidden_rows.dtype.element_ty
-    tl.store(hidden_rows + column[None, :], (hidden * scale[:, None]).to(dtype), mask=mask)
-    dhidden = dhidden * scale[:, None]
-    dgate = dhidden * up * (sigmoid + silu * (1 - sigmoid))
-    tl.store(dgate_up_rows + column[None, :], dgate.to(dtype), mask=mask)
-    tl.store(dgate_up_rows + I + column[None, :], (dhidden * silu).to(dtype), mask=mask)
-    return dscale
-
-
 @triton.jit(do_not_specialize=["n_blocks", "M", "depth"])
 def hidden_gradient_tma_kernel(dy_desc, down_desc, scale_ptr, gate_up_ptr, dgate_up_ptr, hidden_ptr, dscale_ptr,
                                order_ptr, blocks_ptr, n_blocks, M, depth, I: tl.constexpr, PARTS: tl.constexpr,
@@ -170,18 +136,17 @@ def hidden_gradient_tma_kernel(dy_desc, down_desc, scale_ptr, gate_up_ptr, dgate
     quarter_2, quarter_3 = halves(right, ROWS, COLUMNS // 2)
     if AHEAD < 2:
         gate_1, up_1 = gate_and_up(gate_up_rows, column + WIDTH, valid, I, EVEN)
-    dscale = swiglu_gradient_of(quarter_0, gate_0, up_0, scale, dgate_up_rows, hidden_rows, column, valid, I, EVEN,
-                                ACC)
+    dscale = swiglu_gradient(quarter_0, gate_0, up_0, scale, dgate_up_rows, hidden_rows, column, valid, I, EVEN, ACC)
     if AHEAD < 2:
         gate_2, up_2 = gate_and_up(gate_up_rows, column + 2 * WIDTH, valid, I, EVEN)
-    dscale += swiglu_gradient_of(quarter_1, gate_1, up_1, scale, dgate_up_rows, hidden_rows, column + WIDTH, valid, I,
-                                 EVEN, ACC)
+    dscale += swiglu_gradient(quarter_1, gate_1, up_1, scale, dgate_up_rows, hidden_rows, column + WIDTH, valid, I,
+                              EVEN, ACC)
     if AHEAD < 2:
         gate_3, up_3 = gate_and_up(gate_up_rows, column + 3 * WIDTH, valid, I, EVEN)
-    dscale += swiglu_gradient_of(quarter_2, gate_2, up_2, scale, dgate_up_rows, hidden_rows, column + 2 * WIDTH, valid,
-                                 I, EVEN, ACC)
-    dscale += swiglu_gradient_of(quarter_3, gate_3, up_3, scale, dgate_up_rows, hidden_rows, column + 3 * WIDTH, valid,
-                                 I, EVEN, ACC)
+    dscale += swiglu_gradient(quarter_2, gate_2, up_2, scale, dgate_up_rows, hidden_rows, column + 2 * WIDTH, valid, I,
+                              EVEN, ACC)
+    dscale += swiglu_gradient(quarter_3, gate_3, up_3, scale, dgate_up_rows, hidden_rows, column + 3 * WIDTH, valid, I,
+                              EVEN, ACC)
     tl.store(dscale_ptr + block.to(tl.int64) * M + choice, dscale, mask=valid)
 
 
