@@ -1,4 +1,4 @@
-"""Files that are whole or not there, even through a power cut.
+"""Files that are whole or not there, even through a power cut; and the word that a batch script waits for.
 
     python -m pytest tests/checkpoint/test_power_cut.py
 """
@@ -30,3 +30,9 @@ def write_file(path: str | Path, content: str | bytes | memoryview) -> None:
         aside.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def report(outcome: str) -> None:
+    """Tell launch/slurm/common.sh how far this start came: unmet, tokenised, training, stopped or done."""
+    if path := os.environ.get("MINIMIND_DS_OUTCOME"):
+        write_file(path, outcome + "\n")

@@ -23,6 +23,7 @@ from minimind_ds.config import program_flags, run, run_flags
 from minimind_ds.config.errors import report_bugs
 from minimind_ds.config.spellings import OneLineParser, instead
 from minimind_ds.paths import LAUNCH, ROOT
+from minimind_ds.resilience.signals import Preparing
 
 # What the command starts without a flag that asks for ranks, with one, and never.
 ALWAYS, ASKED, NEVER = range(3)
@@ -75,6 +76,12 @@ PROGRAMS = {
 def start(name: str, argv: list[str]) -> int:
     """Runs a program in this process: --help and mistakes in flags first, what takes seconds to load after them."""
     report_bugs()
+    with Preparing():
+        return run_program(name, argv)
+
+
+def run_program(name: str, argv: list[str]) -> int:
+    """What start does, once signals are heard."""
     program = PROGRAMS[name]
     program.flags().parse_known_args(argv)
     for variable, value in program.environment.items():

@@ -9,7 +9,7 @@
 #   PREFLIGHT=1               check all nodes first, as the flag --preflight does
 #   PREFLIGHT_FLAGS=...       of launch/preflight.py
 #   LOG_DIR=FOLDER            default: slurm-logs/<job>   CPU_BIND=cores      srun's --cpu-bind
-#   MASTER_PORT=N             rendezvous port; default: a number made from the job's id
+#   MASTER_PORT=N             rendezvous port; default: a number made from the job's id and its restarts
 #   NODE_WAIT=600             seconds to wait for SLURM to notice a lost node; default: twice its usual SlurmdTimeout
 #
 # Network.  NCCL and gloo find their interfaces by themselves; on machines with several they may need a hint:
@@ -50,7 +50,9 @@ environment() {
         fail "VENV=$VENV has no bin/python"
     fi
     python=${PYTHON:-python}
-    local mounts="$home,$PWD${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+    # The logs too: there the ranks say how far they came.
+    mkdir -p "$logs"
+    local mounts="$home,$PWD,$logs${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
     if [ -n "${APPTAINER_IMAGE:-}" ]; then
         wrap=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$APPTAINER_IMAGE")
     elif [ -n "${PYXIS_IMAGE:-}" ]; then
@@ -64,14 +66,17 @@ environment() {
 
 rendezvous() {
     # Of a shell that was itself a rank: srun's tasks would take them for their own.
-    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE "${!TORCHELASTIC_@}" "${!OMPI_COMM_WORLD_@}"
     MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-    # Two jobs on one node have different ids, hence different ports; below the range the kernel gives out itself.
-    export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-$((10000 + 2 * (SLURM_JOB_ID % 11000)))}
+    # Two jobs on one node have different ids, hence different ports, and a restart may find the last one's taken; below
+    # the range the kernel gives out itself.
+    export MASTER_ADDR
+    export MASTER_PORT=${MASTER_PORT:-$((10000 + 2 * ((SLURM_JOB_ID + 379 * ${SLURM_RESTART_COUNT:-0}) % 11000)))}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
     export MINIMIND_DS_OUTCOME=$logs/outcome
-    mkdir -p "$logs"
     rm -f "$MINIMIND_DS_OUTCOME"
+    # Of another job, with the same LOG_DIR.
+    if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then rm -f "$logs/failed_starts"; fi
     say "job $job, restart ${SLURM_RESTART_COUNT:-0}: ${SLURM_NTASKS:-all} tasks on $SLURM_JOB_NODELIST," \
         "rendezvous $MASTER_ADDR:$MASTER_PORT; output of the ranks: $logs"
 }
@@ -99,7 +104,10 @@ preflight() { # the flags of the training, of which it reads the folders
     # shellcheck disable=SC2086
     MASTER_PORT=$((MASTER_PORT + 1)) tasks preflight "$@" ${PREFLIGHT_FLAGS:-} || code=$?
     cat "$logs/preflight-rank0000.log"
-    if [ $code != 0 ] && [ -n "$event" ]; then requeue "stopped by $event"; fi
+    if [ $code != 0 ] && [ -n "$event" ]; then
+        if [ "$event" = USR1 ]; then count_failed_start "time limit (USR1)" "$program" "$@"; fi
+        requeue "stopped by $event"
+    fi
     [ $code = 0 ] || fail "the pre-flight check failed (exit code $code); nothing was started"
 }
 
@@ -176,6 +184,20 @@ requeue() { # WHY
     exit 75
 }
 
+count_failed_start() { # WHAT ENDED IT, PROGRAM [FLAG...]: ends the job at the third in a row without progress
+    local ends hint=
+    echo "$1" >>"$logs/failed_starts"
+    [ "$(wc -l <"$logs/failed_starts")" -ge 3 ] || return 0
+    ends=$(paste -sd, "$logs/failed_starts" | sed 's/,/, /g')
+    if grep -q '^time limit' "$logs/failed_starts"; then
+        hint="; starting takes longer than the time limit: run \`$python $home/launch/tokenize_data.py --program ${*:2}\`"
+        hint+=" first, or raise --time"
+    fi
+    # By hand it is tried again.
+    rm -f "$logs/failed_starts"
+    fail "the program did not come to train, three times in a row, nor to tokenise more (ended by: $ends)$hint; see $logs"
+}
+
 train() { # PROGRAM [FLAG...]; %a in a flag is the number of the array's task
     take_preflight "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"
     set -- "${others[@]}"
@@ -183,10 +205,11 @@ train() { # PROGRAM [FLAG...]; %a in a flag is the number of the array's task
     *" --deepspeed"[\ =]* | *" --config"[\ =]*) ;;
     *) set -- "$@" --deepspeed "$home/ds_configs/zero2.json" ;;
     esac
-    environment
-    rendezvous
     trap 'on_signal USR1' USR1
     trap 'on_signal TERM' TERM
+    environment
+    rendezvous
+    local program=$1
     preflight "${@:2}"
     tasks "$@" &
     local pid=$! code outcome
@@ -201,17 +224,22 @@ train() { # PROGRAM [FLAG...]; %a in a flag is the number of the array's task
     say "srun ended with $code; the training says: ${outcome:-nothing}"
     if [ "$outcome" = done ]; then exit 0; fi
     tail -n 20 "$logs/$1-rank0000.log" 2>/dev/null || :
-    if [ -n "$outcome" ]; then rm -f "$logs/failed_starts"; fi
     if [ "$outcome" != stopped ]; then await_verdict; fi
+    # A user's mistake; ranks that did not meet, at a port that is taken perhaps, may do so at the next one.
+    if [ "$code$event" = 2 ] && [[ $outcome != @(unmet|training|stopped) ]]; then exit 2; fi
+    case $outcome:$event in
+    tokenised:* | training:* | stopped:*) rm -f "$logs/failed_starts" ;;
+    # It never came as far as training.  Room for another job says nothing of this one; a broken installation would
+    # fail for ever, and so would a time limit that is too short to start.
+    *:TERM) ;;
+    *:USR1) count_failed_start "time limit (USR1)" "$@" ;;
+    *) count_failed_start "exit code $code" "$@" ;;
+    esac
     if [ -n "$event" ]; then requeue "stopped by $event"; fi
     case $outcome in
     stopped) requeue "stopped" ;;
     # The program itself refuses to go on after three failures at one step.
     training) requeue "the training failed" ;;
     esac
-    if [ "$code" = 2 ]; then exit 2; fi
-    # It never came as far as training: a dead node, perhaps; a broken installation would fail for ever.
-    echo "$code" >>"$logs/failed_starts"
-    if [ "$(wc -l <"$logs/failed_starts")" -lt 3 ]; then requeue "the program did not start (exit code $code)"; fi
-    fail "the program did not start, three times; see $logs"
+    requeue "the program did not start (exit code $code)"
 }

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
+from minimind_ds.config.errors import UserError
 from minimind_ds.data.conversation import DataError
 from minimind_ds.data.tokenise import FILES, JOURNAL, Encoder, Part, Progress, write_chunks
-from minimind_ds.io import fsync
+from minimind_ds.io import fsync, report
 
 # Tokens are hashed in blocks of this many bytes.
 BLOCK_BYTES = 1 << 20
@@ -97,9 +98,8 @@ def build(folder: Path, part: Path | None, write: Callable[[Path], None]) -> Non
             if err.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
         fsync(folder.parent)
-    except (KeyboardInterrupt, OSError):
-        raise
-    except BaseException:
+        report("tokenised")
+    except UserError:
         # Bad data fails again: nothing is kept of it.
         keep = False
         raise
@@ -108,13 +108,16 @@ def build(folder: Path, part: Path | None, write: Callable[[Path], None]) -> Non
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_store(aside: Path, records, encode: Encoder, key: str, workers: int, bar: Progress) -> None:
+def write_store(aside: Path, records, encode: Encoder, key: str, workers: int, bar: Progress, *,
+                lasting: bool) -> None:
     """All files of a store, durable.
+
+    lasting: an interrupted one is gone on with.
 
     Raises:
         DataError: the data is bad, or nothing in it is to be learnt.
     """
-    stats = write_chunks(Part(aside), records, encode, workers, bar)
+    stats = write_chunks(Part(aside, lasting=lasting), records, encode, workers, bar)
     if not stats["labelled"]:
         raise DataError(f"{records.path} has not one labelled token: {stats['unlabelled']} samples have no label, "
                         f"{stats['dropped']} are longer than {encode.max_seq_len} tokens and dropped")

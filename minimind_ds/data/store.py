@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -210,11 +211,14 @@ def open_or_build(path: str | Path, tok: Tokenizer, *, kind: str, max_seq_len: i
                 encode = Encoder(tok, max_seq_len, policy, augment)
                 workers = worker_count(size) if workers is None else workers
                 build(folder, part if alone else None,
-                      lambda aside: write_store(aside, records, encode, key, workers, bar))
+                      lambda aside: write_store(aside, records, encode, key, workers, bar, lasting=alone))
                 if not _is(path, identity, key):
                     shutil.rmtree(folder)
                     raise DataError(f"{path} changed while it was being read; start again")
                 store = _open(folder, key, path)
+    except BrokenExecutor:
+        raise DataError(f"{path}: a process that tokenised was killed (out of memory?); what was done before is kept: "
+                        "start again, with a smaller --num_workers perhaps") from None
     except OSError as err:
         raise DataError(f"the token cache cannot be written to {cache_dir}: {err.strerror or err}") from None
     if store is None:

@@ -17,12 +17,13 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ from minimind_ds.data.conversation import Conversation
 from minimind_ds.data.sample import FATES, Augment, build_samples, pieces_of
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.data.words import WordCache
+from minimind_ds.io import report
 
 # Text of a chunk, and of all chunks that wait for a worker or for the disk, in characters; records of a chunk.
 CHUNK_BYTES, WAITING_BYTES, CHUNK_RECORDS = 1 << 20, 32 << 20, 2000
@@ -177,8 +179,15 @@ def _start_worker(encode: Encoder):
     global _worker_encode
     _worker_encode = encode
     gc.disable()
+    # Killed, a parent leaves its workers waiting for ever.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     # One core each: the tokenizer library's threads would only get in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _end_with_parent():
+    parent_process().join()
+    os._exit(1)
 
 
 def _work(items: list, first_index: int) -> Chunk:
@@ -202,8 +211,8 @@ def rare_collection() -> Iterator[None]:
 class Part:
     """The files of a store while it is built, and the journal of the chunks that are in them."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, *, lasting: bool = False):
+        self.folder, self.lasting = folder, lasting
         self.stats = dict.fromkeys((*COUNTED, "longest", "lines"), 0)
         self.position = 0
         kept = self._read_back()
@@ -255,6 +264,10 @@ class Part:
         with (self.folder / JOURNAL).open("a") as file:
             file.write(json.dumps(entry) + "\n")
         self._count(counts)
+        if self.lasting:
+            # Once: this start has brought something.
+            self.lasting = False
+            report("tokenised")
 
 
 def _hash(parts: dict[str, bytes], counts: dict) -> str:

@@ -8,6 +8,7 @@ and its settings there; rank 0 compares them, and only then do collectives begin
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
@@ -16,10 +17,12 @@ import sys
 import time
 
 import psutil
+import torch
 import torch.distributed as dist
 
 from minimind_ds.config.errors import UserError, first_line
 from minimind_ds.distributed.world import World
+from minimind_ds.io import report
 
 # After which a rank that waits says so; how often rank 0 looks who is there; how long it waits to be read.
 TELL_S, LOOK_S, READ_S = 30.0, 0.05, 5.0
@@ -40,7 +43,11 @@ def join(world: World, settings: dict, limit: datetime.timedelta) -> dist.Store:
     deadline = time.monotonic() + limit.total_seconds()
     # Under torchrun the ranks of every attempt use the same store.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", connect(world, deadline))
-    here = {"host": socket.gethostname(), "settings": {name: str(value) for name, value in settings.items()}}
+    here = {"host": socket.gethostname(), "gpu": gpu(world), "settings": {name: str(value) for name, value in
+                                                                            settings.items()}}
+    if store.add(f"came/{world.rank}", 1) > 1:
+        raise UserError(f"rank {world.rank} is here twice, once on {socket.gethostname()}: RANK must differ on each "
+                        "process; unset RANK, WORLD_SIZE and LOCAL_RANK where they were inherited")
     store.set(f"rank/{world.rank}", json.dumps(here))
     if world.rank == 0:
         wrong, others = meet(store, world, deadline)
@@ -56,7 +63,7 @@ def join(world: World, settings: dict, limit: datetime.timedelta) -> dist.Store:
             verdict = store.get("verdict").decode()
             store.add("read", 1)
         except RuntimeError as error:
-            raise UserError(f"rank {world.rank} on {socket.gethostname()} lost rank 0 at {place(world)} while the "
+            raise unmet(f"rank {world.rank} on {socket.gethostname()} lost rank 0 at {place(world)} while the "
                             f"ranks were gathering: {first_line(error)}") from None
         wrong = None if verdict == OPEN else verdict
     if wrong:
@@ -64,13 +71,58 @@ def join(world: World, settings: dict, limit: datetime.timedelta) -> dist.Store:
     return dist.PrefixStore("group", store)
 
 
+def unmet(message: str) -> UserError:
+    """The error where ranks do not meet, which a batch script may try again, unlike other mistakes."""
+    report("unmet")
+    return UserError(message)
+
+
+def unconnected(world: World, backend: str, error: RuntimeError) -> str:
+    """What to say where ranks have met and a backend cannot connect them: mostly it took the wrong network."""
+    host = socket.gethostname()
+    return (f"rank {world.rank} on {host} ({own_address()}) met the others, and {backend} cannot connect them: "
+            f"{first_line(error)}; did one of them end? Else set {backend.upper()}_SOCKET_IFNAME to the network "
+            "interface that all machines share")
+
+
+def own_address() -> str:
+    """What this machine's name stands for, where gloo listens by default."""
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return "a name without an address"
+
+
+def gpu(world: World) -> str | None:
+    """Which GPU this rank works on, as no other has it; None on a CPU."""
+    if world.device.type != "cuda":
+        return None
+    return str(getattr(torch.cuda.get_device_properties(world.device), "uuid", None) or "")
+
+
 def check_interface() -> None:
-    """Raises ValueError where GLOO_SOCKET_IFNAME names a network interface that this machine has not."""
+    """Raises ValueError where a variable names no network interface of this machine."""
     there = [name for _, name in socket.if_nameindex()]
-    for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
-        if name not in there:
-            raise UserError(f"GLOO_SOCKET_IFNAME is {name!r}, and {socket.gethostname()} has no such network "
-                            f"interface; it has {', '.join(there)}")
+    gloo, nccl = os.environ.get("GLOO_SOCKET_IFNAME", ""), os.environ.get("NCCL_SOCKET_IFNAME", "")
+    wrong = [("GLOO_SOCKET_IFNAME", name) for name in gloo.split(",") if name and name not in there]
+    # NCCL takes beginnings of names, whole names after =, and all others after ^.
+    starts = tuple(nccl.removeprefix("=").split(","))
+    if nccl and not nccl.startswith("^") and not any(
+            name in starts if nccl.startswith("=") else name.startswith(starts) for name in there):
+        wrong.append(("NCCL_SOCKET_IFNAME", nccl))
+    for variable, name in wrong:
+        raise UserError(f"{variable} is {name!r}, and {socket.gethostname()} has no such network interface; it has "
+                        f"{', '.join(there)}")
+
+
+def check_address(world: World, found: list) -> None:
+    """Raises ValueError where rank 0, which is to listen at MASTER_ADDR, is on another machine."""
+    for family, *_, address in found:
+        with contextlib.suppress(OSError), socket.socket(family) as probe:
+            probe.bind((address[0], 0))
+            return
+    raise UserError(f"MASTER_ADDR is {world.address}, which is no address of {socket.gethostname()}, where rank 0 is: "
+                    "set it on all ranks to the name or address of the machine that starts rank 0")
 
 
 def place(world: World) -> str:
@@ -84,12 +136,14 @@ def connect(world: World, deadline: float) -> dist.TCPStore:
                         "torchrun or launch/slurm/sft.sbatch, or set MASTER_ADDR and MASTER_PORT to where rank 0 can "
                         "listen")
     try:
-        socket.getaddrinfo(world.address, world.port)
+        found = socket.getaddrinfo(world.address, world.port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise UserError(f"MASTER_ADDR is {world.address!r}, which {socket.gethostname()} cannot resolve: "
                         f"{error.strerror}") from None
     hosts = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not hosts:
+    if hosts:
+        check_address(world, found)
+    else:
         wait_for_listener(world, deadline)
     left = datetime.timedelta(seconds=max(1.0, deadline - time.monotonic()))
     try:
@@ -97,10 +151,10 @@ def connect(world: World, deadline: float) -> dist.TCPStore:
                              multi_tenant=hosts)
     except (RuntimeError, OSError) as error:
         if not hosts:
-            raise UserError(f"rank {world.rank} on {socket.gethostname()} cannot reach rank 0 at {place(world)}: "
+            raise unmet(f"rank {world.rank} on {socket.gethostname()} cannot reach rank 0 at {place(world)}: "
                             f"{first_line(error)}") from None
         if "EADDRINUSE" in str(error):
-            raise UserError(f"MASTER_PORT {world.port} is taken on {socket.gethostname()}{holder(world.port)}: choose "
+            raise unmet(f"MASTER_PORT {world.port} is taken on {socket.gethostname()}{holder(world.port)}: choose "
                             "another, with deepspeed by --master_port") from None
         raise UserError(f"rank 0 on {socket.gethostname()} cannot listen at {place(world)}: {first_line(error)}; is "
                         "that this machine's address?") from None
@@ -116,8 +170,8 @@ def wait_for_listener(world: World, deadline: float) -> None:
         except OSError as error:
             now = time.monotonic()
             if now > deadline:
-                raise UserError(f"rank {world.rank} on {socket.gethostname()} cannot reach rank 0 at {place(world)}: "
-                                f"{error.strerror or error}; did rank 0 start, can this machine see it?") from None
+                raise unmet(f"rank {world.rank} on {socket.gethostname()} cannot reach rank 0 at {place(world)}: "
+                            f"{error.strerror or error}; did rank 0 start, can this machine see it?") from None
             if now > told and world.local_rank == 0:
                 print(f"rank {world.rank} on {socket.gethostname()}: waiting for rank 0 at {place(world)}: "
                       f"{error.strerror or error}", file=sys.stderr, flush=True)
@@ -150,6 +204,7 @@ def meet(store: dist.Store, world: World, deadline: float) -> tuple[str | None, 
         now, hosts = time.monotonic(), ", ".join(sorted({fact["host"] for fact in here.values()}))
         names = ", ".join(map(str, missing[:16])) + (", ..." if len(missing) > 16 else "")
         if now > deadline:
+            report("unmet")
             return (f"{len(missing)} of {world.size} ranks did not come to {place(world)}: {names}; those that did "
                     f"are on {hosts}. Look at the first lines of the others' output"), len(here) - 1
         if now > told:
@@ -160,7 +215,13 @@ def meet(store: dist.Store, world: World, deadline: float) -> tuple[str | None, 
 
 
 def difference(here: dict[int, dict]) -> str | None:
-    """The first setting that is not alike on all ranks, in one line."""
+    """Two ranks on one GPU, or the first setting that is not alike on all ranks, in one line."""
+    owners = {}
+    for rank, fact in sorted(here.items()):
+        other = owners.setdefault((fact["host"], fact["gpu"]), rank)
+        if fact["gpu"] and other != rank:
+            return (f"ranks {other} and {rank} work on the same GPU of {fact['host']}: start one rank a GPU (srun: "
+                    "--ntasks-per-node as many as --gpus-per-node; torchrun: --nproc_per_node)")
     for name, value in here[0]["settings"].items():
         for rank, fact in sorted(here.items()):
             other = fact["settings"].get(name, "missing")

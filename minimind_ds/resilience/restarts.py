@@ -2,7 +2,7 @@
 
 `attempts.json` in the run folder lists the failures since the run was last started by hand.  A run that a batch system
 restarts by itself gives up when the same step failed three times, so that a crash does not burn a week of GPU hours.
-The file named by MINIMIND_DS_OUTCOME (set by launch/slurm/common.sh) gets one word: training, stopped or done.
+The file named by MINIMIND_DS_OUTCOME (set by launch/slurm/common.sh) gets one word: io.report.
 
     cat out/attempts.json
 """
@@ -13,30 +13,35 @@ import contextlib
 import json
 import os
 import pathlib
-import time
 
-from minimind_ds.checkpoint.folder import folder_of
+from minimind_ds.checkpoint.folder import folder_of, listed
 from minimind_ds.config.errors import UserError
-from minimind_ds.io import write_file
+from minimind_ds.distributed.world import whole
+from minimind_ds.io import report, write_file
 from minimind_ds.resilience.signals import Stopped
 
 SAME_STEP = 3
 SAME_CHECKPOINT = 10
 
 
-def report(outcome: str) -> None:
-    """Tell the batch script how far this start came; rank 0 only."""
-    if path := os.environ.get("MINIMIND_DS_OUTCOME"):
-        write_file(pathlib.Path(path), outcome + "\n")
-
-
 def automatic_restarts() -> int:
-    """How often SLURM or torchrun has started this job again by itself."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    """How often SLURM or torchrun has started this job again by itself.  Raises ValueError for what is no number."""
+    env = {name: value for name, value in os.environ.items() if value}
+    return whole(env, "SLURM_RESTART_COUNT", 0) + torchrun_attempt()
+
+
+def torchrun_attempt() -> int:
+    """How often torchrun's agent has started the ranks again."""
+    return whole({"TORCHELASTIC_RESTART_COUNT": "0", **os.environ}, "TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def job_id() -> str | None:
-    return os.environ.get("SLURM_JOB_ID")
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def job_facts() -> dict:
+    """Whose checkpoint one is, for its manifest."""
+    return {"id": job_id(), "attempt": automatic_restarts()}
 
 
 def goes_on(past: dict) -> bool:
@@ -47,9 +52,26 @@ def goes_on(past: dict) -> bool:
 def has_own_checkpoint(folder: pathlib.Path) -> bool:
     """Whether this job, restarted by itself, has written a checkpoint here: it goes on from that whatever it was told
     to start from, or `--from_resume none` would throw the work away at each pre-emption."""
-    past = read(folder)
-    # What stood here before is older.
-    return goes_on(past) and any(path.stat().st_mtime > past["began"] for path in folder_of(folder).glob("step_*"))
+    if not automatic_restarts() or job_id() is None:
+        return False
+    # Not by their times: clocks differ.
+    return any(whose(path).get("id") == job_id() for path in listed(folder_of(folder)))
+
+
+def whose(path: pathlib.Path) -> dict:
+    """job_facts of the start that wrote a checkpoint; {}: its manifest does not say."""
+    try:
+        facts = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["job"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def refuse_after_stop(folder: pathlib.Path) -> None:
+    """Raises Stopped where torchrun's agent starts ranks again that were asked to stop: to it, 75 is a failure."""
+    stopped = read(folder).get("stopped") or {}
+    if stopped.get("run") == os.environ.get("TORCHELASTIC_RUN_ID", "") and torchrun_attempt() > stopped["attempt"]:
+        raise Stopped(stopped["step"], again=True)
 
 
 def begin(folder: pathlib.Path, step: int) -> list[str]:
@@ -63,11 +85,11 @@ def begin(folder: pathlib.Path, step: int) -> list[str]:
     """
     past = read(folder)
     if not goes_on(past):
-        past = {"job": job_id(), "began": time.time(), "running": False, "failures": []}
+        past = {"job": job_id(), "running": False, "failures": []}
     failures = past["failures"]
     if past["running"]:
         failures.append({"from": past["from"], "at": last_step(folder) + 1, "error": past.get("error")})
-    past.pop("error", None)
+    past = {name: value for name, value in past.items() if name not in ("error", "stopped")}
     write(folder, {**past, "running": False})
     for key, most, what in (("at", SAME_STEP, "at step"), ("from", SAME_CHECKPOINT, "after the checkpoint of step")):
         latest = failures[-most:]
@@ -77,7 +99,7 @@ def begin(folder: pathlib.Path, step: int) -> list[str]:
                              f"{why}; not tried again; started by hand it goes on from the last checkpoint")
     write(folder, {**past, "running": True, "from": step})
     report("training")
-    if job_id() is None:
+    if "SLURM_JOB_ID" not in os.environ:
         return []
     return [f"SLURM job {job_id()}, restarted {automatic_restarts()} times"
             + (f", failed {len(failures)} times" if failures else "")]
@@ -99,7 +121,8 @@ class Attempt:
             (self.folder / "attempts.json").unlink(missing_ok=True)
             report("done")
         elif isinstance(error, Stopped):
-            write(self.folder, {**read(self.folder), "running": False})
+            stopped = {"run": os.environ.get("TORCHELASTIC_RUN_ID"), "attempt": torchrun_attempt(), "step": error.step}
+            write(self.folder, {**read(self.folder), "running": False, "stopped": stopped})
             # A batch script requeues what was stopped, and not what has done all it was told to.
             report("done" if error.planned else "stopped")
         else:
@@ -111,9 +134,9 @@ class Attempt:
 def read(folder: pathlib.Path) -> dict:
     try:
         found = json.loads((folder / "attempts.json").read_text(encoding="utf-8"))
-        return {**found, "job": found["job"], "began": float(found["began"]), "failures": list(found["failures"])}
+        return {**found, "job": found["job"], "running": bool(found["running"]), "failures": list(found["failures"])}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {"job": None, "began": float("inf"), "running": False, "failures": []}
+        return {"job": None, "running": False, "failures": []}
 
 
 def write(folder: pathlib.Path, record: dict) -> None:

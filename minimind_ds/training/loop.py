@@ -70,9 +70,13 @@ def main(program: str, argv: list[str]) -> int:
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in DISK:
             raise
-        return user_error(error, world)
+        return leave(user_error(error, world))
+    except RuntimeError as error:
+        return leave(contact_error(error, world, "the start"))
+    except Stopped as stopped:
+        return leave(say_stopped(stopped, world))
     except KeyboardInterrupt:
-        return 130
+        return leave(130)
     try:
         with live.stop, restarts.Attempt(prepared.folder, world.rank):
             train(prepared, live, start)
@@ -95,21 +99,38 @@ def main(program: str, argv: list[str]) -> int:
         # As below: the others may be waiting for this one.
         os._exit(1)
     except RuntimeError as error:
-        if world.size == 1 or not lost_contact(error):
-            raise
-        doing = live.watchdog.doing if live.watchdog else "starting"
-        print(f"error: rank {world.rank} on {socket.gethostname()} lost the other ranks in '{doing}': one of them "
-              f"ended or its node is gone ({first_line(error)}); --from_resume auto goes on from the last "
-              "checkpoint", file=sys.stderr, flush=True)
         # Leaving the broken process group in order would wait for those that are gone.
-        os._exit(1)
+        os._exit(contact_error(error, world, live.watchdog.doing if live.watchdog else "starting"))
     except Stopped as stopped:
-        if world.rank == 0:
-            print(stopped, file=sys.stderr, flush=True)
-        return stopped.code
+        return say_stopped(stopped, world)
     finally:
         engine.stop()
     return 0
+
+
+def leave(code: int) -> int:
+    """End before the training with this code: at once where a process group is open, whose own end may abort."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def say_stopped(stopped: Stopped, world: World) -> int:
+    """Its line, from one rank; the exit code."""
+    if world.rank == 0:
+        print(stopped, file=sys.stderr, flush=True)
+    return stopped.code
+
+
+def contact_error(error: RuntimeError, world: World, doing: str) -> int:
+    """One line where another rank is gone, and the exit code 1; any other error is raised again."""
+    if world.size == 1 or not lost_contact(error):
+        raise error
+    print(f"error: rank {world.rank} on {socket.gethostname()} lost the other ranks in '{doing}': one of them "
+          f"ended or its node is gone ({first_line(error)}); --from_resume auto goes on from the last "
+          "checkpoint", file=sys.stderr, flush=True)
+    return 1
 
 
 def user_error(error: UserError | OSError, world: World) -> int:

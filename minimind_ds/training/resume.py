@@ -23,6 +23,7 @@ from minimind_ds.config.run import DEFAULTS, MAY_CHANGE, MAY_GROW, MUST_STAY
 from minimind_ds.convert.minimind import expected_shapes
 from minimind_ds.data.sources import content_change
 from minimind_ds.resilience import restarts
+from minimind_ds.resilience.signals import Stopped
 from minimind_ds.training import kept_weights
 from minimind_ds.training.evaluations import Evaluations, recorded
 from minimind_ds.training.live import LiveRun
@@ -60,16 +61,18 @@ def find_resume_point(prepared: PreparedRun, live: LiveRun) -> ResumePoint:
     Raises:
         ValueError: on every rank, when a checkpoint is damaged or the folder belongs to another run.
         OSError: on every rank, when rank 0 cannot write to the folder.
+        Stopped: on every rank, when torchrun has started a run again that was asked to stop.
     """
     found = [None]
     if prepared.world.rank == 0:
         try:
             live.folder_lock = acquire_run_lock(prepared.folder)
+            restarts.refuse_after_stop(prepared.folder)
             start = look_for_resume_point(prepared)
             if not start.finished:
                 start = replace(start, notes=(*start.notes, *restarts.begin(prepared.folder, start.step)))
             found = [start]
-        except (UserError, OSError) as error:
+        except (UserError, OSError, Stopped) as error:
             found = [error]
     dist.broadcast_object_list(found)
     if isinstance(found[0], Exception):
@@ -236,7 +239,7 @@ def layout_facts(prepared: PreparedRun) -> dict:
 def manifest_facts(prepared: PreparedRun, step: int, epoch: int, epoch_step: int) -> dict:
     """What a checkpoint's manifest says of the run that wrote it."""
     return {"step": step, "epoch": epoch, "epoch_step": epoch_step, "identity": identity(prepared),
-            "may_change": may_change(prepared), "layout": layout_facts(prepared),
+            "may_change": may_change(prepared), "layout": layout_facts(prepared), "job": restarts.job_facts(),
             **({"lora": prepared.lora.facts()} if prepared.lora else {})}
 
 

@@ -63,7 +63,7 @@ def test_ranks_with_other_settings_are_told_which():
     port = int(free_port())
     both = [start(0, 2, port), start(1, 2, port, seed="2")]
     code, out, err = ended(both[0])
-    assert code == 2 and not out and err.count("\n") == 0
+    assert code == 2 and not out and err.count("error: ") == 1
     assert "ranks differ: seed is 1 on rank 0" in err and "and 2 on rank 1" in err
     assert ended(both[1])[0] == 2
 
@@ -76,18 +76,37 @@ def test_a_rank_that_does_not_come_is_named_after_a_line_that_says_who_is_waited
     assert code == 2 and "cannot reach rank 0 at 127.0.0.1" in err.splitlines()[-1] and "Traceback" not in err
 
 
-def test_a_port_that_is_taken_is_named_with_its_holder():
+def test_two_processes_that_claim_one_rank_are_told():
+    port = int(free_port())
+    first, *twins = [start(rank, 3, port) for rank in (0, 1, 1)]
+    until(lambda: any(p.poll() is not None for p in twins), "the second rank 1", [first])
+    second = next(p for p in twins if p.poll() is not None)
+    code, _, err = ended(second)
+    assert code == 2 and "error: rank 1 is here twice, once on " in err
+    for process in (first, *twins):
+        process.kill()
+        process.communicate()
+
+
+def test_a_port_that_is_taken_is_named_with_its_holder(tmp_path):
     with socket.socket() as taken:
         taken.bind(("0.0.0.0", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        code, _, err = ended(start(0, 2, port, seconds=5))
+        outcome = tmp_path / "outcome"
+        code, _, err = ended(start(0, 2, port, seconds=5, MINIMIND_DS_OUTCOME=str(outcome)))
+    # A batch script's next start has another port.
+    assert outcome.read_text() == "unmet\n"
     assert code == 2 and err.splitlines()[-1].startswith(f"error: MASTER_PORT {port} is taken on ")
     assert f"by process {os.getpid()} (" in err
 
 
 @pytest.mark.parametrize("variables, said", [
     ({"GLOO_SOCKET_IFNAME": "ib0"}, "GLOO_SOCKET_IFNAME is 'ib0', and "),
+    ({"NCCL_SOCKET_IFNAME": "=l"}, "NCCL_SOCKET_IFNAME is '=l', and "),
+    ({"NCCL_SOCKET_IFNAME": "ib0,ib1"}, "NCCL_SOCKET_IFNAME is 'ib0,ib1', and .* it has .*lo"),
+    # For documentation: nobody has it.
+    ({"MASTER_ADDR": "203.0.113.7"}, "MASTER_ADDR is 203.0.113.7, which is no address of "),
     ({"MASTER_ADDR": "nowhere.invalid"}, "MASTER_ADDR is 'nowhere.invalid', which "),
     ({"MASTER_PORT": ""}, "there are 2 ranks, and MASTER_PORT is not set"),
 ])
@@ -99,6 +118,9 @@ def test_an_environment_that_cannot_work_is_one_line(monkeypatch, variables, sai
 
 
 STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
+OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in
+            [("RANK", "3"), ("SIZE", "4"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2")]}
+HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
 TWO_NODES = {"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "2,1"}
 
 
@@ -111,7 +133,16 @@ TWO_NODES = {"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_TASKS_PER_NODE": "
     ({**STEP, **TWO_NODES}, "MASTER_ADDR and MASTER_PORT are not set"),
     ({**STEP, "SLURM_TASKS_PER_NODE": "3"}, "MASTER_PORT is not set"),
     ({**STEP, "MASTER_PORT": "29500", "SLURM_TASKS_PER_NODE": "3(y)"}, r"'3\(y\)' tasks a node"),
-    ({**STEP, "RANK": "0", "WORLD_SIZE": "1"}, "srun started 3 tasks, and the environment says WORLD_SIZE=1"),
+    ({**STEP, "RANK": "0", "WORLD_SIZE": "1"}, "srun started 3 tasks, .* of task 1 says RANK=0 and WORLD_SIZE=1"),
+    ({**STEP, "RANK": "0", "WORLD_SIZE": "3"}, "srun started 3 tasks, .* of task 1 says RANK=0 and WORLD_SIZE=3"),
+    ({**STEP, "RANK": "1", "WORLD_SIZE": "8"}, "srun started 3 tasks, .* says RANK=1 and WORLD_SIZE=8"),
+    ({"SLURM_PROCID": "0", "SLURM_NNODES": "2"}, "this SLURM job has 2 nodes, and this process is none of srun's"),
+    ({**STEP, "MASTER_PORT": "29500", "SLURM_TASKS_PER_NODE": "3", "SLURM_GPUS_ON_NODE": "2"},
+     "3 ranks are to run on .*, which has 2 GPUs for them: start one a GPU"),
+    (OPEN_MPI, "mpirun started 4 ranks, and MASTER_ADDR and MASTER_PORT are not set"),
+    ({**OPEN_MPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, "mpirun started 4 ranks, and MASTER_PORT is not set"),
+    ({"OMPI_COMM_WORLD_SIZE": "x", **OPEN_MPI, "OMPI_COMM_WORLD_RANK": "4", "MASTER_ADDR": "a", "MASTER_PORT": "1"},
+     "RANK is 4 and WORLD_SIZE 4"),
     ({"SLURM_NTASKS": "many"}, "SLURM_NTASKS='many'"),
 ])
 def test_what_a_launcher_cannot_mean_is_one_line(monkeypatch, variables, said):
@@ -129,6 +160,29 @@ def test_slurm_s_uneven_nodes_are_understood(monkeypatch, node, here):
     world = read_world()
     assert (world.rank, world.size, world.local_rank, world.local_size) == (1, 11, 1, here)
     assert (world.address, world.port) == ("n0", 29500)
+
+
+@pytest.mark.parametrize("variables", [OPEN_MPI, HYDRA, {**STEP, **OPEN_MPI}])
+def test_mpirun_s_ranks_need_no_mpi4py(monkeypatch, variables):
+    for name, value in {**variables, "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    world = read_world()
+    assert (world.rank, world.size, world.local_rank, world.local_size) == (3, 4, 1, 2)
+
+
+def test_gpus_that_nobody_uses_are_a_warning(monkeypatch, capsys):
+    for name, value in {**STEP, "SLURM_LOCALID": "0", "SLURM_TASKS_PER_NODE": "1(x3)", "SLURM_GPUS_ON_NODE": "8",
+                        "MASTER_ADDR": "n0", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    assert read_world().local_size == 1
+    assert f"warning: {socket.gethostname()} has 8 GPUs and runs 1 rank: the others idle" in capsys.readouterr().err
+
+
+def test_ranks_that_share_a_gpu_are_named():
+    facts = {rank: {"host": f"n{rank // 2}", "gpu": f"GPU-{min(rank, 2)}", "settings": {}} for rank in range(4)}
+    assert rendezvous.difference(facts).startswith("ranks 2 and 3 work on the same GPU of n1: start one rank a GPU")
+    alike = {rank: {**fact, "gpu": None} for rank, fact in facts.items()}
+    assert rendezvous.difference(alike) is None
 
 
 def test_a_launcher_in_each_task_of_an_srun_is_believed(monkeypatch):

@@ -3,17 +3,18 @@
 import functools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
+from minimind_ds.data.tokenise import Part
 from minimind_ds.resilience import restarts
 from minimind_ds.resilience.signals import SAME_REQUEST_SECONDS, STOPPED, Stopped, StopRequest
 from tests.checkpoint.test_resume import STEPS, Run, curve, weights
-from tests.conftest import ROOT, cache_dir, deepspeed_command, environment
+from tests.conftest import ROOT, cache_dir, deepspeed_command, environment, free_port, rank_environment
 from tests.waiting import HANG_S, until
 
 
@@ -144,21 +145,73 @@ def test_a_planned_stop_is_not_started_again_by_itself(tmp_path, monkeypatch, st
 
 
 def test_a_restarted_job_knows_its_own_checkpoints_from_those_of_others(tmp_path, monkeypatch):
-    old = tmp_path / "checkpoints" / "step_00000005"
-    old.mkdir(parents=True)
-    os.utime(old, (time.time() - 60,) * 2)
+    def wrote(step: int) -> None:
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"job": restarts.job_facts()}))
+        # By its manifest, whatever another machine's clock says.
+        os.utime(folder, (9_999_999_999 - step,) * 2)
+
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    monkeypatch.setenv("SLURM_JOB_ID", "6")
+    wrote(5)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert not restarts.has_own_checkpoint(tmp_path)
-    restarts.begin(tmp_path, 0)
-    assert not restarts.has_own_checkpoint(tmp_path)
-    (tmp_path / "checkpoints" / "step_00000009").mkdir()
+    wrote(9)
     assert restarts.has_own_checkpoint(tmp_path)
+    assert restarts.whose(tmp_path / "checkpoints" / "step_00000009") == {"id": "7", "attempt": 1}
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     assert not restarts.has_own_checkpoint(tmp_path)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.delenv("SLURM_RESTART_COUNT")
     assert not restarts.has_own_checkpoint(tmp_path)
+
+
+def test_torchrun_does_not_start_again_what_was_asked_to_stop(tmp_path, monkeypatch):
+    def attempt(number: int, run: str = "a") -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(number))
+
+    attempt(0)
+    restarts.refuse_after_stop(tmp_path)
+    restarts.begin(tmp_path, 0)
+    restarts.Attempt(tmp_path, 0).__exit__(Stopped, Stopped(12), None)
+    for number in (1, 2):
+        attempt(number)
+        with pytest.raises(Stopped, match="it stays stopped; the checkpoint of step 12") as error:
+            restarts.refuse_after_stop(tmp_path)
+        # As rank 0 sends it to the others.
+        sent = pickle.loads(pickle.dumps(error.value))
+        assert (sent.code, sent.step, str(sent)) == (STOPPED, 12, str(error.value))
+    # Another torchrun goes on, and is started again after a failure.
+    attempt(1, "b")
+    restarts.refuse_after_stop(tmp_path)
+    attempt(0)
+    restarts.refuse_after_stop(tmp_path)
+    restarts.begin(tmp_path, 12)
+    attempt(1)
+    restarts.refuse_after_stop(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_the_first_step_keeps_what_is_tokenised_and_ends_with_75(tmp_path, number):
+    """Two thousand records make a chunk; the signal comes when the first is in the cache."""
+    data, cache, outcome = tmp_path / "data.jsonl", tmp_path / "cache", tmp_path / "outcome"
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
+    data.write_text(f"{json.dumps({'conversations': said})}\n" * 60_000)
+    words = ["launch/sft.py", "--deepspeed", "zero2", "--preset", "debug", "--data_path", str(data), "--cache_dir",
+             str(cache), "--save_dir", str(tmp_path / "run"), "--num_workers", "0"]
+    log = tmp_path / "log"
+    run = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment(MINIMIND_DS_OUTCOME=str(outcome)),
+                           stdout=log.open("w"), stderr=subprocess.STDOUT)
+    until(outcome.exists, "the first chunk", [run], log)
+    run.send_signal(number)
+    assert run.wait(timeout=HANG_S) == STOPPED, log.read_text()
+    assert f"{number.name}: ends at once, before any step; what is tokenised is kept" in log.read_text()
+    assert "Traceback" not in log.read_text() and outcome.read_text() == "tokenised\n"
+    [part] = cache.glob(".*.part")
+    assert Part(part).stats["records"] >= 2000 and not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_ten_failures_without_a_new_checkpoint_end_automatic_restarts(tmp_path, monkeypatch):
@@ -179,10 +232,13 @@ def test_the_program_refuses_a_crash_loop_with_one_line_and_code_2(tmp_path):
     (folder / "attempts.json").write_text(json.dumps({"job": None, "began": 0, "running": True, "from": 0,
                                                       "failures": [failure] * 2, "error": "OSError: full"}))
     outcome = tmp_path / "outcome"
-    done = subprocess.run([sys.executable, "launch/sft.py", "--deepspeed", "ds_configs/zero2.json", "--preset",
-                           "debug", "--save_dir", str(folder), "--cache_dir", cache_dir()], cwd=ROOT, text=True,
-                          env=environment(SLURM_RESTART_COUNT="2", MINIMIND_DS_OUTCOME=str(outcome)),
-                          capture_output=True, timeout=HANG_S)
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(said) == 1 and "OSError: full" in said[0], done.stderr
-    assert not outcome.exists()
+    port, words = free_port(), ["launch/sft.py", "--deepspeed", "ds_configs/zero2.json", "--preset", "debug",
+                                "--save_dir", str(folder), "--cache_dir", cache_dir()]
+    extra = {"SLURM_RESTART_COUNT": "2", "MINIMIND_DS_OUTCOME": str(outcome)}
+    ranks = [subprocess.Popen([sys.executable, *words], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+                              env=rank_environment(rank, 2, port, **extra)) for rank in range(2)]
+    ended = [p.communicate(timeout=HANG_S)[1] for p in ranks]
+    said = [line for err in ended for line in err.splitlines() if line.startswith("error: ")]
+    # With their process group open, and never by an abort.
+    assert [p.returncode for p in ranks] == [2, 2] and len(said) == 1 and "OSError: full" in said[0], ended
+    assert not outcome.exists() or outcome.read_text() == "tokenised\n"

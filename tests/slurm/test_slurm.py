@@ -136,7 +136,8 @@ def early(cluster):
     busy = Batch(cluster, "busy7", *TWO_NODES, "--partition=low", "--gpus-per-node=20", "--array=7",
                  flags=("--save_dir", str(cluster.home / "busy%a"), "--from_resume", "none"))
     busy.id += "_7"
-    limit = Batch(cluster, "limit", *TWO_NODES, "--time=60")
+    # Submitted from a shell that is a rank itself.
+    limit = Batch(cluster, "limit", *TWO_NODES, "--time=60", RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
     pool = concurrent.futures.ThreadPoolExecutor()
     yield control, busy, limit, pool.submit(disturb, busy), pool.submit(run_out_of_time, limit)
     pool.shutdown(wait=False, cancel_futures=True)
@@ -297,8 +298,9 @@ def test_a_lost_node_costs_one_restart_which_is_slurms_own(cluster, control, bus
 def test_a_program_that_never_starts_is_tried_three_times_and_once_more_for_a_lost_node(broken):
     ended = broken.wait("FAILED")
     why = "the program did not start (exit code 3)"
+    third = "error: the program did not come to train, three times in a row, nor to tokenise more (ended by: "
     assert broken.requeued() == [(why, "2"), (why, "3")] and ended["Restarts"] == "3" and ended["ExitCode"] == "2:0"
-    assert "error: the program did not start, three times; see " in broken.said()
+    assert f"{third}exit code 3, exit code 3, exit code 3); see " in broken.said()
 
 
 def test_a_chain_of_jobs_ends_in_a_hugging_face_folder(cluster, chain):
@@ -308,10 +310,11 @@ def test_a_chain_of_jobs_ends_in_a_hugging_face_folder(cluster, chain):
     assert all(a["EndTime"] <= b["StartTime"] for a, b in zip(times, times[1:]))
 
 
-def test_the_benchmark_ends_with_one_json_document_inside_a_container_too(benchmark):
+def test_the_benchmark_ends_with_one_json_document_inside_a_container_too(cluster, benchmark):
     benchmark.wait("COMPLETED")
     said = benchmark.out.read_text()
-    assert f"inside x.sif at {ROOT} with {ROOT},{ROOT}" in said and "pre-flight: all well" in said
+    assert f"inside x.sif at {ROOT} with {ROOT},{ROOT},{cluster.home}/benchmark.logs\n" in said
+    assert "pre-flight: all well" in said
     assert json.loads(said[said.index("\n{\n"):])["loops"]["packed fp32"]["tokens_per_s"] > 0
 
 

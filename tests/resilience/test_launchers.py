@@ -1,0 +1,96 @@
+"""Ranks whose launcher is killed stop with a checkpoint, and outlive the shell that started it."""
+
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from minimind_ds.resilience import launchers
+from minimind_ds.resilience.signals import StopRequest
+from tests.checkpoint.test_resume import curve
+from tests.conftest import ROOT, deepspeed_command, environment
+from tests.ends import flags_for
+from tests.resilience.test_signals import newest
+from tests.waiting import HANG_S, until
+
+PYTHON = "/opt/venv/bin/python3.11"
+
+
+@pytest.mark.parametrize("words, module", [
+    ([PYTHON, "/opt/venv/bin/deepspeed", "--num_gpus", "2", "launch/sft.py"], "deepspeed.launcher.runner"),
+    ([PYTHON, "-u", "-m", "deepspeed.launcher.launch", "--world_info=e30="], "deepspeed.launcher.launch"),
+    ([f"{PYTHON} -u -m deepspeed.launcher.launch --world_info=e30="], "deepspeed.launcher.launch"),
+    ([PYTHON, "/opt/venv/bin/torchrun", "--standalone"], "torch.distributed.run"),
+    ([PYTHON, "-m", "torch.distributed.run"], "torch.distributed.run"),
+    (["bash", "-c", "deepspeed launch/sft.py"], None),
+    (["bash", "/usr/bin/deepspeed"], None),
+    ([PYTHON, "-u", "launch/sft.py", "--deepspeed", "zero2"], None),
+    ([PYTHON, "-m", "pytest", "deepspeed"], None),
+    ([PYTHON], None), ([], None),
+])
+def test_a_launcher_is_known_by_its_command_line(words, module):
+    assert launchers.runs(words) == module
+
+
+def start(tmp_path, command: list[str], log) -> subprocess.Popen:
+    flags = flags_for(tmp_path, 100_000)
+    return subprocess.Popen([*command, "launch/sft.py", *flags, "--epochs", "1000"], cwd=ROOT, env=environment(),
+                            stdout=log.open("w"), stderr=subprocess.STDOUT)
+
+
+@pytest.mark.parametrize("whom, number, code", [
+    # The first of the two ends at once; the second, hearing of ranks that ended with 75, says so to nobody.
+    ("first", signal.SIGTERM, -signal.SIGTERM),
+    # "if result.returncode > 0": DeepSpeed's first process ends with 0 where its second was killed.
+    ("second", signal.SIGKILL, 0),
+    pytest.param("first", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
+    # It passes the signal on to its ranks, waits for them up to 30 s, and ends with 1.
+    pytest.param("second", signal.SIGTERM, 1, marks=pytest.mark.slow),
+])
+def test_ranks_whose_launcher_is_killed_stop_with_a_checkpoint(tmp_path, whom, number, code):
+    log, folder = tmp_path / "log", tmp_path / "run"
+    first = start(tmp_path, deepspeed_command(2)[:5], log)
+    metrics = folder / "metrics.jsonl"
+    until(lambda: metrics.exists() and metrics.read_text().count('"loss"') >= 3, "three steps", [first], log)
+    [second] = psutil.Process(first.pid).children()
+    ranks = second.children()
+    assert len(ranks) == 2
+    (first if whom == "first" else second).send_signal(number)
+    assert first.wait(timeout=HANG_S) == code
+    # Not this process's children: they are waited for by their files.
+    until(lambda: all(launchers.Launcher(rank, "").gone() for rank in ranks), "the ranks' end", log=log)
+    said = log.read_text()
+    assert newest(folder) == curve(folder)[-1][0] and f"the checkpoint of step {newest(folder)} is written" in said
+    if (whom, number) != ("second", signal.SIGTERM):
+        name = "DeepSpeed's launcher" if whom == "first" else "DeepSpeed's launcher of this machine"
+        assert f"{name} (process " in said and "is gone: a checkpoint after this step" in said
+
+
+def test_a_run_in_the_background_outlives_its_shell(tmp_path):
+    """The shell is killed, and the launcher has another parent from then on; nobody is asked to stop."""
+    code = ("import sys, time; from minimind_ds.resilience import launchers, signals; signals.LOOK_S = 0.05\n"
+            "with signals.StopRequest() as stop:\n"
+            " print(len(launchers.above()), flush=True); sys.stdin.read(); time.sleep(0.5); print(stop.asked)")
+    shell = subprocess.Popen(["bash", "-c", f'{sys.executable} -c "$0" & wait', code], cwd=ROOT, env=environment(),
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    # Tests may themselves run under a launcher.
+    assert shell.stdout.readline() == f"{len(launchers.above())}\n"
+    shell.kill()
+    shell.stdin.close()
+    assert shell.stdout.read() == "None\n"
+
+
+def test_a_launcher_that_goes_asks_to_stop_once(monkeypatch):
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    launcher = launchers.Launcher(psutil.Process(child.pid), "torch.distributed.run")
+    monkeypatch.setattr(launchers, "above", lambda: [launcher])
+    assert not launcher.gone()
+    with StopRequest() as stop:
+        child.stdin.close()
+        # A zombie: nobody has asked for its exit code yet.
+        until(lambda: stop.asked, "the end of the launcher")
+    assert stop.asked == f"torchrun (process {child.pid}) is gone"
+    child.wait()
+    assert launcher.gone()
