@@ -10,7 +10,7 @@ import pytest
 from minimind_ds.resilience import launchers
 from minimind_ds.resilience.signals import StopRequest
 from tests.checkpoint.test_resume import curve
-from tests.conftest import ROOT, deepspeed_command, environment
+from tests.conftest import ROOT, deepspeed_command, environment, free_port
 from tests.ends import flags_for
 from tests.resilience.test_signals import newest
 from tests.waiting import HANG_S, until
@@ -94,3 +94,24 @@ def test_a_launcher_that_goes_asks_to_stop_once(monkeypatch):
     assert stop.asked == f"torchrun (process {child.pid}) is gone"
     child.wait()
     assert launcher.gone()
+
+
+@pytest.mark.parametrize("flags, visible, reaches", [
+    (["--include", "localhost:1,3"], None, "1,3"),
+    pytest.param(["--exclude", "localhost:0"], None, "1,2,3", marks=pytest.mark.slow),
+    # All of them, in DeepSpeed's own order.
+    ([], "2,0", "0,2")])
+def test_devices_that_are_named_reach_the_ranks_and_no_others(tmp_path, flags, visible, reaches):
+    """Of four: DeepSpeed takes LOCAL_SIZE for their number where there is no GPU."""
+    program = tmp_path / "program.py"
+    program.write_text("import os, sys; sys.path.insert(0, os.getcwd())\n"
+                       "from minimind_ds.distributed.world import read_world\nw = read_world()\n"
+                       "at = w.rank, w.size, w.local_rank, w.local_size, os.environ['CUDA_VISIBLE_DEVICES']\n"
+                       # In one piece.
+                       "os.write(1, ' '.join(map(str, ('here', *at))).encode() + b'\\n')")
+    extra = {"LOCAL_SIZE": "4", **({"CUDA_VISIBLE_DEVICES": visible} if visible else {})}
+    words = [deepspeed_command(1)[0], *flags, "--master_port", str(free_port()), str(program)]
+    done = subprocess.run(words, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=HANG_S)
+    ranks = len(reaches.split(","))
+    assert sorted(line for line in done.stdout.splitlines() if line.startswith("here")) == [
+        f"here {rank} {ranks} {rank} {ranks} {reaches}" for rank in range(ranks)], done.stdout + done.stderr
