@@ -43,8 +43,8 @@ def join(world: World, settings: dict, limit: datetime.timedelta) -> dist.Store:
     deadline = time.monotonic() + limit.total_seconds()
     # Under torchrun the ranks of every attempt use the same store.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", connect(world, deadline))
-    here = {"host": socket.gethostname(), "gpu": gpu(world), "settings": {name: str(value) for name, value in
-                                                                            settings.items()}}
+    here = {"host": socket.gethostname(), "gpu": gpu(world), "address": listens_at(world),
+            "settings": {name: str(value) for name, value in settings.items()}}
     if store.add(f"came/{world.rank}", 1) > 1:
         raise UserError(f"rank {world.rank} is here twice, once on {socket.gethostname()}: RANK must differ on each "
                         "process; unset RANK, WORLD_SIZE and LOCAL_RANK where they were inherited")
@@ -80,17 +80,22 @@ def unmet(message: str) -> UserError:
 def unconnected(world: World, backend: str, error: RuntimeError) -> str:
     """What to say where ranks have met and a backend cannot connect them: mostly it took the wrong network."""
     host = socket.gethostname()
-    return (f"rank {world.rank} on {host} ({own_address()}) met the others, and {backend} cannot connect them: "
+    return (f"rank {world.rank} on {host} met the others, and {backend} cannot connect them: "
             f"{first_line(error)}; did one of them end? Else set {backend.upper()}_SOCKET_IFNAME to the network "
             "interface that all machines share")
 
 
-def own_address() -> str:
-    """What this machine's name stands for, where gloo listens by default."""
-    try:
+def listens_at(world: World) -> str:
+    """Where gloo will listen: on the interface that is named, or at what this machine's name stands for; "": unknown,
+    or NCCL finds its way by itself."""
+    if world.device.type == "cuda":
+        return ""
+    with contextlib.suppress(OSError, psutil.Error):
+        if name := os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
+            found = psutil.net_if_addrs().get(name, ())
+            return next((one.address for one in found if one.family == socket.AF_INET), "")
         return socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return "a name without an address"
+    return ""
 
 
 def gpu(world: World) -> str | None:
@@ -215,13 +220,17 @@ def meet(store: dist.Store, world: World, deadline: float) -> tuple[str | None, 
 
 
 def difference(here: dict[int, dict]) -> str | None:
-    """Two ranks on one GPU, or the first setting that is not alike on all ranks, in one line."""
-    owners = {}
+    """Two ranks on one GPU, one that others cannot reach, or the first setting that is not alike, in one line."""
+    owners, several = {}, len({fact["host"] for fact in here.values()}) > 1
     for rank, fact in sorted(here.items()):
         other = owners.setdefault((fact["host"], fact["gpu"]), rank)
         if fact["gpu"] and other != rank:
             return (f"ranks {other} and {rank} work on the same GPU of {fact['host']}: start one rank a GPU (srun: "
                     "--ntasks-per-node as many as --gpus-per-node; torchrun: --nproc_per_node)")
+        # Many distributions give a machine's name such an address in /etc/hosts; ranks would wait for ever.
+        if several and fact["address"].startswith("127."):
+            return (f"rank {rank} on {fact['host']} would listen at {fact['address']}, where no other machine can "
+                    "reach it: set GLOO_SOCKET_IFNAME to the network interface that all machines share")
     for name, value in here[0]["settings"].items():
         for rank, fact in sorted(here.items()):
             other = fact["settings"].get(name, "missing")

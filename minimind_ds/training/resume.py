@@ -23,6 +23,7 @@ from minimind_ds.config.run import DEFAULTS, MAY_CHANGE, MAY_GROW, MUST_STAY
 from minimind_ds.convert.minimind import expected_shapes
 from minimind_ds.data.sources import content_change
 from minimind_ds.resilience import restarts
+from minimind_ds.resilience.preflight import source
 from minimind_ds.resilience.signals import Stopped
 from minimind_ds.training import kept_weights
 from minimind_ds.training.evaluations import Evaluations, recorded
@@ -213,7 +214,7 @@ def must_be_alike(prepared: PreparedRun) -> dict:
     return {**identity(prepared), "torch": torch.__version__, "dtype": run.dtype, "from_weight": run.from_weight,
             "save_interval": run.save_interval, "eval_interval": run.eval_interval, "keep_best": run.keep_best,
             "patience": run.patience, "stop_after": run.stop_after, "keep_weights_only": run.keep_weights_only,
-            "the DeepSpeed configuration": json.dumps(prepared.ds, sort_keys=True)}
+            "the DeepSpeed configuration": json.dumps(prepared.ds, sort_keys=True), "the code": source()}
 
 
 def may_change(prepared: PreparedRun) -> dict:

@@ -179,10 +179,20 @@ def test_gpus_that_nobody_uses_are_a_warning(monkeypatch, capsys):
 
 
 def test_ranks_that_share_a_gpu_are_named():
-    facts = {rank: {"host": f"n{rank // 2}", "gpu": f"GPU-{min(rank, 2)}", "settings": {}} for rank in range(4)}
+    facts = {rank: {"host": f"n{rank // 2}", "gpu": f"GPU-{min(rank, 2)}", "address": "", "settings": {}}
+             for rank in range(4)}
     assert rendezvous.difference(facts).startswith("ranks 2 and 3 work on the same GPU of n1: start one rank a GPU")
     alike = {rank: {**fact, "gpu": None} for rank, fact in facts.items()}
     assert rendezvous.difference(alike) is None
+
+
+def test_a_machine_that_would_listen_to_itself_alone_is_named(monkeypatch):
+    facts = {rank: {"host": f"n{rank}", "gpu": None, "address": address, "settings": {}}
+             for rank, address in enumerate(("10.0.0.1", "127.0.1.1"))}
+    assert rendezvous.difference(facts).startswith("rank 1 on n1 would listen at 127.0.1.1, where no other machine")
+    assert rendezvous.difference({rank: {**fact, "host": "n0"} for rank, fact in facts.items()}) is None
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    assert rendezvous.listens_at(read_world()) == "127.0.0.1"
 
 
 def test_a_launcher_in_each_task_of_an_srun_is_believed(monkeypatch):

@@ -1,6 +1,7 @@
 """Before the first step, in a real SLURM of two nodes: no restart without progress, one line for what cannot be."""
 
 import re
+import shutil
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 from tests.checkpoint.test_resume import curve, weights
 from tests.conftest import ROOT, environment, free_port
 from tests.slurm.cluster import Cluster
-from tests.slurm.test_slurm import ONE_TASK, STEPS, TWO_NODES, Batch, cluster, few, shim  # noqa: F401
+from tests.slurm.test_slurm import ONE_NODE, ONE_TASK, STEPS, TWO_NODES, Batch, cluster, few, shim  # noqa: F401
 from tests.waiting import HANG_S
 
 
@@ -83,3 +84,22 @@ def test_plain_torchrun_on_two_machines_trains_as_slurm_does(cluster):  # noqa: 
     control.wait("COMPLETED")
     for folder in folders:
         assert curve(folder) == curve(control.folder) and weights(folder) == weights(control.folder)
+
+
+@pytest.mark.slow
+def test_a_node_with_another_checkout_is_named_before_the_training_begins(cluster):  # noqa: F811
+    other = cluster.home / "other"
+    shutil.copytree(ROOT / "minimind_ds", other)
+    (other / "loss.py").write_text((other / "loss.py").read_text() + "# Changed on one node only.\n")
+    check = {"PREFLIGHT_FLAGS": "--min_free_gib 0.1"}
+    cluster.run("mount", "--bind", str(other), str(ROOT / "minimind_ds"), on="node2")
+    refused = Batch(cluster, "refused", *TWO_NODES, PREFLIGHT="1", **check)
+    unchecked = Batch(cluster, "unchecked", *TWO_NODES)
+    alike = Batch(cluster, "alike", *ONE_NODE, flags=("--preflight", "--max_steps", "2"), **check)
+    assert refused.wait("FAILED")["ExitCode"] == "2:0"
+    assert re.search(r"error: node2: source is \w+, elsewhere \w+", refused.said()) and not refused.folder.exists()
+    assert unchecked.wait("FAILED")["ExitCode"] == "2:0"
+    assert re.search(r"error: ranks differ: the code is \w+ on rank 0 \(node1\) and \w+ on rank 1", unchecked.said())
+    cluster.run("umount", str(ROOT / "minimind_ds"), on="node2")
+    alike.wait("COMPLETED")
+    assert "pre-flight: all well" in alike.said() and re.search(r"all-reduce over 2 ranks: .* GB/s", alike.said())

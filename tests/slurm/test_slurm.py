@@ -353,22 +353,6 @@ def test_a_job_that_fails_at_one_step_three_times_stops_with_the_reason(cluster)
 
 
 @pytest.mark.slow
-def test_a_node_with_another_checkout_is_named_before_the_training_begins(cluster):
-    other = cluster.home / "other"
-    shutil.copytree(ROOT / "minimind_ds", other)
-    (other / "loss.py").write_text((other / "loss.py").read_text() + "# Changed on one node only.\n")
-    check = {"PREFLIGHT_FLAGS": "--min_free_gib 0.1"}
-    cluster.run("mount", "--bind", str(other), str(ROOT / "minimind_ds"), on="node2")
-    refused = Batch(cluster, "refused", *TWO_NODES, PREFLIGHT="1", **check)
-    alike = Batch(cluster, "alike", *ONE_NODE, flags=("--preflight", "--max_steps", "2"), **check)
-    assert refused.wait("FAILED")["ExitCode"] == "2:0"
-    assert re.search(r"error: node2: source is \w+, elsewhere \w+", refused.said()) and not refused.folder.exists()
-    cluster.run("umount", str(ROOT / "minimind_ds"), on="node2")
-    alike.wait("COMPLETED")
-    assert "pre-flight: all well" in alike.said() and re.search(r"all-reduce over 2 ranks: .* GB/s", alike.said())
-
-
-@pytest.mark.slow
 def test_a_plain_host_file_trains_as_slurm_does(cluster, control):
     """launch/multi_node.sh and DeepSpeed's launcher as they are; ssh and pdsh enter the test's nodes instead."""
     tools = cluster.home / "bin"
