@@ -37,6 +37,9 @@ def show_bug(kind, error, trace) -> None:
         sys.stdout.flush()
         # The interpreter itself would end with 1.
         os._exit(2)
+    if issubclass(kind, KeyboardInterrupt):
+        # The interpreter then ends as by the signal: 130 to a shell.
+        print("interrupted (Ctrl-C)", file=sys.stderr, flush=True)
+        return
     traceback.print_exception(kind, error, trace)
-    if not issubclass(kind, KeyboardInterrupt):
-        print(REPORT, file=sys.stderr, flush=True)
+    print(REPORT, file=sys.stderr, flush=True)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -92,6 +93,25 @@ def test_only_chunks_whose_hash_is_right_are_kept(interrupted, build, damage, wh
     store = build(path)
     assert calls[0] == firsts[whole_chunks] and store.content == whole
     store.verify()
+
+
+def test_a_worker_that_is_killed_costs_nothing_of_what_was_tokenised(monkeypatch, small, build, tmp_path):
+    calls, encode, outcome = [], Encoder.__call__, tmp_path / "outcome"
+
+    def killed(self, items, first_index):
+        calls.append(first_index)
+        if len(calls) == 4:
+            raise BrokenProcessPool("as when a worker ends")
+        return encode(self, items, first_index)
+    monkeypatch.setattr(Encoder, "__call__", killed)
+    monkeypatch.setenv("MINIMIND_DS_OUTCOME", str(outcome))
+    path = write_lines(tmp_path / "talks.jsonl", map(talk, range(400)))
+    with pytest.raises(DataError, match="a process that tokenised was killed .out of memory.*is kept"):
+        build(path)
+    # A batch script learns that this start has brought something.
+    assert outcome.read_text() == "tokenised\n"
+    build(path)
+    assert calls[4] == calls[3]
 
 
 def test_a_file_that_changed_after_the_interruption_is_tokenised_from_its_start(interrupted, build):

@@ -3,6 +3,7 @@
 import datetime
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -213,7 +214,8 @@ def test_a_program_says_so_and_ends_with_2(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_s_restart_goes_on_from_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, 0), (signal.SIGTERM, 1)])
+def test_torchrun_s_restart_goes_on_from_the_checkpoint_unless_the_run_was_asked_to_stop(tmp_path, number, code):
     (tmp_path / "run.yaml").write_text("preset: debug\nmodel: {hidden_size: 48, num_hidden_layers: 2}\n")
     run, log = tmp_path / "run", tmp_path / "log"
     words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1",
@@ -223,7 +225,11 @@ def test_torchrun_s_restart_goes_on_from_the_checkpoint(tmp_path):
     agent = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment(), stdout=log.open("w"),
                              stderr=subprocess.STDOUT)
     until(lambda: list((run / "checkpoints").glob("step_*")), "a checkpoint", [agent], log)
-    psutil.Process(agent.pid).children()[-1].kill()
-    assert agent.wait(timeout=HANG_S) == 0 and "resuming from" in log.read_text(), log.read_text()[-4000:]
+    psutil.Process(agent.pid).children()[-1].send_signal(number)
+    assert agent.wait(timeout=HANG_S) == code, log.read_text()[-4000:]
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"loss"' in line]
-    assert steps == list(range(1, 61))
+    if number == signal.SIGKILL:
+        assert "resuming from" in log.read_text() and steps == list(range(1, 61)), log.read_text()[-4000:]
+    else:
+        said = "torchrun started a run again that was asked to stop; it stays stopped; the checkpoint of step "
+        assert f"{said}{steps[-1]} is written" in log.read_text() and steps[-1] < 60, log.read_text()[-4000:]
