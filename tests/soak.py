@@ -70,7 +70,7 @@ def growth(rows: list[tuple]) -> dict:
     columns, quarter = list(zip(*rows)), max(1, len(rows) // 4)
     ends = [[statistics.median(column[:quarter]), statistics.median(column[-quarter:])] for column in columns]
     return {"MiB in 200 steps": 200 * float(np.polyfit(columns[0], columns[1], 1)[0]), "MiB": ends[1],
-            "files": ends[2], "threads": ends[3]}
+            "files": ends[2], "threads": ends[3], "step and MiB": [[row[0], round(row[1], 1)] for row in rows[::8]]}
 
 
 def faults(steps: int, mean_s: float, seed: int) -> dict:

@@ -1,5 +1,6 @@
 """Before the first step, in a real SLURM of two nodes: no restart without progress, one line for what cannot be."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -90,7 +91,7 @@ def test_plain_torchrun_on_two_machines_trains_as_slurm_does(cluster):  # noqa: 
 def test_a_node_with_another_checkout_is_named_before_the_training_begins(cluster):  # noqa: F811
     other = cluster.home / "other"
     shutil.copytree(ROOT / "minimind_ds", other)
-    (other / "loss.py").write_text((other / "loss.py").read_text() + "# Changed on one node only.\n")
+    (other / "io.py").write_text((other / "io.py").read_text() + "# Changed on one node only.\n")
     check = {"PREFLIGHT_FLAGS": "--min_free_gib 0.1"}
     cluster.run("mount", "--bind", str(other), str(ROOT / "minimind_ds"), on="node2")
     refused = Batch(cluster, "refused", *TWO_NODES, PREFLIGHT="1", **check)
@@ -103,3 +104,19 @@ def test_a_node_with_another_checkout_is_named_before_the_training_begins(cluste
     cluster.run("umount", str(ROOT / "minimind_ds"), on="node2")
     alike.wait("COMPLETED")
     assert "pre-flight: all well" in alike.said() and re.search(r"all-reduce over 2 ranks: .* GB/s", alike.said())
+
+
+@pytest.mark.slow
+def test_a_time_limit_while_tokenising_keeps_what_is_done_and_the_next_start_goes_on(cluster):  # noqa: F811
+    said = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "yes"}]
+    (cluster.home / "data.jsonl").write_text(f"{json.dumps({'conversations': said})}\n" * 150_000)
+    job = Batch(cluster, "tokenises", *TWO_NODES, flags=("--data_path", str(cluster.home / "data.jsonl"),
+                                                         "--num_workers", "0", "--max_steps", "3"))
+    outcome = cluster.home / "tokenises.logs" / "outcome"
+    job.wait_for(outcome.exists, "the first chunk")
+    cluster.run("scancel", "--signal=USR1", "--batch", job.id)
+    ended = job.wait("COMPLETED")
+    assert ended["Restarts"] == "1" and job.requeued() == [("stopped by USR1", "1")]
+    assert "SIGUSR1: ends at once, before any step; what is tokenised is kept" in job.said()
+    assert re.search(r"going on after [\d,]+ records of \S+ that were tokenised before", job.said())
+    assert not (cluster.home / "tokenises.logs" / "failed_starts").exists()
