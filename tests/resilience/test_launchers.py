@@ -44,7 +44,7 @@ def start(tmp_path, command: list[str], log) -> subprocess.Popen:
     # The first of the two ends at once; the second, hearing of ranks that ended with 75, says so to nobody.
     ("first", signal.SIGTERM, -signal.SIGTERM),
     # "if result.returncode > 0": DeepSpeed's first process ends with 0 where its second was killed.
-    ("second", signal.SIGKILL, 0),
+    pytest.param("second", signal.SIGKILL, 0, marks=pytest.mark.slow),
     pytest.param("first", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
     # It passes the signal on to its ranks, waits for them up to 30 s, and ends with 1.
     pytest.param("second", signal.SIGTERM, 1, marks=pytest.mark.slow),
