@@ -9,6 +9,7 @@ from tests.conftest import ROOT, environment
 from tests.ends import flags_for
 
 
+@pytest.mark.by_exec("the interpreter's own end")
 def test_a_rank_that_ends_while_rank_0_stands_still_does_not_abort(tmp_path, deepspeed):
     done = deepspeed(2, "tests/distributed/ranks/late_end.py", *flags_for(tmp_path / "late"), check=False)
     # Where notes are still taken, the interpreter ends inside the store: -6, and so the launcher's 250.
