@@ -30,9 +30,9 @@ os.environ.setdefault("TORCH_EXTENSIONS_DIR",
                       str(CACHE / f"{sys.implementation.cache_tag}_torch_{metadata.version('torch')}"))
 # First, so that no worker is left with minutes of work when the others have none.
 LONGEST = ["test_slurm", "test_edges", "test_layouts", "test_configs", "test_parallel", "test_verify",
-           "test_lora_stages", "test_resume", "test_zero_files", "test_triton_moe", "test_faults", "test_reshape", "test_planner",
-           "test_benchmark", "test_triton_attention", "test_triton_model", "test_watchdog", "test_power_cut",
-           "test_saving"]
+           "test_lora_stages", "test_resume", "test_zero_files", "test_triton_moe", "test_faults", "test_reshape",
+           "test_planner", "test_benchmark", "test_triton_attention", "test_triton_model", "test_watchdog",
+           "test_power_cut", "test_saving"]
 
 
 def pytest_addoption(parser):
