@@ -14,8 +14,10 @@ from minimind_ds.config.model import ModelConfig
 from minimind_ds.config.run import parse_run_config
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.distributed.world import World
+from minimind_ds.training.loop import write_run_folder
+from minimind_ds.training.metrics import wandb_id
 from minimind_ds.training.prepare import choose, find_start_weights, prepare
-from minimind_ds.training.resume import look_for_resume_point
+from minimind_ds.training.resume import ResumePoint, look_for_resume_point
 from tests.conftest import ROOT, cache_dir, environment
 
 ALONE = World(0, 1, 0, 1, torch.device("cpu"))
@@ -112,3 +114,13 @@ def test_a_run_goes_on_with_the_rate_of_its_checkpoints(tmp_path):
         assert choose(parsed(*flags, *more), ALONE)[0].learning_rate == rate
     manifest.write_text("{")
     assert choose(parsed(*flags), ALONE)[0].learning_rate == 1e-5
+
+
+def test_a_run_that_starts_over_has_a_curve_of_its_own_at_weights_and_biases(tmp_path):
+    prepared = prepare("sft", ["--preset", "debug", "--deepspeed", "zero0", "--dtype", "fp32", "--save_dir",
+                               str(tmp_path), "--cache_dir", cache_dir()], ALONE)
+    first = wandb_id(tmp_path)
+    write_run_folder(prepared, ResumePoint(path=tmp_path / "checkpoints" / "step_00000005", step=5))
+    assert wandb_id(tmp_path) == first
+    write_run_folder(prepared, ResumePoint())
+    assert not (tmp_path / "wandb_id").exists() and wandb_id(tmp_path) != first
