@@ -63,7 +63,8 @@ OTHER = {"other text": lambda spec, config: spec["model"]["vocab"].update(
     "into others: far merges": swap(1, -1), "into others: near merges": swap(-2, -1),
     "into others: normaliser": lambda spec, config: spec.update(normalizer={"type": "Sequence", "normalizers": [
         spec["normalizer"], {"type": "Replace", "pattern": {"String": "qx"}, "content": "xq"}]}),
-    "into others: pre-tokenizer": lambda spec, config: spec.update(pre_tokenizer={"type": "Digits", "individual_digits": True})}
+    "into others: pre-tokenizer": lambda spec, config: spec.update(
+        pre_tokenizer={"type": "Digits", "individual_digits": True})}
 
 
 @pytest.mark.parametrize("name", SAME)
