@@ -1,4 +1,5 @@
-"""What an exported folder tells transformers: the chat template, and a SentencePiece model as `tokenizers` BPE.
+"""Tokenizer folders: what decides the ids in one, and what an exported one tells transformers: the chat template, a
+SentencePiece model as `tokenizers` BPE.
 
     python -c "from minimind_ds.data.hf_folder import chat_template as t; print(t())"
 """
