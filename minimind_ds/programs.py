@@ -159,4 +159,5 @@ def launch(name: str, asked: list[str], words: list[str]) -> int:
     # ninja of this environment first, for what DeepSpeed compiles.
     os.environ["PATH"] = os.pathsep.join([str(launcher.parent), os.environ.get("PATH", os.defpath)])
     print(f"{name}: starting DeepSpeed's launcher{said} …", file=sys.stderr, flush=True)
-    os.execv(found, [found, *asked, str(LAUNCH / f"{name}.py"), *words])
+    # Its lines about processes it starts would hide ours; what goes wrong it still says.
+    os.execv(found, [found, "--log_level", "warning", *asked, str(LAUNCH / f"{name}.py"), *words])
