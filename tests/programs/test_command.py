@@ -62,14 +62,14 @@ def test_a_wheel_trains_plans_and_has_its_files(wheel, command, tmp_path):
         there = {path.name for path in (wheel / "minimind_ds" / name).iterdir()} - {"__pycache__"}
         assert there == {path.name for path in (ROOT / name).iterdir()} - {"__pycache__"}
     # Its examples run where it stands: without launch/ and ds_configs/.
-    assert "    minimind-ds sft --num_gpus 2 --deepspeed zero2 --data_path" in command("sft", "--help").stdout
+    assert "    minimind-ds sft --num_gpus 2 --deepspeed zero1 --data_path" in command("sft", "--help").stdout
     assert "recommended: ds_configs/zero0.json" in command("plan", "--preset", "debug", "--ranks", "2").stdout
     done = command("sft", "--gpus=1", "--master-port", str(free_port()), "--max_steps", "2", "--preset", "debug",
                    "--pack_len", "768", "--save_interval", "0", "--cache_dir", cache_dir())
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 2 and (tmp_path / "out" / "sft_256.safetensors").exists()
     said = done.stderr.splitlines()
-    assert said[0].startswith("sft: starting DeepSpeed's launcher, with ds_configs/zero2.json")
+    assert said[0].startswith("sft: starting DeepSpeed's launcher, with ds_configs/zero1.json")
     assert "sft: loading PyTorch and DeepSpeed …" in said and str(wheel) in done.stdout
     assert json.loads((tmp_path / "out" / "ds_config.json").read_text())["zero_optimization"]["stage"] == 2
 
