@@ -221,8 +221,8 @@ def compare_with_run(files: dict[str, str], rest: list[str], ranks: int) -> dict
         off = [measure.compare(rank[name]) for rank in by_rank]
         # Planned is the rank that holds most.
         found[name] = {kind: min(o[kind] for o in off) for kind in off[0]}
-        off = ", ".join(f"{kind} {share:+.1%}" for kind, share in found[name].items())
-        print(wrap(f"plan against run, {name}: {off}"))
+        said = ", ".join(f"{kind} {share:+.1%}" for kind, share in found[name].items())
+        print(wrap(f"plan against run, {name}: {said}"))
     return found
 
 

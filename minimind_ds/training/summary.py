@@ -98,7 +98,7 @@ def loss_of(evaluation: tuple[int, float | None]) -> str:
 def chat_command(prepared: PreparedRun) -> str:
     """What talks to a run's weights."""
     # A wheel has the programs inside the package, and the command on the PATH.
-    words = ["minimind-ds", "chat"] if LAUNCH.is_relative_to(PACKAGE) else ["python", "launch/chat.py"]
+    words = ["minimind-ds", "chat"] if LAUNCH.is_relative_to(PACKAGE) else ["python", str(LAUNCH / "chat.py")]
     flags = {"--weight": prepared.run.from_weight if prepared.lora else prepared.run.save_dir,
              **({"--lora": prepared.run.save_dir} if prepared.lora else {})}
-    return shlex.join([*words, *(word for flag, path in flags.items() for word in (flag, terminal.shorter(path)))])
+    return shlex.join(map(terminal.shorter, [*words, *(word for pair in flags.items() for word in pair)]))
