@@ -73,8 +73,7 @@ def test_on_the_run_s_ranks_the_numbers_are_the_training_s_to_the_last_digit(out
     said = (out / "said").read_text()
     assert f"as in {out / 'whole' / 'run.yaml'}: max_seq_len 128" in said
     head, *rows = said[said.index("token accuracy"):].splitlines()[:4]
-    assert head == "token accuracy  labelled tokens" and [row.split()[0] for row in rows] == [
-        "sft_heldout", "sft_train", "all"]
+    assert head == "token accuracy  labelled tokens" and [row.split()[0] for row in rows] == ["one", "other", "all"]
 
 
 def test_alone_with_adapters_beside_their_base_they_are_the_training_s_to_1e_6(out, run):
