@@ -4,7 +4,7 @@
     python launch/benchmark.py --deepspeed ds_configs/zero?.json --preset debug minimind-3 --ranks 1,2 --rows 768x1x1
     python launch/benchmark.py --compare plain                     # each ZeRO stage / PyTorch alone; padded, moe, trl
     deepspeed --num_gpus 2 launch/benchmark.py --compare ddp
-    python launch/benchmark.py --profile out/profile --deepspeed ds_configs/zero2.json
+    python launch/benchmark.py --profile out/profile --deepspeed ds_configs/zero1.json
 
 A sweep goes on where it stopped.  Flags it does not know are those of launch/sft.py (data_path, dtype, tokenizer ...).
 docs/BENCHMARK.md says what is measured and how.

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Several machines without SLURM, by DeepSpeed's launcher over ssh:
-#   bash launch/multi_node.sh HOSTFILE sft --deepspeed ds_configs/zero2.json --save_dir /shared/runs/sft [any flag]
+#   bash launch/multi_node.sh HOSTFILE sft --deepspeed ds_configs/zero1.json --save_dir /shared/runs/sft [any flag]
 # HOSTFILE has a line for each machine, `name slots=GPUS`, the first one first.  The checkout, its environment, the data
 # and --save_dir must stand under the same paths on all of them.  --preflight, or PREFLIGHT=1, checks all machines
 # first; MASTER_PORT (default 29500) is for a second run on the same machines.

@@ -1,7 +1,7 @@
 """Pretraining on {"text": ...} lines under DeepSpeed: every token is predicted, texts are packed.
 
-    deepspeed launch/pretrain.py --deepspeed ds_configs/zero2.json
-    deepspeed launch/pretrain.py --deepspeed ds_configs/zero2.json --data_path my.jsonl --preset minimind-3
+    deepspeed launch/pretrain.py --deepspeed ds_configs/zero1.json
+    deepspeed launch/pretrain.py --deepspeed ds_configs/zero1.json --data_path my.jsonl --preset minimind-3
 """
 
 import pathlib

@@ -7,13 +7,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" ""
 out=${1:-out/quickstart}
 
 say "pretraining on examples/pretrain.jsonl"
-deepspeed launch/pretrain.py --config examples/quickstart.yaml --save_dir "$out/pretrain" --epochs 3
+deepspeed --log_level warning launch/pretrain.py --config examples/quickstart.yaml --save_dir "$out/pretrain" --epochs 3
 
 say "held-out score before fine-tuning"
 python launch/score.py --weight "$out/pretrain" --data_path examples/sft_heldout.jsonl
 
 say "fine-tuning on examples/sft_train.jsonl"
-deepspeed launch/sft.py --config examples/quickstart.yaml --save_dir "$out/sft" --from_weight "$out/pretrain" --epochs 4
+deepspeed --log_level warning launch/sft.py --config examples/quickstart.yaml --save_dir "$out/sft" --from_weight "$out/pretrain" --epochs 4
 
 say "held-out score after fine-tuning"
 python launch/score.py --weight "$out/sft" --data_path examples/sft_heldout.jsonl

@@ -1,7 +1,7 @@
 """Full supervised fine-tuning under DeepSpeed: the loss is on the assistant's words only, samples are packed.
 
-    deepspeed launch/sft.py --deepspeed ds_configs/zero2.json
-    deepspeed --num_gpus 2 launch/sft.py --deepspeed ds_configs/zero2.json --data_path my.jsonl --preset minimind-3
+    deepspeed launch/sft.py --deepspeed ds_configs/zero1.json
+    deepspeed --num_gpus 2 launch/sft.py --deepspeed ds_configs/zero1.json --data_path my.jsonl --preset minimind-3
 """
 
 import pathlib

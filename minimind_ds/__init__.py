@@ -12,15 +12,16 @@ if TYPE_CHECKING:
     from minimind_ds.data.packing import PackedBatch, collate, pack
     from minimind_ds.data.sample import Sample, build_sample
     from minimind_ds.data.tokenizer import load_tokenizer
-    from minimind_ds.model.decoder import MiniMindForCausalLM
+    from minimind_ds.model.decoder import MiniMindForCausalLM, ModelOutput
 
 # setup.py reads this line.
 __version__ = "0.1.0"
-__all__ = ["PRESETS", "MiniMindForCausalLM", "ModelConfig", "PackedBatch", "Sample", "build_sample", "collate",
-           "load_tokenizer", "pack"]
+__all__ = ["PRESETS", "MiniMindForCausalLM", "ModelConfig", "ModelOutput", "PackedBatch", "Sample", "build_sample",
+           "collate", "load_tokenizer", "pack"]
 WHERE = {"PRESETS": "config.model", "ModelConfig": "config.model", "PackedBatch": "data.packing",
          "collate": "data.packing", "pack": "data.packing", "Sample": "data.sample", "build_sample": "data.sample",
-         "load_tokenizer": "data.tokenizer", "MiniMindForCausalLM": "model.decoder"}
+         "load_tokenizer": "data.tokenizer", "MiniMindForCausalLM": "model.decoder",
+         "ModelOutput": "model.decoder"}
 
 
 def __getattr__(name: str):

@@ -1,6 +1,6 @@
 """Every program, by its name: what launch/*.py start, and the command minimind-ds.
 
-    minimind-ds sft --gpus 2 --deepspeed zero2 --data_path my.jsonl
+    minimind-ds sft --gpus 2 --deepspeed zero1 --data_path my.jsonl
     minimind-ds plan --preset minimind-3 --ranks 8 --memory 80
     python -m minimind_ds --help
 
@@ -162,8 +162,9 @@ def launch(name: str, asked: list[str], words: list[str]) -> int:
         return 2
     said = ""
     if name in run_flags.PROGRAMS and not {"--deepspeed", "--config"} & {word.partition("=")[0] for word in words}:
-        words, said = ["--deepspeed", "zero2", *words], ", with ds_configs/zero2.json (--deepspeed names another)"
+        words, said = ["--deepspeed", "zero1", *words], ", with ds_configs/zero1.json (--deepspeed names another)"
     # ninja of this environment first, for what DeepSpeed compiles.
     os.environ["PATH"] = os.pathsep.join([str(launcher.parent), os.environ.get("PATH", os.defpath)])
     print(f"{name}: starting DeepSpeed's launcher{said} …", file=sys.stderr, flush=True)
-    os.execv(found, [found, *asked, str(LAUNCH / f"{name}.py"), *words])
+    # Its lines about processes it starts would hide ours; what goes wrong it still says.
+    os.execv(found, [found, "--log_level", "warning", *asked, str(LAUNCH / f"{name}.py"), *words])

@@ -104,10 +104,15 @@ def ranks_command(ranks: int, *words: str) -> list[str]:
 OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+# Lines that tests read are not wrapped.
+WIDE = "10000"
+
+
 @pytest.fixture(autouse=True)
 def unchanged_environment():
     """A test leaves the environment as it found it."""
     before = dict(os.environ)
+    os.environ["COLUMNS"] = WIDE
     yield
     for name in os.environ.keys() - before.keys():
         del os.environ[name]
@@ -118,7 +123,8 @@ def environment(**extra: str) -> dict:
     """The environment of a started program: the tests' own, with the venv's ninja and python first."""
     bin_dir = str(pathlib.Path(sys.executable).parent)
     inherited = {name: value for name, value in os.environ.items() if name not in OF_RANKS}
-    return {**inherited, "PATH": bin_dir + os.pathsep + os.environ["PATH"], "DS_ACCELERATOR": "cpu", **extra}
+    return {**inherited, "PATH": bin_dir + os.pathsep + os.environ["PATH"], "DS_ACCELERATOR": "cpu",
+            "COLUMNS": WIDE, **extra}
 
 
 def rank_environment(rank: int, ranks: int, port: int, **extra: str) -> dict:

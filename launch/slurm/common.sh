@@ -203,7 +203,7 @@ train() { # PROGRAM [FLAG...]; %a in a flag is the number of the array's task
     set -- "${others[@]}"
     case " $* " in
     *" --deepspeed"[\ =]* | *" --config"[\ =]*) ;;
-    *) set -- "$@" --deepspeed "$home/ds_configs/zero2.json" ;;
+    *) set -- "$@" --deepspeed "$home/ds_configs/zero1.json" ;;
     esac
     trap 'on_signal USR1' USR1
     trap 'on_signal TERM' TERM

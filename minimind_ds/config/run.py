@@ -49,7 +49,7 @@ def flag(default, help, *, choices=None, resume=None, paths=None, alone=None):
 class RunConfig:
     """Everything that decides a training run, besides the DeepSpeed JSON.  None means: chosen by the program."""
 
-    deepspeed: str | None = flag(None, "DeepSpeed JSON file, or a shipped one by its name: zero2 (required); in a "
+    deepspeed: str | None = flag(None, "DeepSpeed JSON file, or a shipped one by its name: zero1 (required); in a "
                                        "YAML also the block itself")
     preset: str | None = flag(None, "model size; default: the one that fits the machine", choices=tuple(PRESETS),
                               resume="must keep")

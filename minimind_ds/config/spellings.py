@@ -50,6 +50,8 @@ BASE = "write --from_weight for weights on this machine, --preset for a new mode
 HINTS = {
     "device": "DeepSpeed's launcher gives each rank its device: `deepspeed --num_gpus 2 …` or `--include localhost:1` "
               "before the program choose GPUs, and DS_ACCELERATOR=cpu in the environment trains on the processor",
+    **dict.fromkeys(("num_gpus", "gpus", "include", "exclude", "hostfile", "master_port"),
+                    "that is the launcher's: write it before the program, `deepspeed --num_gpus 2 launch/sft.py …`"),
     "ddp": "the ranks are those that DeepSpeed's launcher starts: `deepspeed --num_gpus 2 launch/sft.py …`",
     "lora_name": "write --lora_rank 16 for adapters and --save_weight for the name of their file",
     "lora_weight": "that is chat.py's and score.py's; a run starts from whole weights, --from_weight",

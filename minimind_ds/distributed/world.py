@@ -171,7 +171,9 @@ def current_device() -> torch.device:
 
 def export(world: World) -> None:
     """Tells the libraries that read a launcher's variables (DeepSpeed, torch.distributed) what read_world found."""
-    port = world.port or (free_port() if world.size == 1 else None)
+    # One rank meets nobody, and the launcher's usual port may be another run's; torchrun's has torchrun behind it.
+    meets = world.size > 1 or (world.port and "TORCHELASTIC_USE_AGENT_STORE" in os.environ)
+    port = world.port if meets else free_port()
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
                       LOCAL_WORLD_SIZE=str(world.local_size), MASTER_ADDR=world.address,
                       **({"MASTER_PORT": str(port)} if port else {}))

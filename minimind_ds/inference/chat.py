@@ -316,9 +316,14 @@ def answer(chat: Chat, question: str):
         print(f"[{len(stream.ids)} tokens, {stream.tokens_per_second():.1f} tokens/s]", file=sys.stderr)
 
 
+COMMANDS = """/reset  forgets the conversation
+/help   shows this
+/exit   leaves, as Ctrl-D does; Ctrl-C stops an answer"""
+
+
 def converse(chat: Chat, lines: Callable[[str], str] = input):
-    """Questions from the terminal until /exit or Ctrl-D; /clear forgets what was said."""
-    print("/clear forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer.", file=sys.stderr)
+    """Questions from the terminal until /exit or Ctrl-D; /reset (or /clear) forgets what was said."""
+    print(COMMANDS, file=sys.stderr)
     while True:
         try:
             question = lines("> " if sys.stdin.isatty() else "").strip()
@@ -329,8 +334,12 @@ def converse(chat: Chat, lines: Callable[[str], str] = input):
             continue
         if question == "/exit":
             return
-        if question == "/clear":
+        if question in ("/reset", "/clear"):
             chat.turns.clear()
+            print("[forgotten]", file=sys.stderr)
+        elif re.fullmatch("/[a-z]*", question):
+            # One word after a slash is a command that was meant, /help or a misspelt one.
+            print(COMMANDS, file=sys.stderr)
         elif question:
             try:
                 answer(chat, question)

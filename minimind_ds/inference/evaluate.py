@@ -36,6 +36,7 @@ from minimind_ds.io import write_file
 from minimind_ds.model import lora
 from minimind_ds.model.decoder import MiniMindForCausalLM, kernel_requirements
 from minimind_ds.paths import cache_folder
+from minimind_ds.terminal import columns, wrap
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.loop import user_error
 from minimind_ds.training.prepare import PreparedRun, open_data, split_by_source
@@ -60,8 +61,8 @@ def main(argv: list[str]) -> int:
             engine.start(world, settings={**about, "data": prepared.eval_sets[0].store.content})
         result = {**about, "ranks": world.size, **evaluate(prepared, model)}
         if world.rank == 0:
-            for line in (*prepared.notes, report(result)):
-                print(line)
+            for line in (*prepared.notes, *report(result)):
+                print(wrap(line))
             if args.out:
                 write_file(args.out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     except UserError as error:
@@ -162,13 +163,13 @@ def figures(loss_sum: float, labelled: float, correct: float) -> dict:
             "accuracy": correct / labelled if labelled else None, "labelled_tokens": int(labelled)}
 
 
-def report(result: dict) -> str:
+def report(result: dict) -> list[str]:
     """The result for people: each source where there are several, then all."""
     rows = [*(result["sources"] if len(result["sources"]) > 1 else []), {"name": "all", **result["all"]}]
 
     def cell(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
-    return "\n".join(f"{row['name']}: loss {cell(row['loss'], '.6f')}, perplexity {cell(row['perplexity'], '.4f')}, "
-                     f"token accuracy {cell(row['accuracy'], '.2%')} of {row['labelled_tokens']:,} labelled tokens"
-                     for row in rows)
+    return columns(["loss", "perplexity", "token accuracy", "labelled tokens"], [
+        (row["name"], [cell(row["loss"], ".6f"), cell(row["perplexity"], ".4f"), cell(row["accuracy"], ".2%"),
+                       f"{row['labelled_tokens']:,}"]) for row in rows])

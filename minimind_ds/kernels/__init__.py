@@ -114,9 +114,12 @@ def resolve(spec: str, device: torch.device | str, dtype: torch.dtype | str,
     chosen = {op: choose(op, asked[op], device, activations, needs) for op in OPS}
     how = {op: "auto: the fastest that runs here" if asked[op] == "auto" else "as asked" for op in OPS}
     how.update({op: f"auto: {why}" for op, why in lacks(spec.split(",")[0].strip()).items() if asked[op] == "auto"})
-    parts = [f"{op} = {chosen[op]} ({how[op]})" for op in OPS]
+    alike: dict[str, list[str]] = {}
+    for op in OPS:
+        alike.setdefault(f"{chosen[op]} ({how[op]})", []).append(op)
+    parts = [f"{', '.join(ops) if len(alike) > 1 else 'all'} = {said}" for said, ops in alike.items()]
     parts.append(f"activations = {str(activations).removeprefix('torch.')} ({slow or 'as the parameters'})")
-    return KernelSelection(**chosen, activations=activations, reason=", ".join(parts))
+    return KernelSelection(**chosen, activations=activations, reason="; ".join(parts))
 
 
 @functools.lru_cache

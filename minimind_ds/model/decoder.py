@@ -39,7 +39,9 @@ BALANCE = ("batch", "row", "document", "global")
 
 
 class ModelOutput(NamedTuple):
-    """What a forward pass gives back; a tuple, because DeepSpeed hooks the tensors of tuples and not of other classes.
+    """What a forward pass gives back: `loss_sum / n_labelled + aux_loss` is a batch's loss.
+
+    A tuple, because DeepSpeed hooks the tensors of tuples and not of other classes.
 
     Without its hooks it learns of the last micro-batch of a step too late: with the optimizer offloaded at stage 3,
     all but one micro-batch's gradients were lost.

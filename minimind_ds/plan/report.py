@@ -21,12 +21,14 @@ from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import RunConfig, parse_run_config
 from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.distributed import sequence_parallel
+from minimind_ds.distributed.deepspeed_compat import choose_accelerator
 from minimind_ds.distributed.engine import start, stop
 from minimind_ds.distributed.world import alone, free_port, read_world
 from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.paths import DS_CONFIGS, LAUNCH
 from minimind_ds.plan import hardware, measure, memory_model, time_report
 from minimind_ds.plan.memory_model import GIB, Setting
+from minimind_ds.terminal import columns, count, wrap
 from minimind_ds.training import starting_weights
 from minimind_ds.training.prepare import PROGRAMS, choose, choose_lora, prepare
 
@@ -55,6 +57,7 @@ def main(argv: list[str]) -> int:
     """The whole of launch/plan.py.  Returns the exit code."""
     try:
         options, rest = parse(argv)
+        choose_accelerator(alone().device)
         if options.child:
             return measure_here(pathlib.Path(options.child), rest)
         run = parse_run_config(rest, "sft", PROGRAMS["sft"])
@@ -65,7 +68,7 @@ def main(argv: list[str]) -> int:
         advice = recommend(settings, plans, run, options, memory)
         for line in [*table(settings, plans, memory), advice["line"],
                      *time_report.lines_of(settings, plans, run, options)]:
-            print(line)
+            print(wrap(line))
         measured = compare_with_run(files, rest, options.ranks) if options.measure else {}
     except UserError as error:
         print(one_line(error), file=sys.stderr)
@@ -180,18 +183,19 @@ def table(settings: dict, plans: dict, memory: float) -> list[str]:
     s = next(iter(settings.values()))
     kind = "experts" if s.config.use_moe else "mlp"
     size = sum(part.total for part in memory_model.trained_parts(s)) + sum(memory_model.frozen(s))
-    lines = [f"{size / 1e6:.1f} M parameters, {s.dtype}, {s.ranks} ranks; micro-batch {s.rows} x {s.row_len} tokens, "
-             f"{s.labelled:.0%} labelled; {memory / GIB:.1f} GiB a device, {SPARE:.0%} kept free; GiB a rank:",
-             f"{'file':<20} {'params':>7} {'optim.':>7} {'grads':>7} {'buckets':>7} {'gather':>7} {'attn.':>7} "
-             f"{kind:>7} {'rest':>7} {'logits':>7} {'peak':>7} {'host':>7} {'sent/step':>9} {'most rows':>9}"]
-    for name, p in plans.items():
+    rows = {name: [] for name in ("parameters", "optimizer", "gradients", "buckets", "gathered", "attention", kind,
+                                  "rest", "logits", "peak", "host", "sent a step", "most rows")}
+    for p in plans.values():
         made, held = p["activations"], p["states"]
         rest = made["rest"] + made.get("copies of weights", 0)
         values = [*held.values(), p["gathered"], made["attention"], made[kind], rest, made["logits"], p["peak"],
-                  sum(p["host"].values())]
-        lines.append(f"{name:<20} " + " ".join(f"{value / GIB:7.3f}" for value in values)
-                     + f" {sum(p['sent'].values()) / GIB:9.3f} {p['most_rows']:9,}")
-    return lines
+                  sum(p["host"].values()), sum(p["sent"].values())]
+        for row, cell in zip(rows.values(), [*(f"{value / GIB:.3f}" for value in values), f"{p['most_rows']:,}"]):
+            row.append(cell)
+    return [f"model: {size / 1e6:.1f} M parameters, {s.dtype}, {count(s.ranks, 'rank')}",
+            f"micro-batch: {s.rows} x {s.row_len} tokens, {s.labelled:.0%} labelled",
+            f"memory: {memory / GIB:.1f} GiB a device, {SPARE:.0%} kept free; in GiB a rank:",
+            *columns(list(plans), rows.items())]
 
 
 def compare_with_run(files: dict[str, str], rest: list[str], ranks: int) -> dict:
@@ -217,7 +221,8 @@ def compare_with_run(files: dict[str, str], rest: list[str], ranks: int) -> dict
         off = [measure.compare(rank[name]) for rank in by_rank]
         # Planned is the rank that holds most.
         found[name] = {kind: min(o[kind] for o in off) for kind in off[0]}
-        print(f"plan against run, {name}: " + ", ".join(f"{kind} {share:+.1%}" for kind, share in found[name].items()))
+        said = ", ".join(f"{kind} {share:+.1%}" for kind, share in found[name].items())
+        print(wrap(f"plan against run, {name}: {said}"))
     return found
 
 

@@ -19,6 +19,7 @@ from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.plan import cpu_rates, hardware, time_model, work
 from minimind_ds.plan.hardware import Device
 from minimind_ds.plan.memory_model import GIB, Setting
+from minimind_ds.terminal import columns, count
 
 # How far off: runs on one H200, with the kernels and launches of their code, dense and with experts; runs on a CPU
 # (docs/PLAN_AND_VERIFY.md).
@@ -71,21 +72,24 @@ def table(settings: dict[str, Setting], found: dict[str, dict | None], device: D
     s = next(iter(settings.values()))
     how = f"its rates measured now; {CPU_ERROR}" if device.measured else \
         f"predicted, not measured; {GPU_ERROR[s.config.use_moe]}{'' if device.name == 'H200' else ', none on this'}"
-    lines = [f"time of a step on {device.name}, ms ({how}); {s.tokens:,} tokens a micro-batch and rank, "
-             f"{s.accumulation} a step, {options.document:g} tokens a document:",
-             f"{'file':<20} {'products':>8} {'memory':>8} {'launches':>8} {'update':>8} {'network':>8} {'step':>9} "
-             f"{'tokens/s':>11} {'bound by':>9}" + ("" if device.measured else f" {'launch-bound under':>18}")
-             + (f" {'hours':>8}" if options.tokens else "") + (f" {'price':>10}" if options.price is not None else "")]
-    for name, time in found.items():
-        if time is None:
-            lines.append(f"{name:<20} not predicted: its optimizer's states are not on the device")
-            continue
-        parts = " ".join(f"{1e3 * time[key]:8.1f}" for key in ("products", "memory", "launches", "update", "network"))
-        enough = "" if device.measured else f" {'–' if time['enough_tokens'] is None else time['enough_tokens']:>18,}"
-        lines.append(f"{name:<20} {parts} {1e3 * time['step']:9.1f} {time['tokens_per_s']:11,.0f} {time['bound']:>9}"
-                     + enough + (f" {time['hours']:8,.2f}" if options.tokens else "")
-                     + (f" {time['price']:10,.2f}" if options.price is not None else ""))
-    return lines
+    parts = ("products", "memory", "launches", "update", "network", "step")
+    rows = {name: [] for name in (*parts, "tokens/s", "bound by",
+                                  *(() if device.measured else ("launch-bound under",)),
+                                  *(("hours",) if options.tokens else ()),
+                                  *(("price",) if options.price is not None else ()))}
+    for time in found.values():
+        cells = ["–"] * len(rows) if time is None else [
+            *(f"{1e3 * time[part]:,.1f}" for part in parts), f"{time['tokens_per_s']:,.0f}", time["bound"],
+            *(() if device.measured else ("–" if time["enough_tokens"] is None else f"{time['enough_tokens']:,}",)),
+            *((f"{time['hours']:,.2f}",) if options.tokens else ()),
+            *((f"{time['price']:,.2f}",) if options.price is not None else ())]
+        for row, cell in zip(rows.values(), cells):
+            row.append(cell)
+    without = ", ".join(name for name, time in found.items() if time is None)
+    return [f"time of a step on {device.name} ({how})",
+            f"tokens: {s.tokens:,} a micro-batch and rank, {count(s.accumulation, 'micro-batch', 'micro-batches')} a "
+            f"step, {options.document:g} a document; in ms:", *columns(list(found), rows.items()),
+            *([f"{without}: not predicted: its optimizer's states are not on the device"] if without else [])]
 
 
 def lines_of(settings: dict[str, Setting], plans: dict[str, dict], run: RunConfig,

@@ -32,6 +32,7 @@ from minimind_ds.config.spellings import translate
 from minimind_ds.distributed import rendezvous
 from minimind_ds.distributed.world import World, read_world
 from minimind_ds.paths import LAUNCH, PACKAGE, ROOT, cache_folder
+from minimind_ds.terminal import columns, count
 
 PACKAGES = ("torch", "deepspeed", "transformers", "triton")
 # What must be the same on all nodes.
@@ -235,17 +236,17 @@ def report(everyone: list[dict], problems: list[str], bandwidth: float | None) -
         print(f"all-reduce over {len(everyone)} ranks: {bandwidth:.2f} GB/s")
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr, flush=True)
-    print(f"pre-flight: {len(problems)} problems" if problems else "pre-flight: all well", flush=True)
+    print(f"pre-flight: {count(len(problems), 'problem')}" if problems else "pre-flight: all well", flush=True)
 
 
 def table(everyone: list[dict]) -> str:
-    """A line for each node, of its first rank."""
+    """What is alike on all nodes, a line each, and a line for each node (of its first rank) with what is not."""
     nodes = {}
     for fact in everyone:
         nodes.setdefault(fact["node"], fact)
-    keys = ["node", "commit", "source", "python", *PACKAGES, "GPU", "GPU free", "ECC errors", "save_dir", "cache_dir",
-            "clock"]
-    keys = [key for key in keys if any(key in fact for fact in nodes.values())]
+    own = ["GPU free", "ECC errors", "save_dir", "cache_dir", "clock"]
+    keys = [key for key in ["commit", "source", "python", *PACKAGES, "GPU", *own]
+            if any(key in fact for fact in nodes.values())]
     first = min((fact["clock"] for fact in nodes.values() if "clock" in fact), default=0.0)
 
     def cell(key: str, fact: dict) -> str:
@@ -255,6 +256,7 @@ def table(everyone: list[dict]) -> str:
         if key in ("save_dir", "cache_dir") and not isinstance(value, str):
             return f"{value:.0f} GiB free"
         return f"{value:.0%}" if key == "GPU free" and value != "-" else str(value)
-    rows = [keys, *([cell(key, fact) for key in keys] for fact in nodes.values())]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(keys))]
-    return "\n".join("  ".join(word.ljust(width) for word, width in zip(row, widths)).rstrip() for row in rows)
+    alike = [key for key in keys if key not in own and len({cell(key, fact) for fact in nodes.values()}) == 1]
+    rows = [(node, [cell(key, fact) for key in keys if key not in alike]) for node, fact in nodes.items()]
+    return "\n".join([*(f"{key}: {cell(key, everyone[0])}" for key in alike),
+                      *columns([key for key in keys if key not in alike], rows)])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ class LiveRun:
     """The changing half of a run; PreparedRun is the other.
 
     engine: the DeepSpeed engine, None until it is built.  folder_lock: rank 0's hold on the run folder.  hosts: where
-    each rank runs.  forward_s: seconds that this rank's forward passes took in the step before.
+    each rank runs.  forward_s: seconds that this rank's forward passes took in the step before.  log: adds a line to
+    the run's log.
     """
 
     engine: Any = None
@@ -32,6 +34,7 @@ class LiveRun:
     folder_lock: Any = None
     hosts: list[str] = field(default_factory=list)
     forward_s: float = 0.0
+    log: Callable[[str], None] = lambda line: None
 
     def finish_save(self) -> None:
         """Wait for the checkpoint that is being written, if any; raises as AsyncSave.finish."""

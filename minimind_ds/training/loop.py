@@ -10,50 +10,45 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
+import shlex
 import socket
 import sys
 import time
 from dataclasses import asdict
+from importlib import metadata
 
 import torch.distributed as dist
 
-from minimind_ds import checkpoint
-from minimind_ds.checkpoint import reshape
+from minimind_ds import __version__, checkpoint, terminal
 from minimind_ds.checkpoint.async_save import SaveFailed
-from minimind_ds.config import deepspeed_json
 from minimind_ds.config.errors import UserError, first_line, one_line
-from minimind_ds.config.run import RunConfig
-from minimind_ds.convert import minimind
 from minimind_ds.data import loader
 from minimind_ds.data.conversation import DataError
-from minimind_ds.data.sources import Mixture, what_is_lost
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.engine import NonFinite
 from minimind_ds.distributed.world import World, read_world
 from minimind_ds.io import write_file
-from minimind_ds.model import lora
 from minimind_ds.resilience import restarts
 from minimind_ds.resilience.signals import Stopped
 from minimind_ds.resilience.watchdog import Watchdog, lost_contact
-from minimind_ds.training import kept_weights
+from minimind_ds.training import kept_weights, run_log
 from minimind_ds.training.build import build_engine
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.lr_schedule import learning_rate, progress, steps_of, warmup_share
 from minimind_ds.training.metrics import Metrics
-from minimind_ds.training.prepare import EvalSet, PreparedRun, prepare
+from minimind_ds.training.prepare import PreparedRun, prepare
 from minimind_ds.training.resume import (
     ResumePoint,
     find_resume_point,
     identity,
-    layout_facts,
     load_checkpoint,
     manifest_facts,
     must_be_alike,
     share_start,
 )
 from minimind_ds.training.step import Position, evaluate, fetch, train_step
+from minimind_ds.training.summary import ending, summary
 
 # What a disk says that is full, failing or gone.
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
@@ -77,6 +72,20 @@ def main(program: str, argv: list[str]) -> int:
         return leave(say_stopped(stopped, world))
     except KeyboardInterrupt:
         return leave(130)
+    with run_log.kept(prepared.folder, world.rank, opening(program, argv, world)) as live.log:
+        return carry_out(prepared, live, start)
+
+
+def opening(program: str, argv: list[str], world: World) -> str:
+    """What the log says of each start."""
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed"))
+    return (f"started: {shlex.join([program, *argv])}; {terminal.count(world.size, 'rank')}, {socket.gethostname()}, "
+            f"minimind_ds {__version__}, {versions}")
+
+
+def carry_out(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> int:
+    """The training, and each way in which it may end.  Returns the exit code."""
+    world = prepared.world
     try:
         with live.stop, restarts.Attempt(prepared.folder, world.rank):
             train(prepared, live, start)
@@ -160,8 +169,9 @@ def train(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:
     if world.rank == 0:
         write_run_folder(prepared, start)
     dist.barrier()
-    metrics = Metrics(prepared.folder, step=start.step, total_steps=prepared.total_steps, run=run, rank=world.rank,
-                      resolved={**asdict(run), "deepspeed_config": prepared.ds})
+    metrics = Metrics(prepared.folder, step=start.step, total_steps=prepared.total_steps,
+                      steps_an_epoch=len(prepared.first_plan), run=run, rank=world.rank,
+                      resolved={**asdict(run), "deepspeed_config": prepared.ds}, log=live.log)
     try:
         for line in summary(prepared, start):
             metrics.say(line)
@@ -170,6 +180,7 @@ def train(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:
                            "notes": [*prepared.notes, *start.notes]})
         if start.changed:
             metrics.write({"step": start.step, "epoch": start.epoch, "changed": start.changed})
+        metrics.begin()
         with Watchdog(world.rank, world.size, 60 * run.hang_minutes) as live.watchdog:
             try:
                 step, early = run_plan(prepared, live, start, metrics)
@@ -186,20 +197,18 @@ def train(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:
 
 def write_weights(prepared: PreparedRun, live: LiveRun, step: int, metrics: Metrics, early: bool) -> None:
     """The weights in the run folder, and the note that the run of `step` steps is finished; collective."""
-    run, evaluations = prepared.run, live.evaluations
-    path = kept_weights.put(prepared, live, kept_weights.LAST, {"step": step, **evaluations.at(step)})
+    kept_weights.put(prepared, live, kept_weights.LAST, {"step": step, **live.evaluations.at(step)})
     live.finish_save()
     if prepared.world.rank == 0:
         checkpoint.keep_metrics(prepared.folder)
         done = {"step": step, **({"early": True} if early else {}), "identity": identity(prepared)}
         write_file(prepared.done_path, json.dumps(done))
-        metrics.say(f"wrote {path}")
-        if run.keep_weights_only:
+        metrics.end_bar()
+        if prepared.run.keep_weights_only:
             checkpoint.clear(prepared.folder)
             metrics.say("the checkpoints are deleted (--keep_weights_only): the run cannot be made longer")
-        if run.keep_best and evaluations.best:
-            metrics.say("the lowest evaluation loss was {1:.4f}, after step {0}: ".format(*evaluations.best)
-                        + str(kept_weights.path_of(prepared, kept_weights.BEST)))
+        for line in ending(prepared, live, step, metrics.taken()):
+            metrics.say(line)
     dist.barrier()
     live.watchdog.finish()
 
@@ -216,50 +225,6 @@ def write_run_folder(prepared: PreparedRun, start: ResumePoint) -> None:
     write_file(prepared.folder / "run.yaml", prepared.run.to_yaml())
     write_file(prepared.folder / "ds_config.json", json.dumps(prepared.ds, indent=2))
     prepared.tokenizer.save(prepared.folder / "tokenizer")
-
-
-def describe_data(run: RunConfig, kind: str, store: Mixture, eval_sets: tuple[EvalSet, ...],
-                  plan: loader.EpochPlan) -> list[str]:
-    """What an epoch trains on, and what not, for the first lines of output."""
-    tokens, stats, rows = int(plan.n_tokens.sum()), store.stats, store.table()
-    path = run.data_path if len(rows) == 1 else f"{len(rows)} sources"
-    lines = [f"data: {path}: {len(store):,} samples, {tokens:,} tokens, "
-             f"{plan.n_labelled.sum() / max(tokens, 1):.0%} labelled; cut {stats['cut']}, dropped {stats['dropped']}, "
-             f"without a label {stats['unlabelled']}, malformed {stats['skipped']}"]
-    if len(rows) > 1 or rows[0]["share"] != 1:
-        lines += [f"  {row['path']}: share {row['share']:g}, {row['samples']:,} samples an epoch, "
-                  f"{row['share_of_tokens']:.1%} of the tokens, {row['share_of_labels']:.1%} of the labels"
-                  for row in rows]
-    lost = [(row["path"], what_is_lost(row["file"], run.max_seq_len, kind)) for row in rows]
-    if run.eval_path:
-        held_out = [row for part in eval_sets for row in part.store.table()]
-        lost += [(f"held out, {row['path']}", what_is_lost(row["file"], run.max_seq_len, kind)) for row in held_out]
-    return [*lines, *(f"{path}: {said}" if len(lost) > 1 else said for path, said in lost if said),
-            f"rows: {plan.n_rows:,} of {run.row_len} tokens, {plan.fill:.2%} full"]
-
-
-def summary(prepared: PreparedRun, start: ResumePoint) -> list[str]:
-    """What the run is, for its first lines of output."""
-    run, config, plan, adapters = prepared.run, prepared.model_config, prepared.first_plan, prepared.lora
-    parameters = sum(math.prod(shape) for shape in minimind.expected_shapes(config).values())
-    steps = len(plan)
-    lines = [*prepared.notes, *start.notes,
-             f"model: {run.preset}, {parameters / 1e6:.1f} M parameters; tokenizer: {prepared.tokenizer.name}",
-             *describe_data(run, prepared.kind, prepared.stores[0], prepared.eval_sets, plan),
-             f"kernels: {prepared.kernels.reason}",
-             f"engine: {deepspeed_json.describe(prepared.ds, prepared.dims)}; {prepared.world.size} ranks x "
-             f"{run.batch_size} rows x {run.accumulation_steps} micro-batches a step; {steps:,} steps an epoch, "
-             f"{prepared.total_steps:,} in all"]
-    if adapters:
-        trained = sum(math.prod(shape) for shape in lora.shapes(config, adapters).values())
-        frozen = "; the experts stay as they are" if config.use_moe else ""
-        lines.append(f"LoRA: {adapters.describe()}; trains {trained:,} of {parameters + trained:,} parameters{frozen}")
-    if start.path is not None:
-        reshaped = f", {reshape.note(start.layout, layout_facts(prepared))}" if start.layout else ""
-        lines.append(f"resuming from {start.path} after step {start.step}{reshaped}")
-        if start.layout and config.dropout > 0:
-            lines.append("dropout goes on with new draws, from seed, step and rank")
-    return lines
 
 
 def run_plan(prepared: PreparedRun, live: LiveRun, start: ResumePoint, metrics: Metrics) -> tuple[int, bool]:

@@ -1,4 +1,5 @@
-"""What a run reports: metrics.jsonl (one object an optimizer step), a progress bar, and optionally wandb, TensorBoard.
+"""What a run reports: metrics.jsonl (one object an optimizer step), a bar on a terminal and else a line now and then,
+and optionally wandb, TensorBoard.
 
     python -c "import json; print([json.loads(l)['loss'] for l in open('out/metrics.jsonl') if '\\"loss\\"' in l][-1])"
 """
@@ -8,12 +9,21 @@ from __future__ import annotations
 import json
 import pathlib
 import secrets
+import statistics
 import sys
+import time
+from collections import deque
+from collections.abc import Callable
 
 from tqdm import tqdm
 
+from minimind_ds import terminal
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.io import write_file
+
+BAR = "{n_fmt}/{total_fmt} |{bar}| {desc}"
+# Steps whose times say how long the rest takes.
+RECENT = 32
 
 
 def flops_per_token(config: ModelConfig, mean_keys: float) -> float:
@@ -52,22 +62,24 @@ class Metrics:
     Args:
         folder: the run folder.
         step: the step a resumed run continues after (0: a new run).
-        total_steps: for the bar and its remaining time.
+        total_steps, steps_an_epoch: how long the run is, and an epoch.
+        log: takes lines for the run's log that a bar hides from the screen.
         resolved: the run's configuration, shown by wandb.
     """
 
-    def __init__(self, folder: pathlib.Path, *, step: int, total_steps: int, run, rank: int, resolved: dict):
-        self.rank, self.empty = rank, False
+    def __init__(self, folder: pathlib.Path, *, step: int, total_steps: int, steps_an_epoch: int, run, rank: int,
+                 resolved: dict, log: Callable[[str], None] = lambda line: None):
+        self.rank, self.empty, self.bar = rank, False, None
         if rank != 0:
             return
         path = folder / "metrics.jsonl"
         keep_until(path, step)
         self.empty = not path.exists() or not path.stat().st_size
         self.file = path.open("a", encoding="utf-8")
-        self.log_interval = run.log_interval
-        self.total_steps = total_steps
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr,
-                        disable=not sys.stderr.isatty())
+        self.run, self.log, self.first = run, log, step
+        self.total_steps, self.steps_an_epoch = total_steps, steps_an_epoch
+        self.began, self.steps, self.tokens, self.step_seconds = time.monotonic(), 0, 0, 0.0
+        self.recent: deque[float] = deque(maxlen=RECENT)
         self.wandb = self.board = None
         if run.use_wandb:
             import wandb
@@ -78,6 +90,16 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def begin(self) -> None:
+        """The steps begin: from here on it is their time, and a terminal shows a bar."""
+        if self.rank != 0:
+            return
+        self.began = time.monotonic()
+        if sys.stderr.isatty():
+            # The screen's own stream: a bar is nothing for a log.
+            self.bar = tqdm(total=self.total_steps, initial=self.first, bar_format=BAR, dynamic_ncols=True,
+                            file=sys.__stderr__)
 
     def write(self, line: dict) -> None:
         """One line; `line` has at least 'step' and is finite JSON."""
@@ -100,29 +122,56 @@ class Metrics:
             self.show(line)
 
     def show(self, line: dict) -> None:
-        loss = "not finite" if line["loss"] is None else f"{line['loss']:.4f}"
-        self.bar.update(line["step"] - self.bar.n)
-        self.bar.set_postfix_str(f"loss {loss}, {line['tokens_per_s']:,.0f} tokens/s")
-        if self.bar.disable and (line["step"] % self.log_interval == 0 or line["step"] == self.total_steps):
-            left = (self.total_steps - line["step"]) * line["step_s"]
-            print(f"step {line['step']}/{self.total_steps}  loss {loss}  lr {line['lr']:.2e}  "
-                  f"{line['tokens_per_s']:,.0f} tokens/s  {left / 60:.1f} min left", flush=True)
+        self.steps += 1
+        self.tokens += line["tokens"]
+        self.step_seconds += line["step_s"]
+        self.recent.append(line["step_s"])
+        left = terminal.duration((self.total_steps - line["step"]) * statistics.median(self.recent))
+        said = (f"loss {'not finite' if line['loss'] is None else format(line['loss'], '.4f')}  lr {line['lr']:.1e}  "
+                f"{rate(line['tokens_per_s'])}  epoch {line['step'] / self.steps_an_epoch:.2f}/{self.run.epochs:g}  "
+                f"{left} left")
+        if self.bar:
+            self.bar.set_description_str(said, refresh=False)
+            self.bar.update(line["step"] - self.bar.n)
+        if line["step"] % self.run.log_interval == 0 or line["step"] == self.total_steps:
+            (self.log if self.bar else self.say)(f"step {line['step']}/{self.total_steps}  {said}")
 
     def say(self, text: str) -> None:
         """A line for the user, above the bar."""
-        if self.rank == 0:
-            self.bar.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        if self.rank != 0:
+            return
+        if self.bar:
+            self.bar.clear()
+        print(text, flush=True)
+        if self.bar:
+            self.bar.refresh()
+
+    def taken(self) -> str:
+        """The time since begin() and the mean rate of its steps, for a line; '' where there were none."""
+        if not self.step_seconds:
+            return ""
+        return (f": {terminal.count(self.steps, 'step')} in {terminal.duration(time.monotonic() - self.began)}, "
+                f"{rate(self.tokens / self.step_seconds)} on average")
+
+    def end_bar(self) -> None:
+        """The bar stays as it is; what is said from here on comes below it."""
+        if self.bar:
+            self.bar.close()
+            self.bar = None
 
     def close(self) -> None:
         if self.rank != 0:
             return
-        self.bar.close()
+        self.end_bar()
         self.file.close()
         if self.wandb:
             self.wandb.finish()
         if self.board:
             self.board.close()
+
+
+def rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s < 1e5 else f"{tokens_per_s / 1e3:,.0f}k tokens/s"
 
 
 def wandb_id(folder: pathlib.Path) -> str:

@@ -3,7 +3,7 @@
 Every rank prepares alone, before any rank talks to another, so that a mistake ends all of them with one line and exit
 code 2 instead of a hang.
 
-    deepspeed launch/sft.py --deepspeed ds_configs/zero2.json
+    deepspeed launch/sft.py --deepspeed ds_configs/zero1.json
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
     if deepspeed is not None:
         run = run.replace(deepspeed=deepspeed)
     if run.deepspeed is None:
-        raise UserError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero2.json")
+        raise UserError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero1.json")
     raw = deepspeed_json.read(run)
     deepspeed_json.check_keys(run.deepspeed, raw)
     run, notes = choose(run, world)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import sys
 
+from minimind_ds import terminal
 from minimind_ds.config import program_flags
 from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.run import parse_run_config
 from minimind_ds.config.run_flags import KINDS, PROGRAMS
 from minimind_ds.distributed.world import alone
 from minimind_ds.training import starting_weights
-from minimind_ds.training.loop import describe_data
 from minimind_ds.training.prepare import choose, find_start_weights, plan_epoch, read_data, split_by_source
+from minimind_ds.training.summary import describe_data
 
 
 def main(argv: list[str]) -> int:
@@ -22,7 +23,7 @@ def main(argv: list[str]) -> int:
     options, flags = program_flags.tokenize().parse_known_args(argv)
     try:
         for line in tokenize(program_of(options.program, options.kind), flags):
-            print(line, flush=True)
+            print(terminal.wrap(line), flush=True)
     except UserError as error:
         print(one_line(error), file=sys.stderr, flush=True)
         return 2

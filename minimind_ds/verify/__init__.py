@@ -28,6 +28,7 @@ from minimind_ds.data.sources import expand
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import World, read_world
 from minimind_ds.io import write_file
+from minimind_ds.terminal import coloured, wrap
 from minimind_ds.training.loop import user_error
 from minimind_ds.training.prepare import PROGRAMS, PreparedRun, prepare
 
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
 
 
 def print_on(world: World) -> Callable[[str], None]:
-    return (lambda line: print(line, flush=True)) if world.rank == 0 else (lambda line: None)
+    return (lambda line: print(wrap(line), flush=True)) if world.rank == 0 else (lambda line: None)
 
 
 def verify(prepared: PreparedRun, kind: str, b: ReducedRun, options: argparse.Namespace, say: Callable[[str],
@@ -89,7 +90,7 @@ def verify(prepared: PreparedRun, kind: str, b: ReducedRun, options: argparse.Na
     began, report = time.perf_counter(), [None]
     found, stats, warned = [], {}, []
     if prepared.world.rank == 0:
-        for line in data.show(prepared, options.samples, color=options.color or sys.stdout.isatty()):
+        for line in data.show(prepared, options.samples, color=options.color or coloured(sys.stdout)):
             say(line)
         stats = data.statistics(prepared, kind)
         warned = data.warnings(prepared, stats, kind)
@@ -164,7 +165,8 @@ def table(found: list[Check]) -> list[str]:
     lines = [f"{'law':<10} {'measured':>9}  {'bound':>7}      what"]
     for f in found:
         ok = "ok" if f.ok else "NO"
-        lines.append(f"{f.law:<10} {number(f.measured):>9}  {number(f.bound):>7}  {ok}  {f.what}")
+        # What goes on stands below its column.
+        lines.append(wrap(f"{f.law:<10} {number(f.measured):>9}  {number(f.bound):>7}  {ok}  {f.what}", " " * 35))
     return lines
 
 

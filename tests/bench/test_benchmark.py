@@ -101,10 +101,13 @@ def test_a_cell_that_takes_too_long_is_ended_and_recorded(swept, tmp_path):
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).returncode == 1
 
 
-def test_table_and_csv_say_what_the_document_says(swept, cells):
+def test_table_and_csv_say_what_the_document_says(swept, cells, monkeypatch):
     out, ok = swept[0], next(c for c in cells if c["status"] == "ok")
     table = (out / "results.md").read_text()
-    assert table.strip() in swept[2]
+    assert "\n".join(report.narrow(cells)) in swept[2]
+    monkeypatch.setenv("COLUMNS", "80")
+    *shown, failed = report.narrow(cells)
+    assert max(map(len, shown)) <= 80 and f"{ok['tokens_per_s']:,.0f}" in "\n".join(shown) and ": refused: " in failed
     lines = table.strip().splitlines()
     assert len(lines) == 4 and len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert f"{ok['tokens_per_s']:,.0f}" in table and "**refused**" in table

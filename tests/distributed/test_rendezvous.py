@@ -13,7 +13,7 @@ import pytest
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.distributed import rendezvous
-from minimind_ds.distributed.world import free_port, read_world
+from minimind_ds.distributed.world import export, free_port, read_world
 from tests.conftest import OF_RANKS, ROOT, cache_dir, environment, rank_environment
 from tests.waiting import HANG_S, until
 
@@ -50,6 +50,20 @@ def start(rank: int, ranks: int, port: int, *, seed: str = "1", seconds: float =
 def ended(process) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=HANG_S)
     return process.returncode, out.strip(), err.strip()
+
+
+def test_a_lone_rank_leaves_a_taken_port_to_its_owner(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        export(read_world())
+        assert os.environ["MASTER_PORT"] != port
+        monkeypatch.setenv("MASTER_PORT", port)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        export(read_world())
+        assert os.environ["MASTER_PORT"] == port
 
 
 def test_ranks_that_agree_meet_whoever_comes_first():

@@ -188,7 +188,7 @@ def test_a_stopped_answer_stays_in_the_history(tok, loaded):
 
 def test_conversation_commands(tok, loaded, capsys):
     talk = chat.Chat(loaded, tok, chat.Sampling(temperature=0, max_new_tokens=4))
-    lines = iter(["hot?", "", "/clear", "cold?", "x " * 400])
+    lines = iter(["hot?", "", "/clear", "warm?", "/reset", "/help", "/hlep", "cold?", "x " * 400, "/exit", "late?"])
 
     def read(prompt):
         line = next(lines, None)
@@ -199,7 +199,9 @@ def test_conversation_commands(tok, loaded, capsys):
     chat.converse(talk, read)
     assert [q for q, _ in talk.turns] == ["cold?"]
     out, err = capsys.readouterr()
-    assert err.count("tokens/s]") == 2 and "error: the question takes" in err
+    assert err.count("tokens/s]") == 3 and "error: the question takes" in err
+    # At the start, when asked for, and for a word that is no command.
+    assert err.count(chat.COMMANDS) == 3 and err.count("[forgotten]") == 2
     assert out.count("\n") >= 2
 
 

@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from minimind_ds.resilience.preflight import LIMITS, PACKAGES, judge, judge_connection
+from minimind_ds.resilience.preflight import LIMITS, PACKAGES, judge, judge_connection, table
 from tests.conftest import ROOT, free_port, rank_environment
 from tests.waiting import HANG_S
 
@@ -40,6 +40,15 @@ def test_a_clock_that_is_off_and_a_slow_network_are_named():
     assert judge_connection(nodes(3, n1={"clock": 1007.5}), USUAL, 1.0) == ["n1: its clock is +7.5 s off"]
     assert judge_connection(nodes(3), {**USUAL, "min_bandwidth": 2.0}, 1.0) == [
         "all-reduce over 6 ranks: 1.00 GB/s, less than 2"]
+
+
+def test_the_table_fits_a_terminal_and_has_columns_for_what_differs(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    facts = nodes(3, n1={"GPU": "8 x NVIDIA H200 141GB HBM3e with a long name", "torch": "2.9.0+cu126"})
+    lines = table(facts).splitlines()
+    assert max(map(len, lines)) <= 80 and "deepspeed: 1.0" in lines and "torch: 1.0" not in lines
+    assert sum(line.startswith("n1 ") for line in lines) == sum(line.startswith("n2 ") for line in lines) > 1
+    assert "2.9.0+cu126" in table(facts) and "900 GiB free" in table(facts)
 
 
 def start(ranks: range, of: int, *flags: str) -> list[tuple[int, str]]:

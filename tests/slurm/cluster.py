@@ -18,6 +18,7 @@ import shutil
 import subprocess
 import time
 
+from tests.conftest import WIDE
 from tests.waiting import HANG_S
 
 NETWORK = "10.213.47"
@@ -137,7 +138,7 @@ class Cluster:
         self.nodes[name] = subprocess.Popen(
             ["unshare", "--fork", "--kill-child", "--pid", "--net", "--uts", "--ipc", "--mount", "bash", "-c",
              FIRST_PROCESS.format(home=self.home, name=name)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            start_new_session=True, env={**os.environ, "PATH": search_path()})
+            start_new_session=True, env={**os.environ, "PATH": search_path(), "COLUMNS": WIDE})
         if self.nodes[name].stdout.readline() != b"up\n":
             raise RuntimeError(f"{name} did not come up")
         self.connect(name)
@@ -195,7 +196,7 @@ class Cluster:
         enter = [f"--{only}"] if only else ["--mount", "--uts", "--ipc", "--net", "--pid"]
         words = ["nsenter", f"--target={self.pid(on)}", *enter, f"--wd={cwd or self.home}", "--", *command]
         done = subprocess.run(words, text=True, capture_output=True, timeout=HANG_S, stdin=subprocess.DEVNULL,
-                              env={**os.environ, "PATH": search_path(), **extra})
+                              env={**os.environ, "PATH": search_path(), "COLUMNS": WIDE, **extra})
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.returncode}: {done.stdout}{done.stderr}")
         return done.stdout.strip()

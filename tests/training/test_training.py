@@ -71,7 +71,8 @@ def test_the_run_folder_holds_what_the_contract_names(trained):
 
 def test_the_choices_of_the_program_are_said_once(trained):
     said = trained[1].stdout
-    for words in ("kernels: attention = ", "ZeRO stage 2, fp32, AdamW; 2 ranks", "% full", "sft_48_moe.safetensors"):
+    for words in ("kernels: all = sdpa ", "ZeRO stage 2, fp32, AdamW\n", "step: 2 ranks x 2 rows x 2 micro-", "% full",
+                  "sft_48_moe.safetensors"):
         assert said.count(words) == 1, (words, said)
 
 

@@ -12,6 +12,7 @@ import pathlib
 import sys
 import traceback
 
+from minimind_ds import terminal
 from minimind_ds.bench.throughput import report, sweep
 from minimind_ds.config import program_flags
 from minimind_ds.config.errors import UserError
@@ -170,7 +171,7 @@ def run_here(args: argparse.Namespace, flags: list[str], world: World) -> int:
 
 def show(document: dict, folder: pathlib.Path) -> int:
     for line in report.write(document, folder):
-        print(line, flush=True)
+        print(terminal.wrap(line), flush=True)
     return 0
 
 
@@ -179,7 +180,7 @@ def compare(args: argparse.Namespace, flags: list[str], world: World) -> int:
 
     def say(text: str) -> None:
         if world.rank == 0:
-            print(text, flush=True)
+            print(terminal.wrap(text), flush=True)
 
     timing = dict(warm_up=args.warm_up, steps=args.steps, say=say)
     if args.compare == "padded":

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import torch
 
+from minimind_ds import terminal
 from minimind_ds.bench.machine import machine
 from minimind_ds.bench.throughput.cell import prepare_cell
 from minimind_ds.bench.throughput.loops import Loop, packed_loop, padded_loop, torch_loop
@@ -172,15 +173,15 @@ def compare_padded(program_flags: list[str], *, dtypes: list[str], padded_rows: 
 def table(result: dict) -> str:
     """The result as Markdown."""
     if "pairs" in result:
-        rows = [f"| {result['preset']}, {result['data']}, {result['dtype']}, {result['ranks']} rank(s) | ratio | "
-                "quartiles | goal |", "|---|---:|---:|---:|"]
+        rows = [f"{result['preset']}, {result['data']}, {result['dtype']}, {terminal.count(result['ranks'], 'rank')}:",
+                "", "| tokens/s | ratio | quartiles | goal |", "|---|---:|---:|---:|"]
         for name, p in result["pairs"].items():
             goal = f"{p['goal']:.2f} {'met' if p['ratio'] >= p['goal'] else 'missed'}" if "goal" in p else ""
             rows.append(f"| {name} | {p['ratio']:.3f} | {p['ratio_q1']:.3f} to {p['ratio_q3']:.3f} | {goal} |")
         return "\n".join([*rows, *(f"\n{note}" for note in result.get("notes", []))])
     first = next(iter(result["loops"]))
-    rows = [f"| loop ({result['preset']}, {result['data']}) | real tokens/s | min to max | × {first} |",
-            "|---|---:|---:|---:|"]
+    rows = [f"{result['preset']}, {result['data']}:", "",
+            f"| loop | real tokens/s | min to max | × {first} |", "|---|---:|---:|---:|"]
     for name, r in result["loops"].items():
         ratio = r["ratio_to_" + first.replace(" ", "_")]
         rows.append(f"| {name} | {r['tokens_per_s']:,.0f} | {r['tokens_per_s_min']:,.0f} to "

@@ -9,6 +9,7 @@ import csv
 import importlib.util
 import pathlib
 
+from minimind_ds import terminal
 from minimind_ds.bench.throughput.watch import PARTS
 
 MB = 2**20
@@ -16,18 +17,17 @@ KINDS = ("parameters", "optimizer", "gradients", "buckets")
 
 
 def write(document: dict, folder: pathlib.Path) -> list[str]:
-    """Write results.md, results.csv and the plots.  -> lines for the terminal: the table, then the files."""
+    """Write results.md, results.csv and the plots.  -> lines for the terminal: a table, then the files."""
     folder.mkdir(parents=True, exist_ok=True)
     cells = document["cells"]
-    text = table(cells)
-    (folder / "results.md").write_text(text + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(table(cells) + "\n", encoding="utf-8")
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as f:
         rows = [flat(c) for c in cells]
         names = list(dict.fromkeys(name for row in rows for name in row))
         writer = csv.DictWriter(f, names)
         writer.writeheader()
         writer.writerows(rows)
-    lines = [text, "", f"wrote {folder / 'results.json'}, results.md, results.csv"]
+    lines = [*narrow(cells), "", f"wrote {folder / 'results.json'}, results.md, results.csv, with all columns"]
     if importlib.util.find_spec("matplotlib") is None:
         return [*lines, "no plots: matplotlib is not installed (pip install minimind_ds[plot])"]
     from minimind_ds.bench.throughput import plots
@@ -53,6 +53,21 @@ def peak(cell: dict) -> float:
 def state(cell: dict, which: str) -> float:
     """Bytes of training state, "held" or "planned", buckets left out: they are not there at the update."""
     return sum(cell["memory"][which].get(kind, 0) for kind in KINDS[:3])
+
+
+def narrow(cells: list[dict]) -> list[str]:
+    """What fits a terminal of the table: a line a cell, then those without a result."""
+    def name(c: dict) -> str:
+        return f"{c['cell']['preset']} {stem(c)}, {terminal.count(c['cell']['ranks'], 'rank')}"
+
+    rows = [(name(c), [shape(c), c["cell"]["kernels"], c["dtype"], f"{c['tokens_per_s']:,.0f}", f"{c['step_s']:.3f}",
+                       f"{c['mfu']:.1%}", f"{state(c, 'held') / MB:,.0f}", f"{peak(c) / MB:,.0f}",
+                       f"{c['sent_bytes_per_step'] / MB:,.1f}", f"{c['packing_fill']:.2%}"])
+            for c in cells if c["status"] == "ok"]
+    names = ["rows", "kernels", "dtype", "tokens/s", "step s", "MFU", "state MiB", "peak MiB", "sent MiB", "fill"]
+    failed = [f"{name(c)}, {shape(c)}, {c['cell']['kernels']}: {c['status']}: {c['reason']}"
+              for c in cells if c["status"] != "ok"]
+    return [*(terminal.columns(names, rows) if rows else ()), *failed]
 
 
 def table(cells: list[dict]) -> str:

@@ -1,0 +1,70 @@
+"""Lines for people: no wider than the terminal, or than 80 columns where there is none, and colour only where it is
+wanted.
+
+    NO_COLOR=1 COLUMNS=100 python launch/plan.py --preset minimind-3 --ranks 8 --memory 80
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import textwrap
+from collections.abc import Iterable
+
+LEAST = 40
+
+
+def width() -> int:
+    """Columns of the terminal (COLUMNS, where it is set); 80 without one."""
+    return max(LEAST, shutil.get_terminal_size((80, 24)).columns)
+
+
+def wrap(text: str, indent: str = "    ") -> str:
+    """Text whose lines fit, what goes on indented; a word that is longer, as a path may be, stays whole."""
+    return "\n".join(line if len(line) <= width() else textwrap.fill(
+        line, width(), initial_indent=line[:len(line) - len(line.lstrip())], subsequent_indent=indent,
+        break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
+
+
+def coloured(stream) -> bool:
+    """Whether a stream shows colours, and the user has not asked for none (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def shorter(path: str) -> str:
+    """A path as seen from the folder one works in, where it lies in that."""
+    inside = pathlib.Path(path).is_relative_to(pathlib.Path.cwd())
+    return os.path.relpath(path) if inside else str(path)
+
+
+def count(n: int, what: str, many: str = "") -> str:
+    """'1 rank', '2 ranks'."""
+    return f"{n:,} {what if n == 1 else many or what + 's'}"
+
+
+def duration(seconds: float) -> str:
+    """'0:07', '12:34', '1:02:34'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def columns(names: list[str], rows: Iterable[tuple[str, list[str]]]) -> list[str]:
+    """A table whose rows have a name; as many columns side by side as fit, the others below them.
+
+    names: of the columns.
+    """
+    rows = list(rows)
+    first = max(len(name) for name, _ in rows)
+    sizes = [max(len(cell) for cell in (name, *(cells[i] for _, cells in rows))) for i, name in enumerate(names)]
+    lines, at = [], 0
+    while at < len(names):
+        upto, used = at + 1, first + 2 + sizes[at]
+        while upto < len(names) and used + 2 + sizes[upto] <= width():
+            used += 2 + sizes[upto]
+            upto += 1
+        for name, cells in [("", names), *rows]:
+            lines.append("  ".join([name.ljust(first), *(cells[i].rjust(sizes[i]) for i in range(at, upto))]).rstrip())
+        at = upto
+    return lines
