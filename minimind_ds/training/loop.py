@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import torch.distributed as dist
@@ -37,7 +38,7 @@ from minimind_ds.model import lora
 from minimind_ds.resilience import restarts
 from minimind_ds.resilience.signals import Stopped
 from minimind_ds.resilience.watchdog import Watchdog, lost_contact
-from minimind_ds.training import kept_weights
+from minimind_ds.training import history, kept_weights
 from minimind_ds.training.build import build_engine
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.lr_schedule import learning_rate, progress, steps_of, warmup_share
@@ -59,8 +60,11 @@ from minimind_ds.training.step import Position, evaluate, fetch, train_step
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
-def main(program: str, argv: list[str]) -> int:
-    """The whole of launch/sft.py and launch/pretrain.py.  Returns the exit code."""
+def main(program: str, argv: list[str], at_end: Callable[[PreparedRun], None] | None = None) -> int:
+    """The whole of launch/sft.py and launch/pretrain.py.  Returns the exit code.
+
+    at_end: what rank 0 does with a run that has ended, however it did; history.AtEnd calls it.
+    """
     world = read_world()
     try:
         prepared = prepare(program, argv, world)
@@ -74,7 +78,8 @@ def main(program: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     try:
-        with live.stop, restarts.Attempt(prepared.folder, world.rank):
+        with live.stop, history.AtEnd(prepared, start, at_end), restarts.Attempt(prepared.folder, world.rank), \
+                history.Recorded(prepared, start):
             train(prepared, live, start)
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
