@@ -17,6 +17,11 @@
   const [first, last] = [Math.min(...steps), Math.max(...steps)];
   const room = Math.max((last - first) * 0.02, 0.5);
 
+  function highest(curve) {
+    if (curve.stacked) return Math.max(...curve.lines[0].y.map((_, at) => curve.lines.reduce((sum, line) => sum + line.y[at], 0)));
+    return curve.lines.reduce((most, line) => Math.max(most, ...(line.high ?? line.y)), -Infinity);
+  }
+
   function axis(one, label) {
     Object.assign(one, {
       axis_label: label, axis_label_text_font: font, axis_label_text_font_size: "12px",
@@ -30,7 +35,9 @@
   function figure(curve, range) {
     const tools = [new Bokeh.BoxZoomTool({dimensions: "width"}), new Bokeh.PanTool({dimensions: "width"}),
                    new Bokeh.ResetTool(), new Bokeh.SaveTool()];
+    const top = highest(curve);
     const fig = Bokeh.Plotting.figure({
+      ...(curve.from_zero ? {y_range: new Bokeh.Range1d({start: 0, end: top > 0 ? 1.06 * top : 1})} : {}),
       sizing_mode: "stretch_both", tools: [], x_range: range, output_backend: "canvas",
       background_fill_color: null, border_fill_color: null, outline_line_color: null, min_border: 6,
     });
@@ -44,9 +51,10 @@
     for (const grid of [fig.xgrid, fig.ygrid].flat()) grid.grid_line_color = colour("--line");
     for (const grid of [fig.xgrid].flat()) grid.grid_line_color = null;
     for (const one of [fig.xaxis].flat()) one.formatter = new Bokeh.NumeralTickFormatter({format: "0,0"});
-    const top = Math.max(...curve.lines.flatMap((line) => line.high ?? line.y));
-    if (top >= 1000) for (const one of [fig.yaxis].flat()) one.formatter = new Bokeh.NumeralTickFormatter({format: "0,0"});
-    if (curve.from_zero) fig.y_range.start = 0;
+    for (const one of [fig.yaxis].flat()) {
+      if (top >= 1000) one.formatter = new Bokeh.NumeralTickFormatter({format: "0,0"});
+      if (top < 0.01) one.formatter = new Bokeh.BasicTickFormatter({precision: 1});
+    }
     return fig;
   }
 
@@ -110,7 +118,8 @@
       return document.getElementById(`chart-${curve.name}`);
     });
     views = Array.from(await Bokeh.embed.add_document_standalone(all, document.body, places));
-    document.documentElement.dataset.drawn = String(views.length);
+    // For tests, which wait for it.
+    document.documentElement.dataset.drawn = dark.matches ? "dark" : "light";
   }
 
   draw();

@@ -14,8 +14,8 @@ from minimind_ds.report.folder import RunFolder
 
 # Points of a line; steps of a longer run are taken together.
 MOST_POINTS = 1000
-# The smoothed loss follows a change by half within this share of the run.
-HALF = 0.01
+# A long run's loss is smoothed over this share of its steps.
+WINDOW, SHORT = 0.01, 300
 PARTS = ("data", "forward", "backward", "update")
 
 
@@ -35,7 +35,7 @@ class Chart:
 
 def charts(runs: list[RunFolder]) -> list[Chart]:
     """Those for which at least one run has numbers."""
-    loss = Chart("loss", "Loss", "nats per labelled token", "Training: each step, and smoothed. Evaluation: points.")
+    loss = Chart("loss", "Loss", "nats per labelled token", "Training as a line, evaluation as points.")
     rate = Chart("lr", "Learning rate", "learning rate", "As the update used it.", from_zero=True)
     norm = Chart("grad_norm", "Gradient norm", "global 2-norm", "Before clipping.", from_zero=True)
     speed = Chart("tokens_per_s", "Throughput", "real tokens / s", "All ranks; padding does not count.",
@@ -43,20 +43,24 @@ def charts(runs: list[RunFolder]) -> list[Chart]:
     for number, run in enumerate(runs):
         if not run.steps or not len(run.steps["step"]):
             continue
-        add(loss, number, "raw", run.steps, "loss")
-        # Several runs are told apart by their smoothed lines.
-        add(loss, number, "smooth", {**run.steps, "loss": smoothed(run.steps["loss"])}, "loss")
+        add_loss(loss, number, run.steps, alone=len(runs) == 1)
         points = [(step, value) for step, value in run.evaluations if math.isfinite(value)][-MOST_POINTS:]
         if points:
             loss.lines.append({"run": number, "kind": "points", "x": [step for step, _ in points],
                                "y": [value for _, value in points]})
         for chart, name in ((rate, "lr"), (norm, "grad_norm"), (speed, "tokens_per_s")):
             add(chart, number, "raw", run.steps, name)
-    if len(runs) > 1:
-        loss.about = "Smoothed over steps. Evaluation: points."
-        loss.lines = [line for line in loss.lines if line["kind"] != "raw"]
     times = step_times(runs)
     return [chart for chart in (loss, rate, norm, speed, *times) if chart.lines]
+
+
+def add_loss(chart: Chart, run: int, steps: dict[str, np.ndarray], *, alone: bool) -> None:
+    """A long run's loss is smoothed, and drawn as it was besides where the run is alone."""
+    if len(steps["step"]) < SHORT or alone:
+        add(chart, run, "raw", steps, "loss")
+    if len(steps["step"]) >= SHORT:
+        add(chart, run, "smooth", {**steps, "loss": smoothed(steps["loss"])}, "loss")
+        chart.about = "Training, smoothed, as a line, evaluation as points."
 
 
 def step_times(runs: list[RunFolder]) -> list[Chart]:
@@ -64,8 +68,7 @@ def step_times(runs: list[RunFolder]) -> list[Chart]:
     chart = Chart("step_s", "Step time", "seconds", "", from_zero=True)
     parts = [parts_of(run) for run in runs]
     if len(runs) == 1 and parts[0]:
-        chart.stacked, chart.about = True, ("Rank 0: waiting for data, forward, backward, and the rest: reduction of "
-                                            "the step's sums and the update.")
+        chart.stacked, chart.about = True, "Rank 0; data is waiting for it, update is the rest of the step."
         for name in PARTS:
             add(chart, 0, name, parts[0], name)
         return [chart]
@@ -90,15 +93,14 @@ def parts_of(run: RunFolder) -> dict[str, np.ndarray] | None:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Exponentially weighted means, without a bias at the beginning; NaN where nothing came yet."""
-    decay = 0.5 ** (1 / max(1.0, HALF * len(values)))
-    total = weight = 0.0
-    found = []
-    for value in values.tolist():
-        if math.isfinite(value):
-            total, weight = decay * total + value, decay * weight + 1
-        found.append(total / weight if weight else math.nan)
-    return np.array(found)
+    """Means over WINDOW of the run around each step, of what is finite; NaN where nothing is."""
+    half = int(WINDOW * len(values)) // 2
+    known = np.isfinite(values)
+    sums, counts = (np.concatenate([[0], np.cumsum(part)]) for part in (np.where(known, values, 0), known))
+    at = np.arange(len(values))
+    first, end = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
+    n = counts[end] - counts[first]
+    return np.where(n, (sums[end] - sums[first]) / np.maximum(n, 1), np.nan)
 
 
 def add(chart: Chart, run: int, kind: str, steps: dict[str, np.ndarray], name: str) -> None:

@@ -42,6 +42,9 @@ class Shown:
     data: data.Data | None
     memory: memory.Memory | None
     starts: list[list[str]]
+    failures: list[str]
+    kept: list[str]
+    software: str
     settings: list[tuple[str, str, bool]]
     numbers: list[list[str]]
     missing: list[str]
@@ -61,7 +64,7 @@ def shown(run: RunFolder, opened: Callable[[], data.Opened]) -> Shown:
     labelled = total(run, "labelled_tokens") / max(total(run, "tokens"), 1)
     planned = attempt(lambda: memory.of(run, labelled or 0.5))
     return Shown(run, facts(run), *of_sources(run), losses_by_source(run), looked, planned, starts(run),
-                 settings(run.config), numbers(run), missing)
+                 failures(run), kept(run), software(run), settings(run.config), numbers(run), missing)
 
 
 def total(run: RunFolder, name: str) -> float:
@@ -186,7 +189,7 @@ def losses_by_source(run: RunFolder) -> list[list[str]]:
     return rows
 
 
-START_HEAD = ["began (UTC)", "after step", "on", "lasted", "end", "steps done again"]
+START_HEAD = ["began (UTC)", "end", "lasted", "on", "ranks", "after step", "steps done again"]
 
 
 def starts(run: RunFolder) -> list[list[str]]:
@@ -198,10 +201,27 @@ def starts(run: RunFolder) -> list[list[str]]:
             end = f"failed: {start.get('error')}"
         elif end == "stopped":
             end = f"stopped after step {start.get('end_step')}" + (", as planned" if start.get("planned") else "")
-        rows.append([moment(began), number(number_of(start.get("step")), ",.0f"),
-                     f"{start.get('ranks')} × {start.get('name')}, {start.get('host')}", duration(ended - began), end,
-                     number(number_of(start.get("steps_again")), ",.0f")])
+        rows.append([moment(began), end, duration(ended - began), f"{start.get('name')}, {start.get('host')}",
+                     *(number(number_of(start.get(name)), ",.0f") for name in ("ranks", "step", "steps_again"))])
     return rows
+
+
+def failures(run: RunFolder) -> list[str]:
+    """Those since the run was last started by hand."""
+    return [f"failed at step {failure.get('at')}, from the checkpoint of step {failure.get('from')}: "
+            f"{failure.get('error') or 'the process was killed, or its node lost'}" for failure in run.attempts]
+
+
+def kept(run: RunFolder) -> list[str]:
+    return [f"The {name} weights: {note.get('file')}, of step {note.get('step')}." for name, note in run.kept.items()]
+
+
+def software(run: RunFolder) -> str:
+    start = run.last_start
+    if not start:
+        return ""
+    return (f"minimind_ds {start.get('minimind_ds')}, torch {start.get('torch')}, DeepSpeed {start.get('deepspeed')}. "
+            f"Kernels: {start.get('kernels')}.")
 
 
 def moment(seconds: float) -> str:
