@@ -14,13 +14,14 @@ from minimind_ds.io import write_file
 from minimind_ds.report import data, page
 from minimind_ds.report.folder import read
 from minimind_ds.report.tables import Shown, shown
+from minimind_ds.training.history import REPORT
 from minimind_ds.training.prepare import PreparedRun
 
 
 def main(argv: list[str]) -> int:
     """The whole of launch/report.py.  Returns the exit code."""
     options = program_flags.report().parse_args(argv)
-    out = options.out or (options.runs[0] if len(options.runs) == 1 else pathlib.Path()) / "report.html"
+    out = options.out or (options.runs[0] if len(options.runs) == 1 else pathlib.Path()) / REPORT
     try:
         write(out, [of_folder(folder) for folder in options.runs])
     except UserError as error:
@@ -42,7 +43,7 @@ def of_prepared(prepared: PreparedRun) -> pathlib.Path:
     Raises:
         UserError: it cannot be written.
     """
-    out = prepared.folder / "report.html"
+    out = prepared.folder / REPORT
     write(out, [shown(read(prepared.folder), lambda: data.of_prepared(prepared))])
     return out
 

@@ -50,7 +50,10 @@
     axis(fig.yaxis[0] ?? fig.yaxis, curve.unit);
     for (const grid of [fig.xgrid, fig.ygrid].flat()) grid.grid_line_color = colour("--line");
     for (const grid of [fig.xgrid].flat()) grid.grid_line_color = null;
-    for (const one of [fig.xaxis].flat()) one.formatter = new Bokeh.NumeralTickFormatter({format: "0,0"});
+    for (const one of [fig.xaxis].flat()) {
+      one.formatter = new Bokeh.NumeralTickFormatter({format: "0,0"});
+      one.ticker = new Bokeh.BasicTicker({desired_num_ticks: innerWidth < 600 ? 3 : 6, num_minor_ticks: 0, min_interval: 1});
+    }
     for (const one of [fig.yaxis].flat()) {
       if (top >= 1000) one.formatter = new Bokeh.NumeralTickFormatter({format: "0,0"});
       if (top < 0.01) one.formatter = new Bokeh.BasicTickFormatter({precision: 1});

@@ -28,6 +28,7 @@ from minimind_ds.resilience.signals import Stopped
 from minimind_ds.training.prepare import PreparedRun
 from minimind_ds.training.resume import ResumePoint
 
+REPORT = "report.html"
 # Of a run that a batch system starts over and over.
 MOST_STARTS = 200
 
@@ -50,13 +51,18 @@ class Recorded:
     def __init__(self, prepared: PreparedRun, start: ResumePoint):
         self.prepared, self.start = prepared, start
         self.active, self.starts = prepared.world.rank == 0 and not start.finished, []
+        # A run that was told to start over has no past; one that was killed before its first checkpoint has.
+        self.over = start.path is None and prepared.run.from_resume != "auto"
 
     def __enter__(self) -> None:
         if not self.active:
             return
-        # A run that starts over has no past.
-        with contextlib.suppress(UserError):
-            self.starts = read(self.prepared.folder)[1 - MOST_STARTS:] if self.start.path else []
+        if self.over:
+            with contextlib.suppress(OSError):
+                (self.prepared.folder / REPORT).unlink(missing_ok=True)
+        else:
+            with contextlib.suppress(UserError):
+                self.starts = read(self.prepared.folder)[1 - MOST_STARTS:]
         self.starts.append({"began": time.time(), **self.facts()})
         self.write()
 
@@ -80,7 +86,7 @@ class Recorded:
         """What the run is on, and what the planner needs to know of it."""
         prepared, start, device = self.prepared, self.start, self.prepared.world.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        again = max(0, restarts.last_step(prepared.folder) - start.step) if start.path else 0
+        again = 0 if self.over else max(0, restarts.last_step(prepared.folder) - start.step)
         return {"step": start.step, "steps_again": again, "total_steps": prepared.total_steps, "kind": prepared.kind,
                 "host": socket.gethostname(), "ranks": prepared.world.size, "device": device.type, "name": name,
                 "minimind_ds": __version__, "torch": torch.__version__, "deepspeed": metadata.version("deepspeed"),

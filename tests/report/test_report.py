@@ -5,6 +5,7 @@ real browser it draws, asks for nothing, runs nothing of the run's, fits a phone
 """
 
 import base64
+import contextlib
 import hashlib
 import html.parser
 import json
@@ -21,7 +22,11 @@ import pytest
 
 from minimind_ds import programs, report
 from minimind_ds.data import IGNORE
+from minimind_ds.distributed.world import alone
 from minimind_ds.report import curves, data, folder, page, tables
+from minimind_ds.training import history
+from minimind_ds.training.prepare import prepare
+from minimind_ds.training.resume import ResumePoint
 from tests.conftest import ROOT, cache_dir, environment
 from tests.report.browser import Browser, find
 
@@ -273,6 +278,34 @@ def test_a_report_that_cannot_be_made_is_one_line_and_no_error(trained, copied, 
     monkeypatch.setattr(report, "of_prepared", lambda prepared: (_ for _ in ()).throw(RuntimeError("late")))
     programs.write_report(nowhere)
     assert capsys.readouterr().out.startswith("report: not written")
+
+
+def test_each_start_is_noted_with_its_end_and_one_that_starts_over_has_no_past(trained, tmp_path):
+    def prepared(*flags):
+        words = ["--deepspeed", "zero0", "--hidden_size", "32", "--num_hidden_layers", "1", "--save_dir", tmp_path,
+                 "--cache_dir", cache_dir(), "--data_path", next(trained[0].parent.glob("*.jsonl")), *flags]
+        return prepare("sft", list(map(str, words)), alone())
+
+    def ends(run, error=None, point=None):
+        point = point or ResumePoint()
+        with contextlib.suppress(type(error)), history.AtEnd(run, point, reported.append), \
+                history.Recorded(run, point):
+            if error:
+                raise error
+        return [(start["step"], start["steps_again"], start["end"]) for start in history.read(tmp_path)]
+
+    reported, run = [], prepared()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 4, "loss": 1.0}\n')
+    assert ends(run, RuntimeError(ATTACK)) == [(0, 4, "failed")] and reported == [run]
+    point = ResumePoint(tmp_path, step=3)
+    assert ends(run, OSError("x"), point) == [(0, 4, "failed"), (3, 1, "failed")] and len(reported) == 2
+    assert len(ends(run, None, ResumePoint(step=3, finished=True))) == 2 and len(reported) == 2
+    (tmp_path / "starts.json").write_text("{")
+    (tmp_path / "report.html").write_text("of the run before")
+    assert ends(run, OSError("x"), point) == [(3, 1, "failed")] and (tmp_path / "report.html").exists()
+    assert ends(prepared("--from_resume", "none"), OSError("x")) == [(0, 0, "failed")]
+    assert not (tmp_path / "report.html").exists()
+    assert "failed" in harmless(rendered(tmp_path)).text
 
 
 def test_a_long_run_is_drawn_with_few_points_and_its_spikes(tmp_path, monkeypatch):
