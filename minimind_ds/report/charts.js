@@ -87,7 +87,7 @@
   }
 
   function lines(fig, curve) {
-    const smooth = curve.lines.some((line) => line.kind === "smooth");
+    const smooth = new Set(curve.lines.filter((line) => line.kind === "smooth").map((line) => line.run));
     for (const line of curve.lines) {
       const paint = colour(several ? `--run-${line.run}` : "--accent");
       const data = source(line, line.low ? {low: line.low, high: line.high} : {});
@@ -100,7 +100,7 @@
         hover(fig, [points], "evaluation");
         continue;
       }
-      const faint = line.kind === "raw" && smooth;
+      const faint = line.kind === "raw" && smooth.has(line.run);
       const shape = fig.line({field: "x"}, {field: "y"}, {source: data, line_color: paint, line_join: "round",
         line_width: faint ? 1 : 2, line_alpha: faint ? 0.35 : 1});
       // A run of one step is a point.
