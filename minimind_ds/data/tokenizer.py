@@ -94,6 +94,10 @@ class Tokenizer(ABC):
     def piece(self, i: int) -> str | None:
         """What the vocabulary calls an id below vocab_size; None where it has none of that number."""
 
+    @abstractmethod
+    def rules(self) -> str:
+        """All that decides the ids of plain text, alike for a SentencePiece model and its export."""
+
     @property
     def stop_ids(self) -> list[int]:
         """What ends an answer or a text: <|im_end|>, which conversations are trained to end with, and eos."""
@@ -124,8 +128,9 @@ class HuggingFaceTokenizer(Tokenizer):
         folder = Path(folder)
         self.name = str(folder)
         self._files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
-        spec = _json_object(self._files["tokenizer.json"], folder / "tokenizer.json")
-        self._config = _json_object(self._files.get("tokenizer_config.json", b"{}"), folder / "tokenizer_config.json")
+        spec = hf_folder.json_object(self._files["tokenizer.json"], folder / "tokenizer.json")
+        config = folder / "tokenizer_config.json"
+        self._config = hf_folder.json_object(self._files.get(config.name, b"{}"), config)
         try:
             self.specials = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
             twin = _without_added_tokens(spec, self.specials)
@@ -177,6 +182,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def piece(self, i: int) -> str | None:
         return self._full.id_to_token(i)
+
+    def rules(self) -> str:
+        return hf_folder.rules(json.loads(self._plain.to_str()))
 
     def save(self, folder: str | Path) -> None:
         _write_files(folder, self._files)
@@ -250,16 +258,23 @@ class SentencePieceTokenizer(Tokenizer):
     def piece(self, i: int) -> str:
         return self._pieces[i]
 
+    def rules(self) -> str:
+        twin = json.dumps(_without_added_tokens(self._hf_spec(), self.specials))
+        return hf_folder.rules(json.loads(_rust_tokenizer(twin, Path(self.name)).to_str()))
+
+    def _hf_spec(self) -> dict:
+        added = hf_folder.added_tokens(self.specials, VISIBLE_TOKENS)
+        return hf_folder.sentencepiece_spec(self._sp, self._pieces, added, META_SPACE)
+
     def save(self, folder: str | Path) -> None:
         _write_files(folder, {"tokenizer.model": self._model})
 
     def save_hf(self, folder: str | Path) -> None:
         """The same ids as `tokenizers` BPE with byte fallback.  Exceptions: there U+2581 becomes a space, and added
         tokens typed in a text become control tokens, as with every Hugging Face tokenizer."""
-        added = hf_folder.added_tokens(self.specials, VISIBLE_TOKENS)
-        spec = hf_folder.sentencepiece_spec(self._sp, self._pieces, added, META_SPACE)
+        spec = self._hf_spec()
         _write_files(folder, {"tokenizer.json": _json_bytes(spec),
-                              "tokenizer_config.json": _json_bytes(self._hf_config(added))})
+                              "tokenizer_config.json": _json_bytes(self._hf_config(spec["added_tokens"]))})
 
     def _hf_config(self, added_tokens: list[dict]) -> dict:
         token = {i: name for name, i in self.specials.items()}
@@ -287,8 +302,8 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
         if (path / "tokenizer.model").is_file():
             path = path / "tokenizer.model"
         if path.is_file():
-            shipped = path == ASSETS / "tokenizer.model"
-            return SentencePieceTokenizer(path.read_bytes(), name="embedded" if shipped else str(path))
+            name = "embedded" if path == ASSETS / "tokenizer.model" else str(path)
+            return SentencePieceTokenizer(path.read_bytes(), name)
     except OSError as err:
         raise UserError(f"tokenizer {path} cannot be read: {err.strerror}") from None
     what = "has neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
@@ -353,22 +368,12 @@ def _without_added_tokens(spec: dict, added: dict[str, int]) -> dict:
 def _rust_tokenizer(spec: str, folder: Path) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(spec)
-    except (KeyboardInterrupt, SystemExit):
-        raise
     # The library raises bare Exception, and a Rust panic arrives as a BaseException.
     except BaseException as err:
+        if isinstance(err, (KeyboardInterrupt, SystemExit)):
+            raise
         why = str(err).splitlines()[0] if str(err) else type(err).__name__
         raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {why}") from None
-
-
-def _json_object(content: bytes, path: Path) -> dict:
-    try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as err:
-        raise UserError(f"{path} is not JSON: {err}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
 
 
 def _json_bytes(value: dict) -> bytes:
