@@ -31,7 +31,7 @@ setup(
     package_dir=INSIDE,
     package_data={"minimind_ds": ["assets/*"], "minimind_ds.ds_configs": ["*.json", "*.md"],
                   "minimind_ds.examples": ["*.jsonl", "*.yaml", "*.md"], "minimind_ds.launch": ["multi_node.sh"],
-                  "minimind_ds.launch.slurm": ["*"]},
+                  "minimind_ds.launch.slurm": ["*"], "minimind_ds.report": ["*.html", "*.css", "*.js"]},
     entry_points={"console_scripts": ["minimind-ds = minimind_ds.programs:command"]},
     install_requires=[
         # 2.10 fixes an unpickler CVE; CONTRIBUTING.md lists what was tried.
@@ -42,6 +42,9 @@ setup(
         "deepspeed>=0.19.7,<0.20",
         # DeepSpeed's own reader of its files.
         "hjson>=3.1,<4",
+        # The report: its charts' JavaScript (BokehJS is in the wheel), and its page.
+        "bokeh>=3.7,<4",
+        "jinja2>=3.1,<4",
         "numpy>=1.26,<3",
         "packaging>=24",
         "ninja>=1.11,<2",

@@ -15,12 +15,13 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 from minimind_ds import __version__
 from minimind_ds.config import program_flags, run, run_flags
-from minimind_ds.config.errors import report_bugs
+from minimind_ds.config.errors import first_line, report_bugs
 from minimind_ds.config.spellings import OneLineParser, instead
 from minimind_ds.paths import LAUNCH, ROOT
 from minimind_ds.resilience.signals import Preparing
@@ -40,13 +41,17 @@ class Program(NamedTuple):
     arguments: tuple[str, ...] = ()
     # For libraries that are loaded later.
     environment: dict[str, str] = {}
+    # Whether it is a training, which leaves a report.
+    trains: bool = False
 
 
 def trainer(name: str, about: str) -> Program:
     return Program(about, functools.partial(run.parser, name, run_flags.PROGRAMS[name]), "training.loop", ALWAYS,
-                   (name,))
+                   (name,), trains=True)
 
 
+# As long as a run's end may wait for its report, in seconds.
+REPORT_S = 30
 # transformers must not look for anything on the network.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 # A node that does not answer is preflight's to name; PyTorch would add its C++ stacks.
@@ -65,6 +70,7 @@ PROGRAMS = {
     "benchmark": Program("throughput of the real training step", program_flags.benchmark, "bench.throughput", ASKED),
     "preflight": Program("are all nodes alike, healthy and connected?", program_flags.preflight,
                          "resilience.preflight", ASKED, environment=QUIET),
+    "report": Program("one HTML file of a run, or of several side by side", program_flags.report, "report"),
     "train_tokenizer": Program("train a tokenizer on your text", program_flags.train_tokenizer,
                                "data.train_tokenizer"),
     "tokenize": Program("tokenise data before a run, without a GPU", program_flags.tokenize, "training.tokenize_data"),
@@ -90,7 +96,24 @@ def run_program(name: str, argv: list[str]) -> int:
     if rank() == "0" and (program.launcher != NEVER or sys.stderr.isatty()):
         print(f"{name}: loading PyTorch{' and DeepSpeed' if program.launcher != NEVER else ''} …", file=sys.stderr,
               flush=True)
-    return importlib.import_module(f"minimind_ds.{program.module}").main(*program.arguments, argv)
+    more = {"at_end": write_report} if program.trains else {}
+    return importlib.import_module(f"minimind_ds.{program.module}").main(*program.arguments, argv, **more)
+
+
+def write_report(prepared) -> None:
+    """A training's report in its folder, and a line about it; never an error, and never a long wait."""
+    said = [f"report: not written within {REPORT_S} s"]
+
+    def write() -> None:
+        try:
+            said.append(f"report: {importlib.import_module('minimind_ds.report').of_prepared(prepared)}")
+        except Exception as error:
+            said.append(f"report: not written: {first_line(error)}")
+
+    writer = threading.Thread(target=write, name="report", daemon=True)
+    writer.start()
+    writer.join(REPORT_S)
+    print(said[-1], flush=True)
 
 
 def rank() -> str:

@@ -24,6 +24,7 @@ NEEDS = {
     "namespaces": ("the right to make namespaces", "python -m pytest tests/slurm"),
     "no strace here": ("the right to trace processes", "python -m pytest tests/checkpoint/test_power_cut.py"),
     "strace": ("strace", f"{BY_APT} strace && python -m pytest tests/checkpoint/test_power_cut.py"),
+    "chromium": ("a browser", f"{BY_APT} chromium && python -m pytest tests/report"),
     "libaio": ("libaio", f"{BY_APT} libaio-dev && python -m pytest tests/distributed/test_zero_files.py"),
     "g++": ("a C++ compiler", f"{BY_APT} g++ && {ALL}"),
     "triton": ("Triton", f"pip install triton && {ALL}"),

@@ -18,6 +18,7 @@ LEVELS = [
     {"checkpoint", "resilience"},
     {"training"},
     {"inference", "plan", "verify", "bench"},
+    {"report"},
     {"programs"},
     {"__main__"},
 ]
@@ -120,6 +121,7 @@ LATE = {
     "minimind_ds.bench.throughput": "imports torch, trl or matplotlib",
     "transformers": "slow, and only one of verify's laws needs it",
     "wandb": "optional, and slow", "trl": "optional", "pyarrow": "optional",
+    "bokeh": "a run must not fail where only its report would",
 }
 
 

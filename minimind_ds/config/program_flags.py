@@ -129,6 +129,14 @@ def export() -> OneLineParser:
     return p
 
 
+def report() -> OneLineParser:
+    p = program_parser("report")
+    p.add_argument("runs", nargs="+", type=pathlib.Path, metavar="RUN", help="run folders (--save_dir of a training)")
+    p.add_argument("--out", type=pathlib.Path, metavar="FILE",
+                   help="the file to write (default: report.html in the run's folder; of several runs, here)")
+    return p
+
+
 def train_tokenizer() -> OneLineParser:
     p = program_parser("train_tokenizer")
     p.add_argument("--data_path", nargs="+", required=True, help="data files (docs/DATA.md), one or more")

@@ -159,7 +159,7 @@ class TokenStore:
 
 def open_or_build(path: str | Path, tok: Tokenizer, *, kind: str, max_seq_len: int, cache_dir: str | Path,
                   policy: str = "cut", on_bad_record: str = "stop", options: dict | None = None,
-                  workers: int | None = 0, progress: bool = False) -> TokenStore:
+                  workers: int | None = 0, progress: bool = False, build_it: bool = True) -> TokenStore:
     """The tokenised form of a data file, from the cache if it is there.  Safe to call from many processes at once.
 
     Args:
@@ -170,6 +170,7 @@ def open_or_build(path: str | Path, tok: Tokenizer, *, kind: str, max_seq_len: i
         workers: processes that tokenise; below 2 it is done here (the tokenizer library has threads of its own); None:
             as many as the file is worth, on the cores this process may use.
         progress: say on standard error how far tokenising is, whichever process does it.
+        build_it: False: only what is in the cache is opened.
 
     Raises:
         DataError: the file is unusable (see read_records), has no labelled token, or changed meanwhile; the cache
@@ -197,10 +198,11 @@ def open_or_build(path: str | Path, tok: Tokenizer, *, kind: str, max_seq_len: i
     part = folder.with_name(f".{folder.name}.part")
     size = sum(file.stat().st_size for file in _files_of(path))
     try:
-        if not folder.exists():
-            Path(cache_dir).mkdir(parents=True, exist_ok=True)
-        elif (store := _open(folder, key, path)) is not None:
+        if folder.exists() and (store := _open(folder, key, path)) is not None:
             return store
+        if not build_it:
+            raise DataError(f"{path}, as it is now, is not in the token cache {cache_dir}")
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
         shown = contextlib.closing(Progress(path.name, size, progress))
         with shown as bar, locked(folder.with_name(f".{folder.name}.lock"),
                                    (lambda: bar.at(position_of(part))) if progress else None) as alone:

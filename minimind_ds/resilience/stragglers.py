@@ -16,7 +16,7 @@ import torch
 FACTOR, TRIFLE_S = 1.5, 0.02
 
 
-class ForwardTimer:
+class DeviceTimer:
     """Sums up the time of `with` blocks on a device, without waiting for it."""
 
     def __init__(self, device: torch.device):

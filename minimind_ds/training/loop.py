@@ -15,6 +15,7 @@ import shlex
 import socket
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from importlib import metadata
 
@@ -32,7 +33,7 @@ from minimind_ds.io import write_file
 from minimind_ds.resilience import restarts
 from minimind_ds.resilience.signals import Stopped
 from minimind_ds.resilience.watchdog import Watchdog, lost_contact
-from minimind_ds.training import kept_weights, run_log
+from minimind_ds.training import history, kept_weights, run_log
 from minimind_ds.training.build import build_engine
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.lr_schedule import learning_rate, progress, steps_of, warmup_share
@@ -54,8 +55,11 @@ from minimind_ds.training.summary import ending, summary
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
-def main(program: str, argv: list[str]) -> int:
-    """The whole of launch/sft.py and launch/pretrain.py.  Returns the exit code."""
+def main(program: str, argv: list[str], at_end: Callable[[PreparedRun], None] | None = None) -> int:
+    """The whole of launch/sft.py and launch/pretrain.py.  Returns the exit code.
+
+    at_end: what rank 0 does with a run that has ended, however it did; history.AtEnd calls it.
+    """
     world = read_world()
     try:
         prepared = prepare(program, argv, world)
@@ -73,7 +77,7 @@ def main(program: str, argv: list[str]) -> int:
     except KeyboardInterrupt:
         return leave(130)
     with run_log.kept(prepared.folder, world.rank, opening(program, argv, world)) as live.log:
-        return carry_out(prepared, live, start)
+        return carry_out(prepared, live, start, at_end)
 
 
 def opening(program: str, argv: list[str], world: World) -> str:
@@ -83,11 +87,13 @@ def opening(program: str, argv: list[str], world: World) -> str:
             f"minimind_ds {__version__}, {versions}")
 
 
-def carry_out(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> int:
+def carry_out(prepared: PreparedRun, live: LiveRun, start: ResumePoint,
+              at_end: Callable[[PreparedRun], None] | None) -> int:
     """The training, and each way in which it may end.  Returns the exit code."""
     world = prepared.world
     try:
-        with live.stop, restarts.Attempt(prepared.folder, world.rank):
+        with live.stop, history.AtEnd(prepared, start, at_end), restarts.Attempt(prepared.folder, world.rank), \
+                history.Recorded(prepared, start):
             train(prepared, live, start)
     except NonFinite as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

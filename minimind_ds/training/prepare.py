@@ -306,11 +306,11 @@ def read_data(program: str, run: RunConfig, tokenizer: Tokenizer, *,
     return stores, held_out, notes + sources.passed_over(run.data_path)
 
 
-def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer, *,
-              progress: bool = False) -> tuple[list[Mixture], Mixture | None]:
+def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer, *, progress: bool = False,
+              build_it: bool = True) -> tuple[list[Mixture], Mixture | None]:
     """The training samples of each epoch, and the held-out ones or None.
 
-    Epochs share one set unless a share or an option draws anew each epoch.
+    Epochs share one set unless a share or an option draws anew each epoch.  build_it: as open_or_build's.
     """
     if run.too_long not in POLICIES[kind]:
         raise UserError(f"{run.place('too_long')} is {run.too_long}: a conversation's turns belong together; choose "
@@ -320,7 +320,8 @@ def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer, *,
     def opened(sources: list[Source], options: dict) -> list[TokenStore]:
         return [open_or_build(source.path, tokenizer, kind=kind, max_seq_len=run.max_seq_len, policy=run.too_long,
                               on_bad_record=run.on_bad_record, cache_dir=run.cache_dir, workers=run.num_workers,
-                              options=options, progress=progress) for source in sources]
+                              options=options, progress=progress, build_it=build_it)
+                for source in sources]
 
     fixed = dict(learn=run.learn, text_markers=run.text_markers)
     drawn = run.random_system_ratio > 0 or run.drop_empty_think_ratio > 0

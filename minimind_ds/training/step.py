@@ -21,7 +21,7 @@ from minimind_ds.distributed.engine import NonFinite
 from minimind_ds.distributed.world import World
 from minimind_ds.model.decoder import ModelOutput
 from minimind_ds.model.loss import scaled_loss
-from minimind_ds.resilience.stragglers import ForwardTimer, slowest
+from minimind_ds.resilience.stragglers import DeviceTimer, slowest
 from minimind_ds.training.evaluations import perplexity
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.prepare import PreparedRun
@@ -43,6 +43,7 @@ class StepStats:
     loss: nats per labelled token over the step.  lr: of the first group, as the update used it; lr_groups: of every
     group, where they differ.  grad_norm: global 2-norm before clipping.  stop_requested: a rank was
     asked to stop.  note: what was wrong with the loss.  slow_rank: the metrics' facts about a straggler, or nothing.
+    parts: this rank's seconds of waiting for data, of forward and of backward; the rest of step_s is the update's.
     """
 
     loss: float
@@ -58,6 +59,7 @@ class StepStats:
     skipped: bool
     note: str | None
     slow_rank: dict
+    parts: dict[str, float]
 
     def line(self) -> dict:
         """The step's line of metrics.jsonl."""
@@ -65,8 +67,8 @@ class StepStats:
                 **({"lr_groups": self.lr_groups} if self.lr_groups else {}),
                 "grad_norm": finite(self.grad_norm), "tokens": self.tokens, "labelled_tokens": self.labelled_tokens,
                 "packing_fill": self.packing_fill, "tokens_per_s": self.tokens / self.step_s, "step_s": self.step_s,
-                **({"skipped": True} if self.skipped else {}), **({"note": self.note} if self.note else {}),
-                **self.slow_rank}
+                **self.parts, **({"skipped": True} if self.skipped else {}),
+                **({"note": self.note} if self.note else {}), **self.slow_rank}
 
 
 class StepSums:
@@ -171,17 +173,22 @@ def train_step(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at:
     began, optimizer = time.perf_counter(), ds_engine.basic_optimizer
     # A scheduler of the JSON sets the next step's rate within the update.
     rates = engine.learning_rates(ds_engine)
-    facts, sums, timer = plan.facts(at.epoch_step), StepSums(world), ForwardTimer(world.device)
+    facts, sums, waited = plan.facts(at.epoch_step), StepSums(world), 0.0
+    forward, backward = DeviceTimer(world.device), DeviceTimer(world.device)
     live.beat(f"step {at.step}: forward and backward")
     ds_engine.train()
     scale = deepspeed_compat.loss_scale(ds_engine)
     for micro in range(run.accumulation_steps):
-        batch = next(batches).to(world.device, non_blocking=True)
-        with timer:
+        waits = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - waits
+        batch = batch.to(world.device, non_blocking=True)
+        with forward:
             out = ds_engine(batch)
         loss = scaled_loss(out.loss_sum, out.aux_loss, batch.n_tokens, step_labelled=facts.n_labelled,
                            step_real=facts.n_tokens, dp_world=world.size)
-        ds_engine.backward(loss if scale == 1.0 else loss * scale, scale_wrt_gas=False)
+        with backward:
+            ds_engine.backward(loss if scale == 1.0 else loss * scale, scale_wrt_gas=False)
         sums.add(out, batch.n_tokens)
         if micro + 1 < run.accumulation_steps:
             # It only counts.
@@ -190,7 +197,9 @@ def train_step(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at:
     sums.reduce(stop_asked=live.stop.asked is not None, forward_s=live.forward_s)
     verdict = Verdict(prepared, live, plan, at, sums)
     norm = update(ds_engine, verdict)
-    live.forward_s = timer.take()
+    # The verdict has waited for the device: both are done.
+    live.forward_s = forward.take()
+    parts = {"data_s": waited, "forward_s": live.forward_s, "backward_s": backward.take()}
     skipped = optimizer.skip_update or not ds_engine.was_step_applied()
     optimizer.skip_update = False
     if not skipped:
@@ -199,7 +208,7 @@ def train_step(prepared: PreparedRun, live: LiveRun, plan: loader.EpochPlan, at:
                      lr_groups=rates if len(set(rates)) > 1 else None, grad_norm=norm, tokens=facts.n_tokens,
                      labelled_tokens=facts.n_labelled, packing_fill=facts.fill, step_s=time.perf_counter() - began,
                      stop_requested=verdict.total.stop_requests > 0, skipped=skipped, note=verdict.note,
-                     slow_rank=slowest(verdict.total.forward_s, live.hosts))
+                     slow_rank=slowest(verdict.total.forward_s, live.hosts), parts=parts)
 
 
 def update(ds_engine, verdict: Verdict) -> float | None:

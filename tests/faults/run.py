@@ -29,7 +29,8 @@ LIMIT_S = HANG_S
 # How long what is left of a start may take to go.
 END_S = 60
 # What differs from run to run, in a line of metrics.
-TIMES = ("tokens_per_s", "step_s", "slowest_rank", "slowest_host", "slowest_forward_s", "median_forward_s")
+TIMES = ("tokens_per_s", "step_s", "data_s", "forward_s", "backward_s", "slowest_rank", "slowest_host",
+         "slowest_forward_s", "median_forward_s")
 
 
 class Hang(Exception):

@@ -67,6 +67,7 @@ def test_a_wheel_trains_plans_and_has_its_files(wheel, command, tmp_path):
     done = command("sft", "--gpus=1", "--master-port", str(free_port()), "--max_steps", "2", "--preset", "debug",
                    "--pack_len", "768", "--save_interval", "0", "--cache_dir", cache_dir())
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert "BokehJS" in (tmp_path / "out" / "report.html").read_text()
     assert lines[-1]["step"] == 2 and (tmp_path / "out" / "sft_256.safetensors").exists()
     said = done.stderr.splitlines()
     assert said[0].startswith("sft: starting DeepSpeed's launcher, with ds_configs/zero1.json")

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.numeric
 MODEL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
          "intermediate_size": 96}
 KEYS = {"step", "epoch", "loss", "aux_loss", "lr", "grad_norm", "tokens", "labelled_tokens", "packing_fill",
-        "tokens_per_s", "step_s"}
+        "tokens_per_s", "step_s", "data_s", "forward_s", "backward_s"}
 
 
 def flags(tmp_path, stage, **values):
