@@ -23,7 +23,7 @@ from tests.conftest import ROOT, cache_dir, environment, ranks_command
 from tests.training.test_training import MODEL
 from tests.waiting import HANG_S
 
-NEXT = f"next: python {ROOT / 'launch' / 'chat.py'} --weight run"
+LAST = [f"next: python {ROOT / 'launch' / 'chat.py'} --weight run", "report: run/report.html"]
 STAMP = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d[+-]\d{4} ")
 
 
@@ -83,7 +83,7 @@ def test_a_run_says_a_fact_a_line_within_80_columns_and_ends_with_what_to_do_nex
     finished, best, *_ = lines[lines.index("weights: run/sft_48.safetensors") - 2:]
     assert re.fullmatch(r"finished after step 4: 4 steps in \d+:\d\d, [\d,]+ tokens/s on average", finished)
     assert re.fullmatch(r"evaluation: loss \S+ \(perplexity \S+\) after step 4", best)
-    assert " ".join(" ".join(lines[-3:]).split()).endswith(NEXT)
+    assert " ".join(" ".join(lines[-4:]).split()).endswith(" ".join(LAST))
     assert "\r" not in runs[1] and "\x1b" not in runs[1]
 
 
@@ -93,7 +93,7 @@ def test_a_terminal_has_a_bar_that_fits_and_no_line_a_step(runs):
     assert re.search(r"6/6 \|█+\| loss \d\.\d{4}  lr \S+  [\d,]+ tokens/s  epoch \S+/2  0:00 left", runs[2])
     said = [line for line in runs[2].split("\r\n") if line and not line.startswith("[20")]
     assert "step 6/6" not in runs[2]
-    assert " ".join(" ".join(said[-3:]).split()).endswith(NEXT)
+    assert " ".join(" ".join(said[-4:]).split()).endswith(" ".join(LAST))
 
 
 def test_the_log_has_what_was_printed_at_each_start_with_the_time_and_nothing_of_a_bar(runs):
@@ -107,7 +107,7 @@ def test_the_log_has_what_was_printed_at_each_start_with_the_time_and_nothing_of
     assert "".join("".join(lines[began + 1:again]).split()) in "".join(printed.split())
     assert sum(line.startswith("step 6/6  loss") for line in lines[again:]) == 1
     assert any(line.startswith("resuming from run/checkpoints/step_00000004 after step 4") for line in lines[again:])
-    assert lines[-1] == NEXT
+    assert lines[-2:] == LAST
 
 
 def test_warnings_libraries_and_a_bug_s_traceback_are_in_the_log(tmp_path, capsys):
