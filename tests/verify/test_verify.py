@@ -148,7 +148,9 @@ def test_answers_cut_by_truncation_are_counted_and_warned_of(reports):
     report = reports[0]["sft_tools_en_zh"]
     assert 0 < report["data"]["cut_inside_answer"] <= report["data"]["cut"]
     assert any("cut inside an answer" in line for line in report["warnings"])
-    assert reports[0]["sft_gsm8k"]["data"]["cut"] == 0
+    # With --slow only.
+    if "sft_gsm8k" in reports[0]:
+        assert reports[0]["sft_gsm8k"]["data"]["cut"] == 0
 
 
 def write(path, conversations) -> str:
