@@ -62,6 +62,8 @@ setup(
             "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.7,<4", "ruff>=0.12,<0.18",
             # The CPU build of torch carries none; the kernels' interpreter and compile tests need it.
             "triton>=3.6,<3.10; platform_system == 'Linux'",
+            # llama.cpp's names of tensors and keys, which exported folders are held to.
+            "gguf>=0.17,<0.20",
         ],
         # Data in Parquet and Arrow files.
         "parquet": ["pyarrow>=20,<27"],
