@@ -103,7 +103,7 @@ class ModelConfig:
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs")
         if self.hidden_act != "silu":
-            raise UserError(f"hidden_act {self.hidden_act!r} is not supported; MiniMind models use 'silu'")
+            raise UserError(f"hidden_act {shown(self.hidden_act)} is not supported; MiniMind models use 'silu'")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}; it must be in [0, 1)")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:

@@ -362,7 +362,7 @@ def check_type(path: str, f: dataclasses.Field, value):
 def as_float(value):
     """YAML reads 1e-4 (without a dot) as text; the other way round, 1 is a fine float."""
     if isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     return value
 

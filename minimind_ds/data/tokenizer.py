@@ -22,8 +22,18 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-from minimind_ds.config.errors import UserError
+from minimind_ds.config import untrusted
+from minimind_ds.config.errors import UserError, first_line
+from minimind_ds.config.untrusted import shown
 from minimind_ds.data import hf_folder
+from minimind_ds.data.tokenizer_check import (
+    META_SPACE,
+    PROBE,
+    check_text,
+    control_ids,
+    library,
+    without_added_tokens,
+)
 from minimind_ds.io import write_file
 from minimind_ds.paths import ASSETS
 
@@ -40,11 +50,10 @@ SPECIAL_TOKENS = (
 )
 VISIBLE_TOKENS = frozenset(SPECIAL_TOKENS[SPECIAL_TOKENS.index("<tool_call>"):])
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
-# SentencePiece writes a space as this character, so the character itself has to travel as its three UTF-8 bytes.
-META_SPACE = "\u2581"
+# The character itself has to travel as its three UTF-8 bytes.
 META_BYTES = META_SPACE.encode("utf-8")
-# What a .model must give back unchanged before it is trusted with anybody's text.
-ROUND_TRIP_PROBE = " two  spaces\n\n\ttab 12\u00a0\ufb01\uff21 e\u0301 \u4f60\u597d \U0001f600\x00 "
+# A tokenizer.json of 256,000 pieces has some 20 MiB.
+MOST_BYTES, MOST_VALUES = 256 << 20, 1 << 24
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja")
 
@@ -106,7 +115,7 @@ class Tokenizer(ABC):
             ValueError: this tokenizer has no such control token.
         """
         if token not in self.specials:
-            raise UserError(f"tokenizer {self.name} has no control token {token!r}")
+            raise UserError(f"tokenizer {self.name} has no control token {shown(token)}")
         return self.specials[token]
 
     def __len__(self) -> int:
@@ -123,18 +132,24 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.name = str(folder)
-        self._files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        self._files = {name: untrusted.read_bytes(folder / name, MOST_BYTES) for name in TOKENIZER_FILES
+                       if (folder / name).is_file()}
         spec = _json_object(self._files["tokenizer.json"], folder / "tokenizer.json")
         self._config = _json_object(self._files.get("tokenizer_config.json", b"{}"), folder / "tokenizer_config.json")
         try:
-            self.specials = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-            twin = _without_added_tokens(spec, self.specials)
-        except (KeyError, TypeError, AttributeError) as err:
-            raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {err!r}") from None
-        except ValueError as err:
+            self.specials = control_ids(spec)
+            twin = without_added_tokens(spec, self.specials)
+        except UserError as err:
             raise UserError(f"{folder}/tokenizer.json: {err}") from None
+        except (KeyError, TypeError, AttributeError) as err:
+            raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {type(err).__name__}: {first_line(err)}") from None
         self._full = _rust_tokenizer(self._files["tokenizer.json"].decode("utf-8"), folder)
         self._plain = _rust_tokenizer(json.dumps(twin), folder)
+        for token, i in self.specials.items():
+            # The library numbers some by itself.
+            if self._full.token_to_id(token) != i:
+                raise UserError(f"{folder}/tokenizer.json: added token {shown(token)} has the id {i}, and to the library "
+                                f"{self._full.token_to_id(token)}")
         for token in CHAT_TOKENS:
             self.special_id(token)
         # transformers prefers the file to the entry.
@@ -144,6 +159,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = self._configured_id("eos_token", "<|im_end|>")
         self.pad_id = self._configured_id("pad_token", "<|endoftext|>", "<|im_end|>")
         self.vocab_size = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
+        for role in ("bos", "eos", "pad"):
+            if getattr(self, f"{role}_id") not in self.specials.values():
+                raise UserError(f"{folder}/tokenizer_config.json: {role}_token is "
+                                f"{shown(self.piece(getattr(self, f'{role}_id')))}, a piece of text, no added token")
         roles = f"{self.bos_id},{self.eos_id},{self.pad_id}".encode()
         self.fingerprint = hashlib.sha256(self._files["tokenizer.json"] + roles).hexdigest()
 
@@ -154,10 +173,10 @@ class HuggingFaceTokenizer(Tokenizer):
         if token is None:
             token = next((t for t in otherwise if t in self.specials), otherwise[0])
         if not isinstance(token, str):
-            raise UserError(f"{self.name}/tokenizer_config.json: {key} is {token!r}, not a token")
+            raise UserError(f"{self.name}/tokenizer_config.json: {key} is {shown(token)}, not a token")
         found = self._full.token_to_id(token)
         if found is None:
-            raise UserError(f"{self.name}/tokenizer_config.json: {key} {token!r} is not in the vocabulary")
+            raise UserError(f"{self.name}/tokenizer_config.json: {key} {shown(token)} is not in the vocabulary")
         return found
 
     def encode(self, text: str) -> list[int]:
@@ -165,7 +184,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         try:
-            return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+            with library(f"{self.name} cannot encode a text"):
+                return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
         except TypeError:
             # The library says only "must be str" about a lone surrogate; Python's encoder says what and where.
             for text in texts:
@@ -173,7 +193,8 @@ class HuggingFaceTokenizer(Tokenizer):
             raise
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        return self._full.decode(_checked(ids, self.vocab_size), skip_special_tokens=skip_special)
+        with library(f"{self.name} cannot decode ids"):
+            return self._full.decode(_checked(ids, self.vocab_size), skip_special_tokens=skip_special)
 
     def piece(self, i: int) -> str | None:
         return self._full.id_to_token(i)
@@ -218,7 +239,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._bytes = [self._piece_bytes(i) for i in ids]
         self._skipped = {i for token, i in self.specials.items() if token not in VISIBLE_TOKENS}
         self._meta_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in META_BYTES]
-        if not all(map(sp.is_byte, self._meta_ids)) or self.decode(self.encode(ROUND_TRIP_PROBE)) != ROUND_TRIP_PROBE:
+        if not all(map(sp.is_byte, self._meta_ids)) or self.decode(self.encode(PROBE)) != PROBE:
             raise UserError(f"{name} changes the text it encodes; train it with byte fallback, identity "
                              "normalisation and no dummy prefix (launch/train_tokenizer.py does)")
 
@@ -283,16 +304,23 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     path = ASSETS / "tokenizer.model" if path is None else Path(path)
     try:
         if (path / "tokenizer.json").is_file():
-            return HuggingFaceTokenizer(path)
+            return _checked_text(HuggingFaceTokenizer(path))
         if (path / "tokenizer.model").is_file():
             path = path / "tokenizer.model"
         if path.is_file():
             shipped = path == ASSETS / "tokenizer.model"
-            return SentencePieceTokenizer(path.read_bytes(), name="embedded" if shipped else str(path))
+            if shipped:
+                return SentencePieceTokenizer(path.read_bytes(), name="embedded")
+            return _checked_text(SentencePieceTokenizer(untrusted.read_bytes(path, MOST_BYTES), name=str(path)))
     except OSError as err:
         raise UserError(f"tokenizer {path} cannot be read: {err.strerror}") from None
     what = "has neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
     raise UserError(f"tokenizer {path} {what}")
+
+
+def _checked_text(tok: Tokenizer) -> Tokenizer:
+    check_text(tok)
+    return tok
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400, out: str | Path) -> Tokenizer:
@@ -336,39 +364,16 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400, out: str | 
     return tokenizer
 
 
-def _without_added_tokens(spec: dict, added: dict[str, int]) -> dict:
-    """tokenizer.json with no added token, neither to be matched nor to be spelled by merges; not padded or cut."""
-    model = spec["model"]
-    if model.get("type") != "BPE":
-        raise UserError(f"the model is {model.get('type')!r}; only 'BPE' is supported")
-    merged = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "", 1) for pair in model["merges"]}
-    spelled = sorted(merged & added.keys())
-    if spelled:
-        raise UserError(f"plain text can spell the added token {spelled[0]!r}; it would not be safe to train on")
-    vocab = {token: i for token, i in model["vocab"].items() if token not in added}
-    return {**spec, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None,
-            "model": {**model, "vocab": vocab, "unk_token": None}}
-
-
 def _rust_tokenizer(spec: str, folder: Path) -> tokenizers.Tokenizer:
-    try:
+    with library(f"{folder}/tokenizer.json is not a tokenizer"):
         return tokenizers.Tokenizer.from_str(spec)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    # The library raises bare Exception, and a Rust panic arrives as a BaseException.
-    except BaseException as err:
-        why = str(err).splitlines()[0] if str(err) else type(err).__name__
-        raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {why}") from None
 
 
 def _json_object(content: bytes, path: Path) -> dict:
     try:
-        value = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as err:
-        raise UserError(f"{path} is not JSON: {err}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return value
+        return untrusted.json_object(content.decode("utf-8"), str(path), MOST_VALUES)
+    except UnicodeDecodeError as err:
+        raise UserError(f"{path} is not UTF-8 (byte {err.start + 1})") from None
 
 
 def _json_bytes(value: dict) -> bytes:

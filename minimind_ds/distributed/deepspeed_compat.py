@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minimind_ds.config.errors import UserError
+from minimind_ds.config.errors import UserError, first_line
 from minimind_ds.distributed.torch_compat import Workaround
 from minimind_ds.distributed.world import current_device
 
@@ -337,6 +337,11 @@ def load_states(path: str | pathlib.Path, map_location="cpu"):
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused: it holds more than tensors and DeepSpeed's own types, and opening it could "
                         "run code") from None
+    except OSError:
+        raise
+    # A manifest can be made for any bytes.
+    except Exception as error:
+        raise UserError(f"{path}: not a readable file of training states: {first_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import psutil
 import torch.distributed as dist
 
 from minimind_ds.config.errors import UserError, first_line
+from minimind_ds.config.untrusted import shown
 from minimind_ds.distributed.world import World
 
 # After which a rank that waits says so; how often rank 0 looks who is there; how long it waits to be read.
@@ -69,7 +70,7 @@ def check_interface() -> None:
     there = [name for _, name in socket.if_nameindex()]
     for name in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
         if name not in there:
-            raise UserError(f"GLOO_SOCKET_IFNAME is {name!r}, and {socket.gethostname()} has no such network "
+            raise UserError(f"GLOO_SOCKET_IFNAME is {shown(name)}, and {socket.gethostname()} has no such network "
                             f"interface; it has {', '.join(there)}")
 
 

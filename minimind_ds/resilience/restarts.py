@@ -16,7 +16,9 @@ import pathlib
 import time
 
 from minimind_ds.checkpoint.folder import folder_of
+from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
+from minimind_ds.distributed.world import whole
 from minimind_ds.io import write_file
 from minimind_ds.resilience.signals import Stopped
 
@@ -32,7 +34,9 @@ def report(outcome: str) -> None:
 
 def automatic_restarts() -> int:
     """How often SLURM or torchrun has started this job again by itself."""
-    return int(os.environ.get("SLURM_RESTART_COUNT") or os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+    name = next(filter(os.environ.get, ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")),
+                "SLURM_RESTART_COUNT")
+    return whole(os.environ, name, 0)
 
 
 def job_id() -> str | None:
@@ -110,9 +114,12 @@ class Attempt:
 
 def read(folder: pathlib.Path) -> dict:
     try:
-        found = json.loads((folder / "attempts.json").read_text(encoding="utf-8"))
-        return {**found, "job": found["job"], "began": float(found["began"]), "failures": list(found["failures"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = untrusted.read_json(folder / "attempts.json")
+        failures = [{"from": int(one["from"]), "at": int(one["at"]), "error": one["error"]} for one in found["failures"]]
+        return {**found, "job": found["job"], "began": float(found["began"]), "running": bool(found["running"]),
+                **({"from": int(found["from"])} if found["running"] else {}), "failures": failures}
+    # Torn, or another program's: the failures before are not known.
+    except (ValueError, KeyError, TypeError, OverflowError):
         return {"job": None, "began": float("inf"), "running": False, "failures": []}
 
 
@@ -123,14 +130,14 @@ def write(folder: pathlib.Path, record: dict) -> None:
 def last_step(folder: pathlib.Path) -> int:
     """The last step in metrics.jsonl, 0 when there is none; a torn last line does not count."""
     try:
-        with (folder / "metrics.jsonl").open("rb") as file:
+        with untrusted.open_file(folder / "metrics.jsonl", untrusted.MOST_OF_LINES) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
             lines = file.read().splitlines()
-    except OSError:
+    except (OSError, UserError):
         return 0
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
     return 0

@@ -257,8 +257,8 @@ def refuse_changes(then: dict, now: dict, path) -> None:
             raise UserError(f"cannot resume from {path}: its tokenizer is another one; name it with --tokenizer, as "
                             "it lies in the run folder; --from_resume none starts over, another --save_dir keeps both")
         if then.get(name) != now[name]:
-            raise UserError(f"cannot resume from {path}: its {name.removeprefix('model.')} is {then.get(name)!r}, "
-                             f"this run's is {now[name]!r}; --from_resume none starts over, another --save_dir "
+            raise UserError(f"cannot resume from {path}: its {name.removeprefix('model.')} is {then.get(name)!r:.100}, "
+                             f"this run's is {now[name]!r:.100}; --from_resume none starts over, another --save_dir "
                              "keeps both")
 
 
