@@ -37,15 +37,15 @@ no_way_to() { # HOST, ssh's last line
 
 number=0 hosts=()
 while read -r host slots rest || [ -n "$host" ]; do
-    number=$((number + 1))
+    number=$((number + 1)) line="$host $slots $rest"
     case $host in '' | '#'*) continue ;; esac
     case $slots$rest in *$'\r') fail "$hostfile has Windows line ends: sed -i 's/\\r\$//' $hostfile" ;; esac
     [[ $slots =~ ^slots=[1-9][0-9]{0,3}$ && $rest =~ ^(#.*)?$ ]] ||
-        fail "$hostfile line $number: $(printf %q "$host $slots $rest") is not 'name slots=GPUS'"
+        fail "$hostfile line $number: $(printf %q "${line:0:100}") is not 'name slots=GPUS'"
     is_machine "$host" ||
-        fail "$hostfile line $number: $(printf %q "$host") is no machine's name (letters, digits, . - _); a user or a" \
+        fail "$hostfile line $number: $(printf %q "${host:0:100}") is no machine's name (letters, digits, . - _); a user or a" \
             "port belongs into ~/.ssh/config"
-    case " ${hosts[*]} " in *" $host "*) fail "$hostfile line $number names $host a second time" ;; esac
+    case " ${hosts[*]} " in *" $host "*) fail "$hostfile line $number names ${host:0:100} a second time" ;; esac
     hosts+=("$host")
 done < <(tr -d '\0' <"$hostfile")
 [ ${#hosts[@]} -gt 0 ] || fail "$hostfile names no machine"

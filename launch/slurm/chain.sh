@@ -14,7 +14,7 @@ if [ $# = 0 ] || [[ $1 = -* ]]; then
     echo "error: usage: bash launch/slurm/chain.sh FOLDER [OPTION OF SBATCH...]" >&2
     exit 2
 fi
-folder=$(realpath -m "$1")
+folder=$(realpath -m -- "$1")
 shift
 
 submit() { # FILE, the job to wait for or nothing, flags

@@ -27,7 +27,7 @@ fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 whole() { # NAME...: variables that, if set, must be plain numbers
     local name
     for name; do
-        [[ ${!name:-0} =~ ^(0|[1-9][0-9]{0,9})$ ]] || fail "$name=$(printf %q "${!name}") is no whole number"
+        [[ ${!name:-0} =~ ^(0|[1-9][0-9]{0,9})$ ]] || fail "$name=$(printf %q "${!name:0:80}") is no whole number"
     done
 }
 words_of() { # NAME ARRAY: the blank-separated words of a variable, none of them a pattern for files
@@ -37,9 +37,9 @@ whole SLURM_JOB_ID SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_RESTART_COUNT SL
     MASTER_PORT NODE_WAIT
 
 # A task of an array is named ARRAY_TASK: its plain id may be the whole array's.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-0}}
 job=${job:-$SLURM_JOB_ID}
-logs=$(realpath -m "${LOG_DIR:-slurm-logs/$job}")
+logs=$(realpath -m -- "${LOG_DIR:-slurm-logs/$job}")
 wrap=() step=() event=
 
 environment() {

@@ -42,6 +42,9 @@ TOKENIZER = "tokenizer"
 STEP = re.compile(r"step_\d{8,}")
 # What manifest.sha256 holds; a manifest has some 150 bytes a file, and three files a rank.
 SEAL, MOST_OF_MANIFEST = "0" * 64 + "\n", 16 << 20
+# What manifests say of a run, each with what it must be.
+FACTS = {**dict.fromkeys(("step", "epoch", "epoch_step"), lambda value: type(value) is int and 0 <= value < 1 << 53),
+         **dict.fromkeys(("identity", "layout"), lambda value: isinstance(value, dict))}
 
 
 class NoCheckpoint(UserError):
@@ -251,10 +254,9 @@ def verify(path: pathlib.Path) -> tuple[dict | None, str | None]:
         manifest = untrusted.json_object(content.decode(), str(path / "manifest.json"))
         if manifest["format"] != FORMAT:
             return None, f"{path} has format {shown(manifest['format'])}; this program reads format {FORMAT}"
-        if missing := [name for name in ("step", "epoch", "epoch_step") if not is_count(manifest[name])]:
-            return None, f"{path}: its manifest says {missing[0]} is {shown(manifest[missing[0]])}"
-        if missing := [name for name in ("identity", "layout") if not isinstance(manifest[name], dict)]:
-            return None, f"{path}: its manifest says {missing[0]} is {shown(manifest[missing[0]])}"
+        for name, right in FACTS.items():
+            if name in manifest and not right(manifest[name]):
+                return None, f"{path}: its manifest says that {name} is {shown(manifest[name])}"
         files = manifest["files"].items()
         if stranger := unlisted(path, manifest["files"]):
             return None, stranger
@@ -272,10 +274,6 @@ def verify(path: pathlib.Path) -> tuple[dict | None, str | None]:
             return None, f"{path} has no manifest.json or manifest.sha256"
         return None, f"{path}: the manifest is damaged ({first_line(error)})"
     return manifest, None
-
-
-def is_count(value) -> bool:
-    return type(value) is int and 0 <= value < 1 << 53
 
 
 def unlisted(path: pathlib.Path, files: dict) -> str | None:

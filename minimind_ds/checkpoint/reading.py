@@ -23,7 +23,6 @@ from minimind_ds.config.errors import UserError, first_line
 from minimind_ds.config.untrusted import shown
 from minimind_ds.distributed import deepspeed_compat
 
-
 # What files raise that are whole, but not what this program writes.
 STRANGE = (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError, OverflowError, SafetensorError)
 # What a manifest says of the layout, as far as it is read.

@@ -26,7 +26,6 @@ from minimind_ds.distributed import deepspeed_compat
 from minimind_ds.model import lora
 
 
-
 def is_checkpoint(path: Path) -> bool:
     """Whether a path names a checkpoint, or the folder of a run's checkpoints, there or not."""
     return bool((path / "manifest.sha256").is_file() or path.name == "checkpoints" or listed(path)

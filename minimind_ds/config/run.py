@@ -252,9 +252,12 @@ def of_paths(change, value: str | dict | list | None):
     return change(value) if isinstance(value, str) else value
 
 
+HINTS = typing.get_type_hints(RunConfig)
+
+
 def value_type(f: dataclasses.Field) -> type:
     """int, float, str or bool of a field written `int` or `int | None`."""
-    hint = typing.get_type_hints(RunConfig)[f.name]
+    hint = HINTS[f.name]
     if isinstance(hint, types.UnionType):
         return next(t for t in typing.get_args(hint) if t is not type(None))
     return hint

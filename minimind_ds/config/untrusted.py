@@ -41,7 +41,8 @@ def read_bytes(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
     """
     with open_file(path, most) as file:
         try:
-            content = file.read(most + 1)
+            # Room for so many bytes is made at once.
+            content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
         except OSError as error:
             raise UserError(f"cannot read {shown_path(path)}: {error.strerror}") from None
     if len(content) > most:
@@ -190,7 +191,7 @@ def yaml_mapping(text: str, what: str) -> dict:
 
 
 def check_values(value: Any, what: str, most_values: int = MOST_VALUES) -> None:
-    """Raises UserError for what is nested too deeply, or too much.
+    """Raises UserError for what is nested too deeply, or too much, and for text that is none.
 
     A value that YAML's anchors repeat counts each time; a loop of them is nested without end.
     """
@@ -199,6 +200,8 @@ def check_values(value: Any, what: str, most_values: int = MOST_VALUES) -> None:
         below = []
         for item in level:
             parts = [*item, *item.values()] if isinstance(item, dict) else item if isinstance(item, list) else ()
+            if isinstance(item, str) and not item.isascii() and any("\ud800" <= c <= "\udfff" for c in item):
+                raise UserError(f"{what}: {shown(item)} is no text: it holds half of a surrogate pair")
             count += len(parts)
             if count > most_values:
                 raise UserError(f"{what}: more than {most_values} values")

@@ -274,9 +274,9 @@ def read_pth(path: Path) -> dict[str, Tensor]:
 
 def check_zip(path: Path) -> None:
     """Raises ValueError for a file that unpacks to much more than it is: torch's own are not compressed."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(info.file_size for info in archive.infolist())
     except Exception as error:

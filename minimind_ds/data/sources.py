@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
 from minimind_ds.data.conversation import DataError
 from minimind_ds.data.packing import permutation
@@ -75,12 +76,12 @@ def find(path: str) -> list[Path]:
     if mode is None and glob.has_magic(path):
         found = [file for match in sorted(glob.glob(path, recursive=True)) for file in in_folder(Path(match))]
         if not found:
-            raise DataError(f"{path} matches no file" + "; in a pattern, [[] stands for [" * ("[" in path))
+            raise DataError(f"{untrusted.shown_path(path)} matches no file" + "; in a pattern, [[] stands for [" * ("[" in path))
         return found
     if mode is None:
         parts = [part.strip() for part in path.split(",")]
         hint = "; several files are separated by spaces" if len(parts) > 1 and all(map(os.path.exists, parts)) else ""
-        raise DataError(f"{path} does not exist{hint}")
+        raise DataError(f"{untrusted.shown_path(path)} does not exist{hint}")
     if stat.S_ISDIR(mode) and not (found := in_folder(Path(path))):
         raise DataError(f"the folder {path} holds no data file ({', '.join(DATA_ENDINGS)})")
     return found if stat.S_ISDIR(mode) else [Path(path)]

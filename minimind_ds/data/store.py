@@ -264,7 +264,8 @@ def _open(folder: Path, key: str, path: Path) -> TokenStore | None:
     try:
         meta = untrusted.read_json(folder / "meta.json")
         seal = meta.pop("seal")
-        if seal != seal_of(meta) or meta["key"] != key or not plain_counts(meta["stats"]):
+        if seal != seal_of(meta) or meta["key"] != key or not plain_counts(meta["stats"]) or not isinstance(
+                meta["content"], str):
             return None
         arrays = {name: _map(folder / name, dtype or np.dtype(meta["dtype"])) for name, dtype in FILES.items()}
         hashes = untrusted.read_bytes(folder / "blocks.bin", MOST_OF_HASHES)

@@ -29,8 +29,10 @@ from minimind_ds.data import hf_folder
 from minimind_ds.data.tokenizer_check import (
     META_SPACE,
     PROBE,
+    check_parts,
     check_text,
     control_ids,
+    is_byte_level,
     library,
     without_added_tokens,
 )
@@ -139,17 +141,20 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self.specials = control_ids(spec)
             twin = without_added_tokens(spec, self.specials)
+            check_parts(spec)
         except UserError as err:
             raise UserError(f"{folder}/tokenizer.json: {err}") from None
         except (KeyError, TypeError, AttributeError) as err:
-            raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {type(err).__name__}: {first_line(err)}") from None
+            raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {type(err).__name__}: "
+                            f"{first_line(err)}") from None
         self._full = _rust_tokenizer(self._files["tokenizer.json"].decode("utf-8"), folder)
         self._plain = _rust_tokenizer(json.dumps(twin), folder)
+        self.is_byte_level = is_byte_level(twin)
         for token, i in self.specials.items():
             # The library numbers some by itself.
             if self._full.token_to_id(token) != i:
-                raise UserError(f"{folder}/tokenizer.json: added token {shown(token)} has the id {i}, and to the library "
-                                f"{self._full.token_to_id(token)}")
+                raise UserError(f"{folder}/tokenizer.json: added token {shown(token)} has the id {i}, and to the "
+                                f"library {self._full.token_to_id(token)}")
         for token in CHAT_TOKENS:
             self.special_id(token)
         # transformers prefers the file to the entry.
@@ -172,7 +177,7 @@ class HuggingFaceTokenizer(Tokenizer):
         token = token.get("content") if isinstance(token, dict) else token
         if token is None:
             token = next((t for t in otherwise if t in self.specials), otherwise[0])
-        if not isinstance(token, str):
+        if not isinstance(token, str) or any("\ud800" <= c <= "\udfff" for c in token):
             raise UserError(f"{self.name}/tokenizer_config.json: {key} is {shown(token)}, not a token")
         found = self._full.token_to_id(token)
         if found is None:
@@ -304,23 +309,22 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     path = ASSETS / "tokenizer.model" if path is None else Path(path)
     try:
         if (path / "tokenizer.json").is_file():
-            return _checked_text(HuggingFaceTokenizer(path))
+            tok = HuggingFaceTokenizer(path)
+            check_text(tok, stretches=not tok.is_byte_level)
+            return tok
         if (path / "tokenizer.model").is_file():
             path = path / "tokenizer.model"
         if path.is_file():
             shipped = path == ASSETS / "tokenizer.model"
             if shipped:
                 return SentencePieceTokenizer(path.read_bytes(), name="embedded")
-            return _checked_text(SentencePieceTokenizer(untrusted.read_bytes(path, MOST_BYTES), name=str(path)))
+            tok = SentencePieceTokenizer(untrusted.read_bytes(path, MOST_BYTES), name=str(path))
+            check_text(tok)
+            return tok
     except OSError as err:
         raise UserError(f"tokenizer {path} cannot be read: {err.strerror}") from None
     what = "has neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
     raise UserError(f"tokenizer {path} {what}")
-
-
-def _checked_text(tok: Tokenizer) -> Tokenizer:
-    check_text(tok)
-    return tok
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400, out: str | Path) -> Tokenizer:

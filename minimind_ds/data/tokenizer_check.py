@@ -1,17 +1,20 @@
 """What a tokenizer that others made must keep to before it is trusted with anybody's text.
 
-Text goes through it unchanged, and no text becomes a control token.  That takes every character there is and every
-piece of the vocabulary through it, a second or two: once for each tokenizer, and remembered by its fingerprint.
+Text goes through it unchanged, and no text becomes a control token: every piece of the vocabulary is put through it
+and, unless its make leaves no doubt, every character there is.  That takes a second or two, once for each tokenizer,
+and is remembered by its fingerprint.
 
-    python -c "from minimind_ds import load_tokenizer as l; from minimind_ds.data.tokenizer_check import *; check_text(l())"
+    python -m pytest tests/data/test_tokenizer_check.py
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 import sys
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 
@@ -23,10 +26,19 @@ from minimind_ds.config.untrusted import shown
 from minimind_ds.io import write_file
 from minimind_ds.paths import cache_folder
 
+# Python 3.10 has no re._parser.
+sre_parse = getattr(re, "_parser", None) or re.sre_parse
+
 # SentencePiece writes a space as this character; exported folders cannot tell the two apart.
 META_SPACE = "\u2581"
 # What a text may hold that no single character shows: ends, runs of spaces, letters that combine.
 PROBE = " two  spaces\n\n\ttab 12\u00a0\ufb01\uff21 e\u0301 \u4f60\u597d \U0001f600\x00 "
+# Normalisers after which a text is still itself, and what SentencePiece's exports have for one; Prepend is caught by
+# PROBE where no decoder takes it back.
+KEEPING = ("NFC", "NFD", "ByteLevel", "Sequence", "Prepend")
+SPACES = {"type": "Replace", "pattern": {"String": " "}}
+# From so many on a repeat is one without a limit.
+MOST_REPEATS = 1000
 # Characters that go through at a time, and texts in one call.
 STRETCH, BATCH = 128, 512
 # Raise it with what the check asks for.
@@ -75,14 +87,14 @@ def control_ids(spec: dict) -> dict[str, int]:
         raise UserError(f"added tokens {', '.join(names[:3])} all have the id {twice[0]}")
     size, largest = len(by_id) + len(added), max([*by_id, *added.values()], default=0)
     if largest > 2 * size + 1024:
-        raise UserError(f"its largest id is {largest} and it has {size} tokens: the model would have rows for ids that "
-                        "mean nothing")
+        raise UserError(f"its largest id is {largest} and it has {size} tokens: the model would have rows for ids "
+                        "that mean nothing")
     return added
 
 
 def without_added_tokens(spec: dict, added: dict[str, int]) -> dict:
-    """tokenizer.json with no added token, neither to be matched nor to be spelled by merges; not padded or cut, and the
-    same for the same text."""
+    """tokenizer.json with no added token, neither to be matched nor to be spelled by merges; not padded or cut, and
+    without dropout."""
     model = spec["model"]
     if model.get("type") != "BPE":
         raise UserError(f"the model is {shown(model.get('type'))}; only 'BPE' is supported")
@@ -95,21 +107,90 @@ def without_added_tokens(spec: dict, added: dict[str, int]) -> dict:
             "model": {**model, "vocab": vocab, "unk_token": None, "dropout": None}}
 
 
-def check_text(tok) -> None:
+def check_parts(spec: dict) -> None:
+    """Raises UserError for parts of a tokenizer.json that lose text that no probe may hold, or may take for ever."""
+    for part in below(spec.get("normalizer")):
+        kind, whole = part.get("type"), part == {**SPACES, "content": part.get("content")}
+        if kind not in KEEPING and not whole and kind is not None:
+            what = " of a pattern" if kind == "Replace" else ""
+            raise UserError(f"its normaliser {shown(kind)}{what} changes the text that it is given; only "
+                            f"{', '.join(KEEPING)} and {META_SPACE} for a space keep it")
+    for part in below([spec.get(name) for name in ("normalizer", "pre_tokenizer", "decoder")]):
+        pattern = part.get("Regex")
+        if isinstance(pattern, str) and repeats_repeated(pattern):
+            raise UserError(f"its pattern {shown(pattern)} repeats what it repeats, and may take for ever on some "
+                            "text")
+        if part.get("behavior") == "Removed":
+            raise UserError(f"its pre-tokeniser {shown(part.get('type'))} removes what it cuts at")
+
+
+def below(tree: object) -> Iterator[dict]:
+    """All objects in a tree of JSON, itself included."""
+    if isinstance(tree, dict):
+        yield tree
+    for part in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else ():
+        yield from below(part)
+
+
+def repeats_repeated(pattern: str) -> bool:
+    """Whether something without a limit is repeated without one, as far as Python can read the pattern."""
+    def look(parts, inside: bool) -> bool:
+        for kind, about in parts:
+            here = inside
+            if str(kind) in ("MAX_REPEAT", "MIN_REPEAT"):
+                here = about[1] > MOST_REPEATS
+                if here and inside:
+                    return True
+                here |= inside
+            # What is below stands in tuples and lists, each in a way of its own.
+            todo = [about]
+            while todo:
+                item = todo.pop()
+                if isinstance(item, sre_parse.SubPattern):
+                    if look(item, here):
+                        return True
+                elif isinstance(item, (tuple, list)):
+                    todo += item
+        return False
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return look(sre_parse.parse(re.sub(r"\\[pP]\{\^?\w*\}", "w", pattern)), False)
+    except (re.error, OverflowError, RecursionError):
+        return False
+
+
+def is_byte_level(spec: dict) -> bool:
+    """Whether a tokenizer.json is GPT-2's kind with a piece for each byte, which by its make changes no text."""
+    letters = {chr(byte) for byte in (*range(33, 127), *range(161, 173), *range(174, 256))}
+    letters |= {chr(256 + n) for n in range(256 - len(letters))}
+    cut, model = spec.get("pre_tokenizer") or {}, spec["model"]
+    off = ("continuing_subword_prefix", "end_of_word_suffix", "byte_fallback", "fuse_unk", "ignore_merges")
+    return (spec.get("normalizer") is None and cut.get("type") == "ByteLevel" and cut.get("add_prefix_space") is False
+            and (spec.get("decoder") or {}).get("type") == "ByteLevel" and not any(map(model.get, off))
+            and letters <= model["vocab"].keys())
+
+
+def check_text(tok, stretches: bool = True) -> None:
     """Raises UserError, with an example, where text comes back changed, or as a control token.
 
     Canonical equivalents (NFC) and U+2581 for a space may be confused.
+
+    Args:
+        stretches: every character there is goes through, besides all pieces of the vocabulary.
     """
     what = f"{VERSION} {tokenizers.__version__} {sentencepiece.__version__} {unicodedata.unidata_version} "
     note = cache_folder() / "tokenizers" / hashlib.sha256(f"{what}{tok.fingerprint}".encode()).hexdigest()[:40]
     if note.exists():
         return
-    letters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
-    stretches = ["".join(letters[at:at + STRETCH]) for at in range(0, len(letters), STRETCH)]
+    codes = range(sys.maxunicode + 1) if stretches else range(0x250)
+    letters = [chr(code) for code in codes if not 0xD800 <= code < 0xE000]
+    characters = ["".join(letters[at:at + STRETCH]) for at in range(0, len(letters), STRETCH)]
     # A piece that is no whole character decodes to U+FFFD.
     pieces = [text for i in range(tok.vocab_size) if "\ufffd" not in (text := tok.decode([i]))]
     words = ["".join(pieces[at:at + STRETCH]) for at in range(0, len(pieces), STRETCH)]
-    check_texts(tok, [PROBE, *tok.specials, *pieces[:BATCH], *words, *stretches])
+    check_texts(tok, [*tok.specials, *pieces[:BATCH], *words, *characters, PROBE])
     with contextlib.suppress(OSError):
         note.parent.mkdir(parents=True, exist_ok=True)
         write_file(note, f"{tok.name}\n".encode("utf-8", "replace"))
@@ -127,10 +208,10 @@ def check_texts(tok, texts: list[str]) -> None:
                 half = len(text) // 2
                 check_texts(tok, [text[:half], text[half:]])
             if not control.isdisjoint(ids):
-                raise UserError(f"{tok.name} makes a control token of the text {shown(text)}; it would not be safe to "
-                                "train on")
-            raise UserError(f"{tok.name} changes the text it encodes: {shown(text)} comes back as {shown(back)}; train "
-                            "it byte by byte (byte level, or byte fallback), without normalisation, prefix or dropout")
+                raise UserError(f"{tok.name} makes a control token of the text {shown(text)}; it would not be safe "
+                                "to train on")
+            raise UserError(f"{tok.name} changes the text it encodes: {shown(text)} comes back as {shown(back)}; "
+                            "train it byte by byte (byte level, or byte fallback), without normalisation or prefix")
 
 
 def alike(back: str, text: str) -> bool:

@@ -8,6 +8,7 @@ WORKAROUNDS says of each what is wrong upstream, the releases it was seen in and
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 import math
@@ -337,10 +338,10 @@ def load_states(path: str | pathlib.Path, map_location="cpu"):
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused: it holds more than tensors and DeepSpeed's own types, and opening it could "
                         "run code") from None
-    except OSError:
-        raise
-    # A manifest can be made for any bytes.
+    # A manifest can be made for any bytes, and what they say may be a seek to nowhere.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise UserError(f"{path}: not a readable file of training states: {first_line(error)}") from None
 
 

@@ -261,7 +261,7 @@ def from_minimind(state: dict[str, Tensor], source: str) -> tuple[dict[str, Tens
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     other = [name for name in state if not name.endswith((".lora.A.weight", ".lora.B.weight"))]
     if other:
-        raise UserError(f"{source}: holds {other[0]}, which is no LoRA adapter"
+        raise UserError(f"{source}: holds {other[0]:.200}, which is no LoRA adapter"
                          + ("" if len(other) < len(state) else ": it looks like a whole model's weights"))
     ours = {}
     for name, tensor in state.items():
@@ -269,8 +269,8 @@ def from_minimind(state: dict[str, Tensor], source: str) -> tuple[dict[str, Tens
         if ".experts." not in name:
             ours[name] = tensor
         elif name.endswith(".B.weight") and tensor.any():
-            raise UserError(f"{source}: adapts experts ({name}), which minimind_ds keeps frozen; merge it into its "
-                             f"base with MiniMind's scripts/convert_model.py")
+            raise UserError(f"{source}: adapts experts ({name:.200}), which minimind_ds keeps frozen; merge it into "
+                             f"its base with MiniMind's scripts/convert_model.py")
     ranks = sorted({tensor.shape[0] for name, tensor in ours.items() if name.endswith(".A.weight") and tensor.dim()})
     if len(ranks) != 1:
         raise UserError(f"{source}: its adapters have several ranks ({', '.join(map(str, ranks))})" if ranks else

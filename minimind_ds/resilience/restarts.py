@@ -115,7 +115,8 @@ class Attempt:
 def read(folder: pathlib.Path) -> dict:
     try:
         found = untrusted.read_json(folder / "attempts.json")
-        failures = [{"from": int(one["from"]), "at": int(one["at"]), "error": one["error"]} for one in found["failures"]]
+        failures = [{"from": int(one["from"]), "at": int(one["at"]), "error": one["error"]}
+                    for one in found["failures"]]
         return {**found, "job": found["job"], "began": float(found["began"]), "running": bool(found["running"]),
                 **({"from": int(found["from"])} if found["running"] else {}), "failures": failures}
     # Torn, or another program's: the failures before are not known.

@@ -32,18 +32,19 @@ from tests.fuzz import (  # noqa: E402
 )
 from tests.fuzz.harness import Outcome, Target, drive, input_of  # noqa: E402
 
-TARGETS = [target for module in (data_targets, config_targets, weight_targets, tokenizer_targets, run_folder_targets, shell_targets)
+TARGETS = [target for module in (data_targets, config_targets, weight_targets, tokenizer_targets, run_folder_targets,
+                                 shell_targets)
            for target in module.TARGETS]
-CHUNK = 250
+CHUNK = 100
 
 
 def deal(targets: list[Target], inputs: int) -> list[tuple[Target, range]]:
-    """Chunks of every target in turn, their numbers of inputs by its share."""
+    """Chunks of every target in turn, the numbers of inputs in each by its share."""
     total = sum(target.share for target in targets)
     chunks = []
     for target in targets:
-        count = max(1, round(inputs * target.share / total))
-        chunks.append([(target, range(at, min(at + CHUNK, count))) for at in range(0, count, CHUNK)])
+        count, each = max(1, round(inputs * target.share / total)), max(1, round(CHUNK * target.share))
+        chunks.append([(target, range(at, min(at + each, count))) for at in range(0, count, each)])
     return [chunk for turn in itertools.zip_longest(*chunks) for chunk in turn if chunk]
 
 
@@ -64,7 +65,8 @@ def report(outcomes: dict[str, Outcome], seed: int) -> dict:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--minutes", type=float, help="how long; default: as many inputs as --inputs")
-    p.add_argument("--inputs", type=int, default=20_000, help="of all targets (default: 20000); with --minutes not looked at")
+    p.add_argument("--inputs", type=int, default=20_000,
+                   help="of all targets (default: 20000); with --minutes not looked at")
     p.add_argument("--target", choices=[target.name for target in TARGETS], help="this one alone")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--number", type=int, help="this input alone")
@@ -90,7 +92,8 @@ def main() -> int:
     outcomes = drive(deal(targets, inputs), args.seed, processes=args.processes, until=until, heard=heard)
     heard(outcomes)
     for name, outcome in outcomes.items():
-        print(f"{name:32} {outcome.inputs:9,} inputs {outcome.accepted:9,} accepted {outcome.refused:9,} refused")
+        print(f"{name:32} {outcome.inputs:9,} inputs {outcome.accepted:9,} accepted {outcome.refused:9,} refused"
+              f"{1000 * outcome.cpu_s / max(1, outcome.inputs):9.2f} ms")
         for signature, (times, number, said) in sorted(outcome.findings.items(), key=lambda item: -item[1][0]):
             print(f"    {times:6} x {signature}\n             --number {number}: {said[:200]!r}")
     result = report(outcomes, args.seed)

@@ -9,14 +9,12 @@ import math
 import os
 import pathlib
 import random
-import shutil
 import sys
 
 import torch
 
 from minimind_ds import kernels
 from minimind_ds.config import deepspeed_json, program_flags
-from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
 from minimind_ds.config.run import FLAGS, NUMBERS, RunConfig, parse_run_config
 from minimind_ds.convert import huggingface
@@ -33,19 +31,26 @@ from tests.fuzz.harness import Target
 
 FIELDS = tuple(f.name for f in dataclasses.fields(ModelConfig))
 NAMES = tuple(f.name for f in FLAGS)
-YAMLS = ["~", "", "yes", "off", "1e-4", "1e400", ".nan", "-.inf", "0x1F", "0b", "0o17", "190:20:30", "1_000", "2001-99-99", "2001-01-01 99:99:99",
-         "2001-01-01", "!!int ''", "!!float x", "!!bool 7", "!!timestamp x", "!!binary '\xff'", "!!omap [a: b]", "!!set {a}", "!!python/name:os.system",
-         "!!python/object/apply:os.system [touch owned]", "!x y", "*none", "&a [*a]", "&a {b: *a}", "{<<: 5}", "{<<: [1, {a: 2}]}", "? {a: b}\n: c",
-         "'", '"\\ud800"', '"\\0"', '"\\x"', "|\n  a", ">", "[1", "{a", "@", "`", "%", "\t", "---", "...", "- a", "a: b: c", "=", "<<", "[]", "{}",
-         "[a, b]", "{path: x, share: 2}", "[{path: x, share: -1}]", "[{path: 5}]", "9" * 5000, "-1", "0", "2", "1.5", "true", "debug", "q_proj,k_proj",
+YAMLS = ["~", "", "yes", "off", "1e-4", "1e400", ".nan", "-.inf", "0x1F", "0b", "0o17", "190:20:30", "1_000",
+         "2001-99-99", "2001-01-01 99:99:99",
+         "2001-01-01", "!!int ''", "!!float x", "!!bool 7", "!!timestamp x", "!!binary '\xff'", "!!omap [a: b]",
+         "!!set {a}", "!!python/name:os.system",
+         "!!python/object/apply:os.system [touch owned]", "!x y", "*none", "&a [*a]", "&a {b: *a}", "{<<: 5}",
+         "{<<: [1, {a: 2}]}", "? {a: b}\n: c",
+         "'", '"\\ud800"', '"\\0"', '"\\x"', "|\n  a", ">", "[1", "{a", "@", "`", "%", "\t", "---", "...", "- a",
+         "a: b: c", "=", "<<", "[]", "{}",
+         "[a, b]", "{path: x, share: 2}", "[{path: x, share: -1}]", "[{path: 5}]", "9" * 5000, "-1", "0", "2", "1.5",
+         "true", "debug", "q_proj,k_proj",
          "attention=sdpa", "auto", "none", "../x", "\x85", "\u2028", "\ufeff", "\x07"]
 
 
 def draw_yaml(draw: random.Random) -> bytes:
     def one() -> str:
         f = draw.choice(FLAGS)
-        right = (f.default if f.default is not None else draw.choice(("5", "x")), *(f.metadata["choices"] or ()), 1, 0.5, 16)
-        value = draw.choice((draw.choice(YAMLS), mutate.json_text(draw, mutate.value(draw)), json.dumps(draw.choice(right))))
+        right = (f.default if f.default is not None else draw.choice(("5", "x")), *(f.metadata["choices"] or ()), 1,
+                 0.5, 16)
+        value = draw.choice((draw.choice(YAMLS), mutate.json_text(draw, mutate.value(draw)),
+                             json.dumps(draw.choice(right))))
         return f"{f.name}: {value}"
 
     lines = [one() for _ in range(draw.choice((1, 1, 2, 3)))]
@@ -58,7 +63,8 @@ def draw_yaml(draw: random.Random) -> bytes:
         lines.append(f"{draw.choice(YAMLS)}: {draw.choice(YAMLS)}")
     if draw.random() < 0.01:
         names = [f"a{i}" for i in range(draw.choice((5, 9, 30)))]
-        lines = ["a: &a [x, x, x, x, x, x, x, x, x]", *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip(["a", *names], names))]
+        lines = ["a: &a [x, x, x, x, x, x, x, x, x]",
+                 *(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip(["a", *names], names))]
     content = "\n".join(lines).encode("utf-8", "surrogatepass") + b"\n"
     return mutate.chewed(draw, content) if draw.random() < 0.15 else content
 
@@ -92,7 +98,8 @@ def words(draw: random.Random, names: tuple[str, ...]) -> list[str]:
     found = []
     for _ in range(draw.choice((1, 1, 2, 3))):
         flag = "--" + (draw.choice(names) if draw.random() < 0.9 else mutate.text(draw))
-        value = draw.choice((mutate.text(draw), str(draw.choice(mutate.NUMBERS[:18] + [1.5, -2.5])), "nan", "-inf", "1e999", "٣", "1_0", "--", "-",
+        value = draw.choice((mutate.text(draw), str(draw.choice(mutate.NUMBERS[:18] + [1.5, -2.5])), "nan", "-inf",
+                             "1e999", "٣", "1_0", "--", "-",
                              "auto,", "bf16"))
         flag = flag.replace("_", "-") if draw.random() < 0.2 else flag
         found += [f"{flag}={value}"] if draw.random() < 0.4 else [flag, value] if draw.random() < 0.9 else [flag]
@@ -100,7 +107,8 @@ def words(draw: random.Random, names: tuple[str, ...]) -> list[str]:
 
 
 def draw_flags(draw: random.Random) -> list[str]:
-    found = words(draw, (*NAMES, "config", "local_rank", "hidden_size", "use_moe", "num_hidden_layers", "output_dir", "bf16", "lr"))
+    found = words(draw, (*NAMES, "config", "local_rank", "hidden_size", "use_moe", "num_hidden_layers", "output_dir",
+                         "bf16", "lr"))
     # Flags that open files are for other targets; a text of thousands of digits is no integer's.
     return [word for word in found if not word.startswith(("--h", "-h")) or word.startswith("--hid")]
 
@@ -110,7 +118,8 @@ def read_flags(case: list[str], folder: pathlib.Path) -> None:
     use_run(parse_run_config(case, "sft", PROGRAMS["sft"]))
 
 
-OTHERS = ("chat", "score", "evaluate", "export", "train_tokenizer", "preflight", "plan", "verify", "benchmark", "check_kernels")
+OTHERS = ("chat", "score", "evaluate", "export", "train_tokenizer", "preflight", "plan", "verify", "benchmark",
+          "check_kernels")
 
 
 @functools.cache
@@ -131,25 +140,34 @@ def read_program(case: tuple[str, list[str]], folder: pathlib.Path) -> None:
     args, _ = parsers()[name].parse_known_args(argv)
     if name == "chat":
         pairs_of(args)
-        Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, repetition_penalty=args.repetition_penalty,
+        Sampling(temperature=args.temperature, top_p=args.top_p, top_k=args.top_k,
+                 repetition_penalty=args.repetition_penalty,
                  max_new_tokens=args.max_new_tokens)
     if name == "plan":
         report.parse(argv)
 
 
-DS_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer", "scheduler", "type",
-           "params", "lr", "betas", "eps", "weight_decay", "bf16", "bfloat16", "fp16", "enabled", "loss_scale", "zero_optimization", "stage",
-           "offload_optimizer", "offload_param", "device", "nvme_path", "pin_memory", "reduce_bucket_size", "overlap_comm", "sub_group_size",
-           "activation_checkpointing", "comms_logger", "flops_profiler", "compile", "sequence_parallel_size", "data_parallel_size",
-           "expert_parallel", "autoep_size", "warmup_num_steps", "total_num_steps", "torch_adam", "wall_clock_breakdown", "steps_per_print",
-           "tensor_parallel", "checkpoint", "data_types", "aio", "monitor_config", "wandb", "zenflow", "_comment", "communication_data_type")
-BLOCKS = [{"type": kind, "params": {"lr": "auto", "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": "auto"}} for kind in
+DS_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+           "optimizer", "scheduler", "type",
+           "params", "lr", "betas", "eps", "weight_decay", "bf16", "bfloat16", "fp16", "enabled", "loss_scale",
+           "zero_optimization", "stage",
+           "offload_optimizer", "offload_param", "device", "nvme_path", "pin_memory", "reduce_bucket_size",
+           "overlap_comm", "sub_group_size",
+           "activation_checkpointing", "comms_logger", "flops_profiler", "compile", "sequence_parallel_size",
+           "data_parallel_size",
+           "expert_parallel", "autoep_size", "warmup_num_steps", "total_num_steps", "torch_adam",
+           "wall_clock_breakdown", "steps_per_print",
+           "tensor_parallel", "checkpoint", "data_types", "aio", "monitor_config", "wandb", "zenflow", "_comment",
+           "communication_data_type")
+BLOCKS = [{"type": kind, "params": {"lr": "auto", "betas": [0.9, 0.99], "eps": 1e-8, "weight_decay": "auto"}}
+          for kind in
           ("AdamW", "Adam", "Muon", "OneBitAdam", "Lion", "SGD")]
 SCHEDULERS = [{"type": "WarmupLR", "params": {"warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": 10}},
               {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto", "warmup_num_steps": "auto"}},
               {"type": "OneCycle", "params": {"cycle_min_lr": 1e-5, "cycle_max_lr": 1e-3}},
               {"type": "LRRangeTest", "params": {"lr_range_test_min_lr": 1e-5}}]
-MORE = {"fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16}, "activation_checkpointing": {"partition_activations": False},
+MORE = {"fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16},
+        "activation_checkpointing": {"partition_activations": False},
         "flops_profiler": {"enabled": False}, "comms_logger": {"enabled": False}, "sequence_parallel_size": 1,
         "expert_parallel": {"enabled": False}, "wandb": {"enabled": False}, "compile": {"disable": True}}
 
@@ -186,7 +204,8 @@ def read_deepspeed(case: tuple[bytes, int], folder: pathlib.Path) -> None:
     dims = sequence_parallel.read_dims(run.deepspeed, raw, ranks)
     config, run = deepspeed_json.resolve(raw, run, model, total_steps=100, ranks=ranks)
     deepspeed_json.notes(raw, run)
-    sequence_parallel.check(dims, model, ranks=ranks, row_tokens=run.batch_size * run.row_len, stage=deepspeed_json.stage_of(config),
+    sequence_parallel.check(dims, model, ranks=ranks, row_tokens=run.batch_size * run.row_len,
+                            stage=deepspeed_json.stage_of(config),
                             path=str(path))
     deepspeed_json.describe(config, dims)
     deepspeed_json.own_settings(config, "cpu")
@@ -203,7 +222,9 @@ def draw_model(draw: random.Random) -> tuple[str, object]:
     if draw.random() < 0.5:
         return "ours", mutate.altered(draw, config.to_dict(), FIELDS)
     theirs = huggingface.to_hf_config(config, torch.float32)
-    return "theirs", mutate.altered(draw, theirs, (*theirs, "rope_scaling", "rope_type", "type", "factor", "use_moe", "num_local_experts"))
+    return "theirs", mutate.altered(draw, theirs,
+                                    (*theirs, "rope_scaling", "rope_type", "type", "factor", "use_moe",
+                                     "num_local_experts"))
 
 
 def read_model(case: tuple[str, object], folder: pathlib.Path) -> None:
@@ -214,17 +235,22 @@ def read_model(case: tuple[str, object], folder: pathlib.Path) -> None:
     config = ModelConfig.from_dict(values) if kind == "ours" else huggingface.from_hf_config(values)
     check_config(config)
     check_size(config)
-    json.dumps(huggingface.to_hf_config(config, torch.float32), allow_nan=False) if not config.use_moe or config.qk_norm else None
+    json.dumps(huggingface.to_hf_config(config, torch.float32),
+               allow_nan=False) if not config.use_moe or config.qk_norm else None
 
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "SLURM_NTASKS",
-             "SLURM_LOCALID", "SLURM_STEP_ID", "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_TASKS_PER_NODE", "SLURM_STEP_TASKS_PER_NODE",
-             "SLURM_NODEID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "GLOO_SOCKET_IFNAME")
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT",
+             "SLURM_PROCID", "SLURM_NTASKS",
+             "SLURM_LOCALID", "SLURM_STEP_ID", "SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_TASKS_PER_NODE",
+             "SLURM_STEP_TASKS_PER_NODE",
+             "SLURM_NODEID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID",
+             "SLURM_CPUS_PER_TASK", "GLOO_SOCKET_IFNAME")
 
 
 def draw_environment(draw: random.Random) -> dict[str, str]:
     def one() -> str:
-        return draw.choice((str(draw.choice((0, 1, 2, 3, 8))), str(draw.choice(mutate.NUMBERS)), mutate.text(draw), "4(x2),3", "4(x999999),3",
+        return draw.choice((str(draw.choice((0, 1, 2, 3, 8))), str(draw.choice(mutate.NUMBERS)), mutate.text(draw),
+                            "4(x2),3", "4(x999999),3",
                             "1" * 5000, "²", "٣", "1_0", " 1", "+1", "4(x2"))
 
     return {name: one().replace("\0", "") for name in draw.sample(VARIABLES, draw.choice((1, 2, 4, 7)))}
@@ -250,10 +276,10 @@ def read_environment(case: dict[str, str], folder: pathlib.Path) -> None:
 
 
 TARGETS = [
-    Target("run YAML", draw_yaml, read_yaml, 2),
-    Target("flags", draw_flags, read_flags, 2),
-    Target("flags of the other programs", draw_program, read_program, 2),
-    Target("DeepSpeed JSON", draw_deepspeed, read_deepspeed, 2),
-    Target("model configuration", draw_model, read_model, 4),
-    Target("environment", draw_environment, read_environment, 4),
+    Target("run YAML", draw_yaml, read_yaml, 0.25),
+    Target("flags", draw_flags, read_flags, 0.3),
+    Target("flags of the other programs", draw_program, read_program, 8, (parsers,)),
+    Target("DeepSpeed JSON", draw_deepspeed, read_deepspeed, 1, (base_run, shipped)),
+    Target("model configuration", draw_model, read_model, 12),
+    Target("environment", draw_environment, read_environment, 10),
 ]

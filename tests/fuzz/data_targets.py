@@ -19,21 +19,29 @@ from tests.fuzz import mutate
 from tests.fuzz.harness import Target
 
 CALL = {"type": "function", "function": {"name": "clock", "arguments": {"city": "Oslo", "at": [1, 2.5, True, None]}}}
-TOOL = {"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
+TOOL = {"type": "function",
+        "function": {"name": "clock", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
 RECORDS = [
-    {"conversations": [{"role": "system", "content": "Be brief.", "tools": json.dumps([TOOL])}, {"role": "user", "content": "Time?"},
-                       {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])}, {"role": "tool", "content": "12"},
+    {"conversations": [{"role": "system", "content": "Be brief.", "tools": json.dumps([TOOL])},
+                       {"role": "user", "content": "Time?"},
+                       {"role": "assistant", "content": "", "tool_calls": json.dumps([CALL])},
+                       {"role": "tool", "content": "12"},
                        {"role": "assistant", "content": "Noon.", "reasoning_content": "12 is noon."}]},
-    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}, {"role": "assistant", "content": None, "tool_calls": [CALL]},
-                  {"role": "tool", "content": "ok"}, {"role": "assistant", "content": "<think>\nx\n</think>\n\nDone.", "weight": 1}], "tools": [TOOL]},
-    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello.", "train": True}], "system": "s", "tools": "[]"},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]},
+                  {"role": "assistant", "content": None, "tool_calls": [CALL]},
+                  {"role": "tool", "content": "ok"},
+                  {"role": "assistant", "content": "<think>\nx\n</think>\n\nDone.", "weight": 1}], "tools": [TOOL]},
+    {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello.", "train": True}],
+     "system": "s", "tools": "[]"},
     {"instruction": "Add.", "input": "1 2", "output": "3", "system": "s", "history": [["a", "b"]]},
     {"prompt": [{"role": "user", "content": "1+1"}], "completion": [{"role": "assistant", "content": "2"}]},
     {"query": "q", "response": "r", "history": [["a", "b"], ["c", "d"]]},
     {"text": "The sea is <|im_end|> wide."},
 ]
-KEYS = ("conversations", "messages", "role", "content", "from", "value", "tools", "tool_calls", "function_call", "functions", "function", "name",
-        "arguments", "reasoning", "reasoning_content", "thinking", "weight", "train", "loss", "learn", "system", "history", "instruction", "input",
+KEYS = ("conversations", "messages", "role", "content", "from", "value", "tools", "tool_calls", "function_call",
+        "functions", "function", "name",
+        "arguments", "reasoning", "reasoning_content", "thinking", "weight", "train", "loss", "learn", "system",
+        "history", "instruction", "input",
         "output", "prompt", "completion", "query", "response", "text", "type", "label", "images", "chosen", "skill")
 
 
@@ -51,7 +59,8 @@ def draw_lines(draw: random.Random) -> tuple[bytes, str, str]:
     lines = [mutate.json_bytes(draw, record(draw)) for _ in range(draw.choice((1, 1, 2, 4)))]
     content = draw.choice((b"\n", b"\n", b"\r\n", b"\n\n", b"\r")).join(lines)
     if draw.random() < 0.03:
-        content = content.decode("utf-8", "replace").encode(draw.choice(("utf-16", "utf-32", "utf-16-be", "gb18030", "utf-7")), "replace")
+        content = content.decode("utf-8", "replace").encode(draw.choice(("utf-16", "utf-32", "utf-16-be", "gb18030",
+                                                                         "utf-7")), "replace")
     return content, draw.choice(("conversations", "conversations", "text")), draw.choice(("stop", "skip"))
 
 
@@ -79,7 +88,8 @@ def draw_container(draw: random.Random) -> tuple[bytes, str, str]:
         content = draw.choice((b"\n", b"", b" ")).join(mutate.json_bytes(draw, one, indent=2) for one in records)
     if draw.random() < 0.4:
         content = gzip.compress(content * draw.choice((1, 1, 1, 50)), draw.choice((0, 6)), mtime=0)
-        content = mutate.chewed(draw, content) if draw.random() < 0.5 else content + draw.choice((b"", content, b"junk"))
+        content = mutate.chewed(draw, content) if draw.random() < 0.5 else content + draw.choice((b"", content,
+                                                                                                  b"junk"))
     return content, draw.choice(("conversations", "text")), draw.choice(("stop", "skip"))
 
 
@@ -112,10 +122,14 @@ def draw_columns(draw: random.Random) -> tuple[bytes, str, str]:
 def draw_paths(draw: random.Random) -> list:
     """What --data_path may hold, in a folder with a file, a pipe, links and a folder of datasets."""
     def one():
-        name = draw.choice(("data.jsonl", "sub", "pipe", "loop", "dangling", "saved", "splits", "*.jsonl", "**", "[", "none", "", mutate.text(draw)))
+        name = draw.choice(("data.jsonl", "sub", "pipe", "loop", "dangling", "saved", "splits", "*.jsonl", "**", "[",
+                            "none", "", mutate.text(draw)))
         path = draw.choice((name, f"@/{name}", f"@/{name}", f"@/sub/../{name}"))
         return path if draw.random() < 0.7 else {"path": path, "share": draw.choice((1, 0.5, 2, 1000))}
-    state = mutate.json_bytes(draw, mutate.altered(draw, {"_data_files": [{"filename": "data-0.arrow"}, {"filename": "../data.jsonl"}]}))
+    state = mutate.json_bytes(draw,
+                              mutate.altered(draw,
+                                             {"_data_files": [{"filename": "data-0.arrow"},
+                                                              {"filename": "../data.jsonl"}]}))
     splits = mutate.json_bytes(draw, mutate.altered(draw, {"splits": ["train", "test"]}))
     return [[one() for _ in range(draw.choice((1, 1, 2, 3)))], state, splits]
 
@@ -123,14 +137,16 @@ def draw_paths(draw: random.Random) -> list:
 def read_paths(case: list, folder: pathlib.Path) -> None:
     given, state, splits = case
     (folder / "data.jsonl").write_text('{"text": "a"}\n')
-    for name, content in (("sub/inner.jsonl", b'{"text": "b"}\n'), ("saved/state.json", state), ("splits/dataset_dict.json", splits),
+    for name, content in (("sub/inner.jsonl", b'{"text": "b"}\n'), ("saved/state.json", state),
+                          ("splits/dataset_dict.json", splits),
                           ("saved/data-0.arrow", columns()["arrow"][1])):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     os.mkfifo(folder / "pipe")
     (folder / "loop").symlink_to("loop")
     (folder / "dangling").symlink_to("nowhere")
-    given = [{**one, "path": one["path"].replace("@", str(folder))} if isinstance(one, dict) else one.replace("@", str(folder)) for one in given]
+    given = [{**one, "path": one["path"].replace("@", str(folder))} if isinstance(one, dict)
+             else one.replace("@", str(folder)) for one in given]
     # Not the whole disk: what a glob from / or .. finds takes longer than anything else here.
     given = [one for one in given if str(folder) in str(one) or "*" not in str(one)]
     before = os.getcwd()
@@ -154,9 +170,9 @@ def read_scored(case: tuple[bytes, str, str], folder: pathlib.Path) -> None:
 
 
 TARGETS = [
-    Target("lines", draw_lines, read_lines, 4),
-    Target("containers", draw_container, read_lines, 2),
-    Target("columns", draw_columns, read_lines, 1),
-    Target("data paths", draw_paths, read_paths, 1),
-    Target("questions", draw_lines, read_scored, 1),
+    Target("lines", draw_lines, read_lines, 6, (tokenizer,)),
+    Target("containers", draw_container, read_lines, 4, (tokenizer,)),
+    Target("columns", draw_columns, read_lines, 0.7, (tokenizer, columns)),
+    Target("data paths", draw_paths, read_paths, 0.5, (columns,)),
+    Target("questions", draw_lines, read_scored, 5, (tokenizer,)),
 ]

@@ -19,14 +19,13 @@ import signal
 import tempfile
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from minimind_ds.config.errors import UserError, one_line
 
-# CPU seconds of one input after which it hangs, seconds in which it may do nothing at all (a pipe that nobody writes to).
+# CPU seconds of one input after which it hangs, and seconds altogether (a pipe that nobody writes to).
 CPU_S, IDLE_S = 5.0, 20.0
 # Memory beyond what the process had: the largest that a reader may ask for because of an input of a few kB.
 MEMORY = 1 << 30
@@ -52,11 +51,12 @@ class Target:
 
 @dataclass
 class Outcome:
-    """Counts of a target's inputs, and its findings: signature -> [how often, the first input's number, its message]."""
+    """Counts of a target's inputs, and its findings: signature -> [how often, the first one's number, its message]."""
 
     inputs: int = 0
     accepted: int = 0
     refused: int = 0
+    cpu_s: float = 0.0
     findings: dict[str, list] = field(default_factory=dict)
 
     def find(self, signature: str, number: int, said: str, times: int = 1) -> None:
@@ -64,7 +64,7 @@ class Outcome:
 
     def add(self, other: Outcome) -> None:
         self.inputs, self.accepted = self.inputs + other.inputs, self.accepted + other.accepted
-        self.refused += other.refused
+        self.refused, self.cpu_s = self.refused + other.refused, round(self.cpu_s + other.cpu_s, 2)
         for signature, (times, number, said) in other.findings.items():
             self.find(signature, number, said, times)
 
@@ -75,7 +75,7 @@ class Hang(BaseException):
 
 def signature(error: BaseException) -> str:
     """The exception's type and the innermost frame of the package."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.name != "ring"]
     ours = [frame for frame in frames if f"{os.sep}minimind_ds{os.sep}" in frame.filename] or frames
     where = f" in {pathlib.PurePath(*pathlib.PurePath(ours[-1].filename).parts[-2:])}:{ours[-1].name}" if ours else ""
     return type(error).__name__ + where
@@ -118,14 +118,14 @@ def tried(target: Target, case: Any, folder: pathlib.Path) -> tuple[str, str]:
     except UserError as error:
         kind, message = "refused", one_line(error)
         if len(str(error)) > MOST_SAID:
-            kind = f"a message of {len(str(error)) // 1000}.. thousand characters, {signature(error)}"
+            kind = f"a message of {len(str(error)) // 1000} k characters, {signature(error)}"
         elif not message.isprintable():
             kind = f"a message that does not print, {signature(error)}"
     except SystemExit as error:
         lines = said.getvalue().count("\n")
         kind, message = "refused", said.getvalue()[:300]
-        if error.code != 2 or lines != 1 or len(said.getvalue()) > 2 * MOST_SAID:
-            kind = f"exit code {error.code} after {min(lines, 9)} lines, {min(len(said.getvalue()) // 1000, 9)} thousand characters"
+        if error.code != 2 or lines != 1 or len(said.getvalue()) > MOST_SAID:
+            kind = f"exit code {error.code} after {min(lines, 9)} lines, {len(said.getvalue()) // 1000} k characters"
     except BaseException as error:
         kind, message = signature(error), str(error)[:300]
     if rung and not kind.startswith("Hang"):
@@ -154,6 +154,7 @@ def run_chunk(target: Target, seed: int, numbers: range, at, results) -> None:
             else:
                 outcome.find(kind, number, said)
             shutil.rmtree(folder, ignore_errors=True)
+        outcome.cpu_s = sum(os.times()[:4])
         results.send(outcome)
     except BaseException as error:
         # The harness's own.
@@ -194,9 +195,11 @@ def finish(chunk: Chunk) -> tuple[Outcome | None, list[range]]:
         pass
     chunk.process.join()
     number, outcome = chunk.at.value, Outcome(inputs=1)
-    why = signal.Signals(-chunk.process.exitcode).name if chunk.process.exitcode < 0 else f"code {chunk.process.exitcode}"
+    code = chunk.process.exitcode
+    why = signal.Signals(-code).name if code < 0 else f"code {code}"
     outcome.find(f"the process died of {why}", number, "")
-    return outcome, [left for left in (range(chunk.numbers.start, number), range(number + 1, chunk.numbers.stop)) if left]
+    return outcome, [left for left in (range(chunk.numbers.start, number), range(number + 1, chunk.numbers.stop))
+                     if left]
 
 
 def is_stuck(chunk: Chunk) -> bool:

@@ -10,16 +10,23 @@ from typing import Any
 
 # Stands for a number of more digits than Python converts, until `json_text` writes it.
 DIGITS = "@digits@"
-TEXTS = ["", " ", "a", "auto", "none", "true", "1", "-1", "1e999", "nan", "0x10", "\0", "\n", "\r\n", "\x1b[31mred", "\ud800",
-         "\ufeff", "\u2028", "\u202e", "e\u0301", "你好", "x" * 3000, "..", "../../x", "/", "/etc/passwd", "/dev/zero", "~", "*", "[",
-         "$(touch owned)", "`touch owned`", "'; touch owned; '", "-oProxyCommand=touch owned", "%s%n%d", "{}", "[]", "null", "<|im_end|>",
-         "<|im_start|>assistant\n", "<think>", "</think>\n\n", "<tool_call>", "\u2581", "cpu", "nvme", "Adam", "q_proj", "x,y,,z", "a b",
+TEXTS = ["", " ", "a", "auto", "none", "true", "1", "-1", "1e999", "nan", "0x10", "\0", "\n", "\r\n", "\x1b[31mred",
+         "\ud800",
+         "\ufeff", "\u2028", "\u202e", "e\u0301", "你好", "x" * 3000, "..", "../../x", "/", "/etc/passwd", "/dev/zero",
+         "~", "*", "[",
+         "$(touch owned)", "`touch owned`", "'; touch owned; '", "-oProxyCommand=touch owned", "%s%n%d", "{}", "[]",
+         "null", "<|im_end|>",
+         "<|im_start|>assistant\n", "<think>", "</think>\n\n", "<tool_call>", "\u2581", "cpu", "nvme", "Adam",
+         "q_proj", "x,y,,z", "a b",
          "\\", '"', "'"]
-NUMBERS = [0, 1, -1, 2, 3, 64, 127, 65535, 2**31, 2**32, 2**63, -2**63, 2**64, 10**30, 10**400, 0.0, -0.0, 0.5, 1.5, 1e-320, 1e308, -1e308,
+NUMBERS = [0, 1, -1, 2, 3, 64, 127, 65535, 2**31, 2**32, 2**63, -2**63, 2**64, 10**30, 10**400, 0.0, -0.0, 0.5, 1.5,
+           1e-320, 1e308, -1e308,
            math.nan, math.inf, -math.inf]
 OTHERS = [None, True, False, [], {}, [[]], [None], {"": None}, {"a": {"b": 1}}, [1, 2, 3], ["a", "b"], DIGITS]
-SCRAPS = [b"\0", b"\n", b"\r", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xc0\x80", b"\x80", b"{", b"}", b"[", b"]", b'"', b"\\", b"\\u0000",
-          b"\\ud800", b",", b":", b"-", b"1e999", b"NaN", b"null", b"[" * 300, b'{"a":' * 300, b"9" * 5000, b"//", b"/*", b"#", b"&a", b"*a", b"!!",
+SCRAPS = [b"\0", b"\n", b"\r", b"\xff", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xc0\x80", b"\x80", b"{", b"}", b"[",
+          b"]", b'"', b"\\", b"\\u0000",
+          b"\\ud800", b",", b":", b"-", b"1e999", b"NaN", b"null", b"[" * 300, b'{"a":' * 300, b"9" * 5000, b"//",
+          b"/*", b"#", b"&a", b"*a", b"!!",
           b"<<: ", b"? ", b"- ", b"'", b"%", b"\t", b"\x1b["]
 
 
@@ -32,7 +39,8 @@ def text(draw: random.Random) -> str:
     """Several hostile pieces one after the other."""
     parts = draw.choices(TEXTS, k=draw.choice((1, 1, 2, 3, 5)))
     if draw.random() < 0.2:
-        parts.append("".join(chr(draw.choice((draw.randrange(128), draw.randrange(0x3000), draw.randrange(0xe000, 0x110000))))
+        parts.append("".join(chr(draw.choice((draw.randrange(128), draw.randrange(0x3000),
+                                              draw.randrange(0xe000, 0x110000))))
                              for _ in range(draw.randrange(1, 6))))
     return "".join(parts)
 
@@ -67,16 +75,19 @@ def altered(draw: random.Random, tree: Any, keys: tuple[str, ...] = (), times: i
         elif kind == 3:
             del parent[key]
         elif kind == 4:
-            parent[key] = draw.choice(([old], {"a": old}, str(old)[:4000], copy.deepcopy(node(tree, draw.choice(there)))))
+            parent[key] = draw.choice(([old], {"a": old}, str(old)[:4000],
+                                       copy.deepcopy(node(tree, draw.choice(there)))))
         elif kind == 5 and isinstance(parent, dict):
-            parent[draw.choice(keys) if keys and draw.random() < 0.8 else text(draw)] = draw.choice((parent.pop(key), value(draw)))
+            parent[draw.choice(keys) if keys and draw.random() < 0.8
+                   else text(draw)] = draw.choice((parent.pop(key), value(draw)))
         elif kind == 5:
             parent[key:key] = [copy.deepcopy(old)] * draw.choice((1, 2, 40))
         elif kind == 6 and isinstance(old, str):
             cut = draw.randrange(len(old) + 1)
             parent[key] = old[:cut] + text(draw) + old[cut:]
         elif kind == 6 and isinstance(old, (int, float)):
-            parent[key] = draw.choice((-old, old + 1, old * 1_000_003, bool(old), f"{old!r:.400}", old / 7 if abs(old) < 1e300 else 0))
+            parent[key] = draw.choice((-old, old + 1, old * 1_000_003, bool(old), f"{old!r:.400}", old / 7
+                                       if abs(old) < 1e300 else 0))
         elif isinstance(old, dict):
             old[draw.choice(keys) if keys else text(draw)] = value(draw)
         else:
@@ -107,11 +118,12 @@ def chewed(draw: random.Random, content: bytes, times: int | None = None) -> byt
 
 
 def json_text(draw: random.Random, tree: Any, **options) -> str:
-    """JSON as json.dumps writes it, NaN included, and what it never writes: a key twice, thousands of digits or levels."""
+    """JSON as json.dumps writes it, NaN included, and as it never does: a key twice, thousands of digits or levels."""
     said = json.dumps(tree, ensure_ascii=draw.random() < 0.5, default=str, **options)
     said = said.replace(f'"{DIGITS}"', "9" * draw.choice((4000, 5000)))
     if draw.random() < 0.03 and "{" in said:
-        said = said.replace("{", '{"a": 1, "a": 2, ', 1) if draw.random() < 0.5 else said.replace("{", '{"": ' + "[" * draw.choice((40, 1200)), 1)
+        deep = '{"": ' + "[" * draw.choice((40, 1200))
+        said = said.replace("{", draw.choice(('{"a": 1, "a": 2, ', deep)), 1)
     return said
 
 

@@ -29,14 +29,15 @@ from minimind_ds.resilience import restarts
 from minimind_ds.training import resume
 from minimind_ds.training.evaluations import Evaluations, recorded
 from minimind_ds.training.metrics import keep_until, wandb_id
-from minimind_ds.training.prepare import PreparedRun
+from minimind_ds.training.prepare import PreparedRun, check_writable
 from minimind_ds.training.spikes import SpikeDetector, taken_losses
 from tests.config.try_configs import prepared_with
 from tests.fuzz import mutate
 from tests.fuzz.data_targets import RECORDS, tokenizer
 from tests.fuzz.harness import Target
 
-MODEL = "model: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, intermediate_size: 16}\n"
+MODEL = ("model: {hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1, "
+         "intermediate_size: 16}\n")
 ZERO2 = {"bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2}}
 
 
@@ -54,7 +55,8 @@ def prepared() -> PreparedRun:
     (home() / "zero2.json").write_text(json.dumps(ZERO2))
     (home() / "run.yaml").write_text(MODEL)
     with contextlib.redirect_stderr(io.StringIO()):
-        return prepared_with(home() / "zero2.json", home(), "--config", str(home() / "run.yaml"), "--eval_fraction", "0.2", "--patience", "2")
+        return prepared_with(home() / "zero2.json", home(), "--config", str(home() / "run.yaml"), "--eval_fraction",
+                             "0.2", "--patience", "2")
 
 
 @functools.cache
@@ -73,10 +75,14 @@ def states() -> tuple[dict, dict]:
     flat = torch.linspace(-1, 1, at)
     base = {"state": {0: {"step": torch.tensor(3.0), "exp_avg": flat * 0, "exp_avg_sq": flat * 0}},
             "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999), "params": [0]}]}
-    optimizer = {"base_optimizer_state": base, "single_partition_of_fp32_groups": [flat], "param_slice_mappings": [slots],
-                 "zero_stage": ZeroStageEnum.gradients, "loss_scaler": LossScaler(1.0), "clip_grad": 1.0, "partition_count": [1]}
-    model = {"module": collections.OrderedDict((name, torch.zeros(shape)) for name, shape in shapes.items()), "buffer_names": [],
-             "lr_scheduler": None, "param_shapes": [collections.OrderedDict((name, torch.Size(shape)) for name, shape in shapes.items())],
+    optimizer = {"base_optimizer_state": base, "single_partition_of_fp32_groups": [flat],
+                 "param_slice_mappings": [slots],
+                 "zero_stage": ZeroStageEnum.gradients, "loss_scaler": LossScaler(1.0), "clip_grad": 1.0,
+                 "partition_count": [1]}
+    model = {"module": collections.OrderedDict((name, torch.zeros(shape)) for name, shape in shapes.items()),
+             "buffer_names": [],
+             "lr_scheduler": None, "param_shapes": [collections.OrderedDict((name, torch.Size(shape)) for name,
+                                                                            shape in shapes.items())],
              "global_steps": 3, "global_samples": 3, "skipped_steps": 0, "frozen_param_shapes": None}
     return model, {"optimizer_state_dict": optimizer, "ds_version": "0.19.8"}
 
@@ -89,9 +95,11 @@ def saved(tree: object) -> bytes:
 @functools.cache
 def whole_state() -> bytes:
     shapes = minimind.expected_shapes(prepared().model_config)
-    parts = {name: {key: torch.zeros(torch.Size(shape).numel()) for key in full_state.KEYS} for name, shape in shapes.items()}
+    parts = {name: {key: torch.zeros(torch.Size(shape).numel()) for key in full_state.KEYS} for name,
+             shape in shapes.items()}
     path = home() / "whole.safetensors"
-    full_state.write_file(full_state.FullState(parts, step=3, groups=[{"lr": 1e-3}], counters=dict.fromkeys(full_state.COUNTERS, 3)), path)
+    full_state.write_file(full_state.FullState(parts, step=3, groups=[{"lr": 1e-3}],
+                                               counters=dict.fromkeys(full_state.COUNTERS, 3)), path)
     return path.read_bytes()
 
 
@@ -102,16 +110,18 @@ def facts() -> dict:
 
 
 def draw_checkpoint(draw: random.Random) -> dict:
-    """-> {"files": of the checkpoint's folder, "manifest": None for the right one, "bytes": altered after that, "plant"}."""
+    """-> {"files": of the checkpoint's folder, "manifest", "sealed": with its hash, "plant": as PLANTS, "latest"}."""
     model, optimizer = states()
     files, said, about = {}, facts(), draw.random()
     if about < 0.2:
         files["state/whole.safetensors"] = mutate.chewed(draw, whole_state()) if draw.random() < 0.8 else whole_state()
     else:
         if about < 0.6:
-            model, optimizer = draw.choice(((mutate.altered(draw, model), optimizer), (model, mutate.altered(draw, optimizer))))
+            model, optimizer = draw.choice(((mutate.altered(draw, model), optimizer),
+                                            (model, mutate.altered(draw, optimizer))))
         try:
-            files = {"state/mp_rank_00_model_states.pt": saved(model), "state/zero_pp_rank_0_mp_rank_00_optim_states.pt": saved(optimizer)}
+            files = {"state/mp_rank_00_model_states.pt": saved(model),
+                     "state/zero_pp_rank_0_mp_rank_00_optim_states.pt": saved(optimizer)}
         except (RecursionError, RuntimeError):
             files = {"state/mp_rank_00_model_states.pt": b""}
     if draw.random() < 0.2:
@@ -120,15 +130,21 @@ def draw_checkpoint(draw: random.Random) -> dict:
     if about > 0.7:
         said = mutate.altered(draw, said, (*said, *said["identity"], *said["layout"]))
     manifest = {"format": 2, **(said if isinstance(said, dict) else {"step": said}),
-                "files": {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in files.items()}}
+                "files": {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name,
+                          content in files.items()}}
     if about > 0.9:
-        manifest = mutate.altered(draw, manifest, ("format", "files", "bytes", "sha256", "../x", "/etc/passwd", "state"))
-    return {"files": files, "manifest": mutate.json_bytes(draw, manifest) if about > 0.85 else json.dumps(manifest, default=str).encode(),
-            "sealed": draw.random() < 0.9, "plant": draw.choice((*PLANTS, *[None] * 12)), "latest": draw.choice((b"step_00000003\n", b"\xff", b"", b"../x"))}
+        manifest = mutate.altered(draw, manifest,
+                                  ("format", "files", "bytes", "sha256", "../x", "/etc/passwd", "state"))
+    return {"files": files, "manifest": mutate.json_bytes(draw, manifest) if about > 0.85
+            else json.dumps(manifest, default=str).encode(),
+            "sealed": draw.random() < 0.9, "plant": draw.choice((*PLANTS, *[None] * 12)),
+            "latest": draw.choice((b"step_00000003\n", b"\xff", b"", b"../x"))}
 
 
-PLANTS = ("pipe manifest.json", "pipe manifest.sha256", "pipe state/x", "link state/x", "folder manifest.json", "pipe ../latest", "folder ../latest",
-          "link ../latest", "folder ../step_00000009", "pipe ../step_00000008", "large manifest.json", "link manifest.json")
+PLANTS = ("pipe manifest.json", "pipe manifest.sha256", "pipe state/x", "link state/x", "folder manifest.json",
+          "pipe ../latest", "folder ../latest",
+          "link ../latest", "folder ../step_00000009", "pipe ../step_00000008", "large manifest.json",
+          "link manifest.json")
 
 
 def plant(what: str | None, folder: pathlib.Path) -> None:
@@ -156,14 +172,15 @@ def write_checkpoint(case: dict, run: pathlib.Path) -> pathlib.Path:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
     (path / "manifest.json").write_bytes(case["manifest"])
-    (path / "manifest.sha256").write_text(facts_of(path / "manifest.json")["sha256"] + "\n" if case["sealed"] else "0" * 64 + "\n")
+    (path / "manifest.sha256").write_text(facts_of(path / "manifest.json")["sha256"] + "\n" if case["sealed"]
+                                          else "0" * 64 + "\n")
     (path.parent / "latest").write_bytes(case["latest"])
     plant(case["plant"], path)
     return path
 
 
 def read_checkpoint(case: dict, folder: pathlib.Path) -> None:
-    """As a resume, and as chat, export and --from_weight read one; the refusal of the first does not spare the second."""
+    """As a resume, and as chat, export and --from_weight read one, whether or not the first refuses it."""
     path = write_checkpoint(case, folder)
     run = of_folder(folder)
     checkpoint.peek("auto", folder)
@@ -190,21 +207,28 @@ def of_folder(folder: pathlib.Path, **changes) -> PreparedRun:
     return dataclasses.replace(prepared(), run=prepared().run.replace(save_dir=str(folder), **changes))
 
 
-METRICS = [{"data": {"records": 40}}, *({"step": n, "epoch": 0, "loss": 2.0 - n / 9, "lr": 1e-3, "skipped": False, "tokens_per_s": 9.5, "step_s": 0.1}
-                                        for n in range(1, 6)), {"step": 5, "eval_loss": 1.5}, {"step": 6, "changed": {"patience": [0, 2]}}]
-ATTEMPTS = {"job": "7", "began": 5.5, "running": True, "from": 3, "error": "x", "failures": [{"from": 3, "at": 5, "error": None}] * 2}
+METRICS = [{"data": {"records": 40}}, *({"step": n, "epoch": 0, "loss": 2.0 - n / 9, "lr": 1e-3, "skipped": False,
+                                         "tokens_per_s": 9.5, "step_s": 0.1}
+                                        for n in range(1, 6)), {"step": 5, "eval_loss": 1.5},
+           {"step": 6, "changed": {"patience": [0, 2]}}]
+ATTEMPTS = {"job": "7", "began": 5.5, "running": True, "from": 3, "error": "x",
+            "failures": [{"from": 3, "at": 5, "error": None}] * 2}
 NOTES = ("metrics.jsonl", "attempts.json", "DONE", "wandb_id", "last.json", "best.json")
 
 
 def draw_notes(draw: random.Random) -> dict:
-    lines = [mutate.json_bytes(draw, mutate.altered(draw, line, tuple(METRICS[1])) if draw.random() < 0.4 else line) for line in METRICS]
+    lines = [mutate.json_bytes(draw, mutate.altered(draw, line, tuple(METRICS[1])) if draw.random() < 0.4
+                               else line) for line in METRICS]
     done = {"step": 6, "identity": facts()["identity"], "early": True}
     files = {"metrics.jsonl": draw.choice((b"\n", b"\n", b"\r", b"")).join(lines),
              "attempts.json": mutate.json_bytes(draw, mutate.altered(draw, ATTEMPTS, tuple(ATTEMPTS))),
              "wandb_id": mutate.chewed(draw, b"0a1b2c3d")}
     if draw.random() < 0.5:
-        files["DONE"] = mutate.json_bytes(draw, mutate.altered(draw, done, ("step", "identity", "early", *done["identity"])) if draw.random() < 0.9 else done)
-    plant = f"{draw.choice(('pipe', 'link', 'folder', 'large'))} {draw.choice((*NOTES, 'checkpoints', '.lock'))}" if draw.random() < 0.15 else None
+        done = mutate.altered(draw, done,
+                              ("step", "identity", "early", *done["identity"])) if draw.random() < 0.9 else done
+        files["DONE"] = mutate.json_bytes(draw, done)
+    place = draw.choice((*NOTES, "checkpoints", ".lock"))
+    plant = f"{draw.choice(('pipe', 'link', 'folder', 'large'))} {place}" if draw.random() < 0.15 else None
     return {"files": files, "plant": plant, "step": draw.choice((0, 3, 6)), "job": draw.choice((None, "7"))}
 
 
@@ -217,6 +241,7 @@ def read_notes(case: dict, folder: pathlib.Path) -> None:
     if case["job"]:
         os.environ.update(SLURM_JOB_ID=case["job"], SLURM_RESTART_COUNT="1")
     try:
+        check_writable(folder)
         held = checkpoint.lock(folder)
         resume.look_for_resume_point(run)
         restarts.has_own_checkpoint(folder)
@@ -241,7 +266,8 @@ def store() -> tuple[pathlib.Path, TokenStore, list[int], dict[str, bytes]]:
     path = home() / "cached.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS[:6]))
     built = built_at(path, home() / "cache")
-    return path, built, [built[i].input_ids.tolist() for i in range(len(built))], {file.name: file.read_bytes() for file in built.folder.iterdir()}
+    return path, built, [built[i].input_ids.tolist() for i in range(len(built))], {file.name: file.read_bytes()
+                                                                                   for file in built.folder.iterdir()}
 
 
 def built_at(path: pathlib.Path, cache: pathlib.Path) -> TokenStore:
@@ -262,10 +288,14 @@ def draw_cache(draw: random.Random) -> dict:
         name = draw.choice(list(files))
         files[name] = mutate.chewed(draw, files[name])
     # What an interrupted build leaves.
-    entry = {"sizes": dict.fromkeys(("tokens.bin", "offsets.bin", "labelled.bin", "lines.bin"), 8), "hash": "x", "stats": {"longest": 1, "lines": 1}}
-    part = {"chunks.jsonl": b"\n".join(mutate.json_bytes(draw, mutate.altered(draw, entry, ("sizes", "hash", "stats"))) for _ in range(2)),
+    entry = {"sizes": dict.fromkeys(("tokens.bin", "offsets.bin", "labelled.bin", "lines.bin"), 8), "hash": "x",
+             "stats": {"longest": 1, "lines": 1}}
+    part = {"chunks.jsonl": b"\n".join(mutate.json_bytes(draw,
+                                                         mutate.altered(draw, entry, ("sizes", "hash", "stats")))
+                                       for _ in range(2)),
             **{name: b"\0" * 32 for name in entry["sizes"]}} if draw.random() < 0.5 else {}
-    return {"files": files, "part": part, "plant": f"{draw.choice(('pipe', 'folder'))} {draw.choice(list(files))}" if draw.random() < 0.1 else None}
+    return {"files": files, "part": part, "plant": f"{draw.choice(('pipe', 'folder'))} {draw.choice(list(files))}"
+            if draw.random() < 0.1 else None}
 
 
 def read_cache(case: dict, folder: pathlib.Path) -> None:
@@ -288,7 +318,7 @@ def read_cache(case: dict, folder: pathlib.Path) -> None:
 
 WARM = (prepared, states, whole_state, facts, store)
 TARGETS = [
-    Target("checkpoint", draw_checkpoint, read_checkpoint, 1, WARM),
+    Target("checkpoint", draw_checkpoint, read_checkpoint, 0.15, WARM),
     Target("notes of a run", draw_notes, read_notes, 1, WARM),
-    Target("token cache", draw_cache, read_cache, 0.7, WARM),
+    Target("token cache", draw_cache, read_cache, 0.3, WARM),
 ]

@@ -22,12 +22,15 @@ from tests.fuzz import mutate
 from tests.fuzz.data_targets import tokenizer
 from tests.fuzz.harness import Target
 
-TINY = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=32, intermediate_size=16)
-TINY_MOE = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=32, intermediate_size=16,
+TINY = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, vocab_size=32,
+                   intermediate_size=16)
+TINY_MOE = ModelConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                       vocab_size=32, intermediate_size=16,
                        use_moe=True, num_experts=2)
 ADAPTERS = lora.Lora(rank=2, alpha=4.0, targets=("q_proj", "o_proj"))
 DTYPES = ("F32", "F64", "BF16", "F16", "I64", "BOOL", "F8_E4M3", "U8", "C64", "X")
-NAMES = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight", "model.layers.0.mlp.experts.0.gate_proj.weight",
+NAMES = ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight",
+         "model.layers.0.mlp.experts.0.gate_proj.weight",
          "model.layers.0.self_attn.q_proj.lora.A.weight", "model.layers.9.x", "module.x", "freqs_cos", "a", "")
 
 
@@ -43,7 +46,8 @@ def states() -> dict[str, dict[str, torch.Tensor]]:
 def said_of() -> dict[str, dict[str, object]]:
     """What the metadata of each file say, taken apart."""
     words = json.loads(Vocabulary.of(tokenizer()).to_json())
-    return {"dense": {"config": TINY.to_dict(), "tokenizer": words}, "moe": {"config": TINY_MOE.to_dict(), "tokenizer": words},
+    return {"dense": {"config": TINY.to_dict(), "tokenizer": words},
+            "moe": {"config": TINY_MOE.to_dict(), "tokenizer": words},
             "lora": {"config": TINY.to_dict(), "lora": ADAPTERS.facts(), "tokenizer": words}}
 
 
@@ -56,16 +60,21 @@ def named(draw: random.Random, state: dict, kind: str) -> dict:
         name = draw.choice(list(state) or ["a"])
         tensor = state.pop(name, None)
         if tensor is not None and draw.random() < 0.8:
-            state[draw.choice((name, draw.choice(NAMES), mutate.text(draw).encode("utf-8", "replace").decode()))] = odd(draw, tensor)
+            state[draw.choice((name, draw.choice(NAMES),
+                               mutate.text(draw).encode("utf-8", "replace").decode()))] = odd(draw, tensor)
     return state
 
 
 def odd(draw: random.Random, tensor: torch.Tensor) -> torch.Tensor:
     """Of another kind, shape or content."""
+    tensor = tensor.float()
     return draw.choice((
-        lambda: tensor.to(draw.choice((torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.complex64, torch.uint8))),
-        lambda: tensor.reshape(-1)[:draw.choice((0, 1, 7))], lambda: tensor.reshape(-1), lambda: tensor.unsqueeze(0), lambda: tensor.sum(),
-        lambda: torch.full_like(tensor, draw.choice((float("nan"), float("inf"), 3e38))), lambda: tensor.repeat(2, *[1] * (tensor.dim() - 1)),
+        lambda: tensor.to(draw.choice((torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool,
+                                       torch.complex64, torch.uint8))),
+        lambda: tensor.reshape(-1)[:draw.choice((0, 1, 7))], lambda: tensor.reshape(-1), lambda: tensor.unsqueeze(0),
+        lambda: tensor.sum(),
+        lambda: torch.full_like(tensor, draw.choice((float("nan"), float("inf"), 3e38))),
+        lambda: tensor.repeat(2, *[1] * (tensor.dim() - 1)),
         lambda: tensor.new_zeros(tensor.shape)))().contiguous()
 
 
@@ -74,7 +83,8 @@ def draw_safetensors(draw: random.Random) -> tuple[str, bytes, bytes]:
     kind = draw.choice(("dense", "moe", "lora"))
     state = named(draw, states()[kind], kind) if draw.random() < 0.4 else states()[kind]
     said = said_of()[kind]
-    said = mutate.altered(draw, said, ("config", "lora", "tokenizer", *said["config"])) if draw.random() < 0.6 else said
+    said = mutate.altered(draw, said,
+                          ("config", "lora", "tokenizer", *said["config"])) if draw.random() < 0.6 else said
     said = said if isinstance(said, dict) else {"config": said}
     metadata = {key: mutate.json_text(draw, value).encode("utf-8", "replace").decode() for key, value in said.items()
                 if isinstance(key, str) and key.isprintable()}
@@ -97,16 +107,21 @@ def other_header(draw: random.Random, content: bytes) -> bytes:
     if draw.random() < 0.3:
         header = mutate.altered(draw, header)
     said = mutate.json_text(draw, header).encode("utf-8", "replace")
-    return struct.pack("<Q", draw.choice((len(said), len(said), len(said), 0, 2**63, len(said) + 1))) + said + content[8 + size:]
+    return struct.pack("<Q",
+                       draw.choice((len(said), len(said), len(said), 0, 2**63,
+                                    len(said) + 1))) + said + content[8 + size:]
 
 
 def read_safetensors(case: tuple[str, bytes, bytes], folder: pathlib.Path) -> None:
     kind, content, theirs = case
     path = folder / f"{kind}.safetensors"
     path.write_bytes(content)
-    use_weights(path, path if kind == "lora" else None)
+    if kind == "lora":
+        return use_weights(path, path)
+    use_weights(path, None)
     (folder / "config.json").write_bytes(theirs)
     use_weights(folder, None)
+    return None
 
 
 def use_weights(path: pathlib.Path, adapters: pathlib.Path | None) -> None:
@@ -114,7 +129,8 @@ def use_weights(path: pathlib.Path, adapters: pathlib.Path | None) -> None:
     if adapters is not None:
         vocabulary.recorded(adapters)
         lora.load_adapters(adapters, TINY)
-        export.load(weight_files.InMemory(pathlib.Path("base"), states()["dense"], {"config": json.dumps(TINY.to_dict())}), lora=adapters)
+        export.load(weight_files.InMemory(pathlib.Path("base"), states()["dense"],
+                                          {"config": json.dumps(TINY.to_dict())}), lora=adapters)
         return
     config = weight_files.read_config(path)
     vocabulary.recorded(path)
@@ -131,9 +147,12 @@ class Odd:
 def draw_pth(draw: random.Random) -> tuple[str, bytes]:
     kind = draw.choice(("dense", "moe", "lora"))
     state: object = named(draw, states()[kind], kind)
-    choices = [state, {"model": state, "epoch": 3}, {"model": None}, collections.OrderedDict(state), [state], (1, 2), "text", None, {}, {1: torch.ones(2)},
-               {"a": Odd()}, {"a": {"b": state}}, {"a": torch.ones(2, device="meta")}, {"a": torch.eye(3).to_sparse()}, {"a": torch.eye(3).to_sparse_csr()},
-               {"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)}, {"a": torch.ones(1).expand(1 << 33)},
+    choices = [state, {"model": state, "epoch": 3}, {"model": None}, collections.OrderedDict(state), [state], (1, 2),
+               "text", None, {}, {1: torch.ones(2)},
+               {"a": Odd()}, {"a": {"b": state}}, {"a": torch.ones(2, device="meta")},
+               {"a": torch.eye(3).to_sparse()}, {"a": torch.eye(3).to_sparse_csr()},
+               {"a": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)},
+               {"a": torch.ones(1).expand(1 << 33)},
                {**state, "x": torch.nn.Parameter(torch.ones(2))}, {"model": {"a": 5}}, mutate.value(draw)]
     found = state if draw.random() < 0.5 else draw.choice(choices)
     out = io.BytesIO()
@@ -154,7 +173,8 @@ def other_zip(draw: random.Random, content: bytes) -> bytes:
         return mutate.chewed(draw, content)
     names, out = there.namelist(), io.BytesIO()
     chosen = draw.choice(names)
-    with zipfile.ZipFile(out, "w", draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
+    with zipfile.ZipFile(out, "w",
+                         draw.choice((zipfile.ZIP_STORED, zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))) as archive:
         for name in names:
             data = there.read(name)
             if name == chosen:
@@ -179,6 +199,6 @@ def read_pth(case: tuple[str, bytes], folder: pathlib.Path) -> None:
 
 
 TARGETS = [
-    Target("safetensors", draw_safetensors, read_safetensors, 2),
-    Target("pth", draw_pth, read_pth, 1),
+    Target("safetensors", draw_safetensors, read_safetensors, 1, (states, said_of)),
+    Target("pth", draw_pth, read_pth, 0.7, (states,)),
 ]

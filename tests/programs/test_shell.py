@@ -9,8 +9,10 @@ import pytest
 
 from tests.conftest import ROOT
 
-SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/slurm/*.sh"), *ROOT.glob("launch/slurm/*.sbatch"), ROOT / ".ci/run"]
-HOSTILE = ["$(touch owned)", "`touch owned`", "a b", "it's", 'say "hi"', "; touch owned;", "*", "a\\ b", "x\ny", "-n", "$HOME", "\\$(touch owned) b",
+SCRIPTS = [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/slurm/*.sh"), *ROOT.glob("launch/slurm/*.sbatch"),
+           ROOT / ".ci/run"]
+HOSTILE = ["$(touch owned)", "`touch owned`", "a b", "it's", 'say "hi"', "; touch owned;", "*", "a\\ b", "x\ny", "-n",
+           "$HOME", "\\$(touch owned) b",
            "a\t'b", "é ü", ""]
 
 
@@ -31,7 +33,11 @@ def multi_node(tmp_path):
     tools, here = tmp_path / "bin", tmp_path / "here"
     tools.mkdir()
     here.mkdir()
-    (tools / "ssh").write_text('#!/bin/bash\nprintf "%s\\0" "$@" >>"$NOTES/ssh"\nwhile [ "$1" != -- ]; do shift; done\nexec bash -c "${*:3}"\n')
+    (tools / "ssh").write_text("""#!/bin/bash
+        printf "%s\\0" "$@" >>"$NOTES/ssh"
+        while [ "$1" != -- ]; do shift; done
+        exec bash -c "${*:3}"
+        """)
     (tools / "pdsh").write_text("#!/bin/bash\nexit 1\n")
     (tools / "deepspeed").write_text('#!/bin/bash\nprintf "%s\\0" "$@" >>"$NOTES/deepspeed"\n')
     for tool in tools.iterdir():
@@ -44,7 +50,8 @@ def multi_node(tmp_path):
     def run(hosts, *flags, script=ROOT / "launch/multi_node.sh", folder=here):
         (tmp_path / "hosts").write_bytes(hosts)
         env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "NOTES": str(tmp_path), "MASTER_PORT": "29500"}
-        done = subprocess.run(["bash", str(script), str(tmp_path / "hosts"), "sft", *flags], cwd=folder, env=env, capture_output=True, text=True)
+        done = subprocess.run(["bash", str(script), str(tmp_path / "hosts"), "sft", *flags], cwd=folder, env=env,
+                              capture_output=True, text=True)
         assert not list(tmp_path.rglob("owned")) and not (ROOT / "owned").exists()
         return done, words("ssh"), words("deepspeed")
 
@@ -52,9 +59,12 @@ def multi_node(tmp_path):
 
 
 @pytest.mark.parametrize("line", [
-    b"-oProxyCommand=touch${IFS}owned slots=1", b"-F./config slots=1", b"node1;touch${IFS}owned slots=1", b"$(touch${IFS}owned) slots=1",
-    b"*  slots=1", b"a@b slots=1", b"node1:0 slots=1", b"node1\\ slots=1", b"\xef\xbb\xbfnode1 slots=1", b"\xff\xfe slots=1",
-    b"node1 slots=99999999999999999999", b"node1 slots=1\0x", b"node1 slots=8 slots=9", b"node1 slots=a[$(touch${IFS}owned)]", b"node1,node2 slots=1",
+    b"-oProxyCommand=touch${IFS}owned slots=1", b"-F./config slots=1", b"node1;touch${IFS}owned slots=1",
+    b"$(touch${IFS}owned) slots=1",
+    b"*  slots=1", b"a@b slots=1", b"node1:0 slots=1", b"node1\\ slots=1", b"\xef\xbb\xbfnode1 slots=1",
+    b"\xff\xfe slots=1",
+    b"node1 slots=99999999999999999999", b"node1 slots=1\0x", b"node1 slots=8 slots=9",
+    b"node1 slots=a[$(touch${IFS}owned)]", b"node1,node2 slots=1",
     b"n" * 300 + b" slots=1", "nöde slots=1".encode()])
 def test_a_name_that_is_no_machine_s_is_one_line_and_reaches_no_other_program(multi_node, line):
     done, ssh, started = multi_node(b"node0 slots=1\n" + line + b"\n")
@@ -89,12 +99,14 @@ def test_a_folder_whose_name_deepspeed_s_launcher_would_run_is_refused(multi_nod
 def test_a_batch_script_calculates_with_numbers_only_and_expands_no_pattern(tmp_path):
     def common(script, **variables):
         env = {**os.environ, "SLURM_JOB_ID": "7", "home": str(ROOT), **variables}
-        return subprocess.run(["bash", "-c", f'source "{ROOT}/launch/slurm/common.sh"; {script}'], cwd=tmp_path, env=env, capture_output=True, text=True)
+        return subprocess.run(["bash", "-c", f'source "{ROOT}/launch/slurm/common.sh"; {script}'], cwd=tmp_path,
+                              env=env, capture_output=True, text=True)
 
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "MASTER_PORT", "NODE_WAIT", "SLURM_JOB_NUM_NODES"):
         for value in ("a[$(touch owned)]", "x", "1 + 1", "-1", "010", "9" * 30):
             refused = common("echo on", **{name: value})
-            assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and name in refused.stderr and not refused.stdout
+            assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and name in refused.stderr, refused
+            assert not refused.stdout
     (tmp_path / "file").touch()
     done = common("words_of FLAGS words; printf '%s,' \"${words[@]}\"", FLAGS="--a *  $(touch owned)\n\t?ile 'x y'")
     assert done.stdout == "--a,*,$(touch,owned),?ile,'x,y',", done.stderr
@@ -104,8 +116,11 @@ def test_a_batch_script_calculates_with_numbers_only_and_expands_no_pattern(tmp_
 def test_a_chain_hands_its_flags_on_word_for_word(tmp_path):
     (tmp_path / "sbatch").write_text('#!/bin/bash\nprintf "%s\\0" "$@" >>words\necho 7\n')
     (tmp_path / "sbatch").chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FLAGS": "--data_path *", "SFT": "$(touch owned) --lora_rank 8"}
-    done = subprocess.run(["bash", str(ROOT / "launch/slurm/chain.sh"), "out $(touch owned)"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "FLAGS": "--data_path *",
+           "SFT": "$(touch owned) --lora_rank 8"}
+    done = subprocess.run(["bash", str(ROOT / "launch/slurm/chain.sh"), "out $(touch owned)"], cwd=tmp_path, env=env,
+                          capture_output=True, text=True)
     words = (tmp_path / "words").read_text().split("\0")
-    assert done.returncode == 0 and words.count("*") == 2 and {"$(touch", "owned)", "--lora_rank"} <= set(words), done.stderr
+    assert done.returncode == 0 and words.count("*") == 2 and {"$(touch", "owned)",
+                                                               "--lora_rank"} <= set(words), done.stderr
     assert f"{tmp_path}/out $(touch owned)/sft" in words and not (tmp_path / "owned").exists()
