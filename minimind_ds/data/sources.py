@@ -76,7 +76,8 @@ def find(path: str) -> list[Path]:
     if mode is None and glob.has_magic(path):
         found = [file for match in sorted(glob.glob(path, recursive=True)) for file in in_folder(Path(match))]
         if not found:
-            raise DataError(f"{untrusted.shown_path(path)} matches no file" + "; in a pattern, [[] stands for [" * ("[" in path))
+            hint = "; in a pattern, [[] stands for [" * ("[" in path)
+            raise DataError(f"{untrusted.shown_path(path)} matches no file{hint}")
         return found
     if mode is None:
         parts = [part.strip() for part in path.split(",")]

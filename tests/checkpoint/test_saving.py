@@ -248,6 +248,6 @@ def test_a_disk_that_cannot_hold_a_checkpoint_is_named_before_the_run_starts(wri
     free.append(3 * there)
     assert "the run may fill it" in disk.check(run, ds, config, None)[0]
     free.append(least)
-    with pytest.raises(UserError, match="a checkpoint takes 0.00 GiB"):
+    with pytest.raises(UserError, match="and a checkpoint takes 0.01 GiB"):
         disk.check(run, ds, config, None)
     assert disk.check(run.replace(save_interval=0), ds, config, None) == []
