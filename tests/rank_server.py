@@ -3,10 +3,11 @@
     test process --(Unix socket: words, environment, stdio)--> server --fork--> middle --fork--> program
 
 The test process adopts the program when the middle one ends, so that its Popen has a child of its own; those of
-multiprocessing's forkserver are the server's.  DeepSpeed's launchers that start so fork their ranks.  Each program
-of ours ends as the interpreter ends.  All of a server's hash strings alike: `pytest --exec` has them differ.
+multiprocessing's forkserver are the server's.  DeepSpeed's launchers that start so fork their ranks.  Programs end
+without taking modules apart.  All of a server's hash strings alike: `pytest --exec` has them differ.
 """
 
+import atexit
 import ctypes
 import gc
 import importlib.util
@@ -20,14 +21,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 
 import starts
 
 PRELOAD = ("deepspeed", "transformers", "psutil", "safetensors.torch", "tokenizers", "sentencepiece", "yaml",
-           "deepspeed.runtime.zero.stage3", "deepspeed.launcher.multinode_runner")
-# DeepSpeed's engine loads them (2.5 s); frozen, triton would report leaks at the end of each program.
-AFTER_FREEZE = ("triton", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer")
+           "deepspeed.runtime.zero.stage3", "deepspeed.launcher.multinode_runner", "triton", "torch._dynamo",
+           "deepspeed.runtime.zero.muon.muon_optimizer")
 THREADS = "threads do not survive a fork"
 PATH, SET_BY_LIBRARIES, INTERRUPT = sys.path[1:], {}, []
 
@@ -35,7 +36,7 @@ PATH, SET_BY_LIBRARIES, INTERRUPT = sys.path[1:], {}, []
 def serve(connection: socket.socket) -> None:
     """Forks a program for each request, until the test process has ended."""
     given = dict(os.environ)
-    for name in PRELOAD:
+    for name in filter(importlib.util.find_spec, PRELOAD):
         importlib.import_module(name)
     # Programs find what an interpreter finds.
     del sys.modules["starts"]
@@ -44,8 +45,6 @@ def serve(connection: socket.socket) -> None:
     INTERRUPT.append(signal.signal(signal.SIGINT, signal.SIG_IGN))
     gc.collect()
     gc.freeze()
-    for name in filter(importlib.util.find_spec, AFTER_FREEZE):
-        importlib.import_module(name)
     assert len(os.listdir("/proc/self/task")) == 1, THREADS
     while True:
         request, stdio, _, _ = socket.recv_fds(connection, 1 << 20, 3)
@@ -113,12 +112,12 @@ def become(request: dict, stdio: list[int]) -> None:
         if isinstance(error, KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGINT)
-    if subprocess.Popen is RankPopen:
-        # DeepSpeed's own program: half a second for an end that is not ours to prove.
-        print(end="", flush=True)
-        os._exit(code)
-    # The interpreter's own end, with all that can go wrong in it.
-    ctypes.pythonapi.Py_Exit(code)
+    # What the interpreter does in the end, but for taking all modules apart: half a second, for which a test that is
+    # about it starts by exec.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    print(end="", flush=True)
+    os._exit(code)
 
 
 def show(words: list[str]) -> None:

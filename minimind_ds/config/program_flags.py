@@ -79,8 +79,11 @@ def chat() -> OneLineParser:
 def score() -> OneLineParser:
     p = program_parser("score")
     weights(p)
-    p.add_argument("--data_path", required=True, help="conversations (docs/DATA.md); the last answer is expected")
-    p.add_argument("--limit", type=int, default=0, help="use the first so many records; 0: all (default: 0)")
+    p.add_argument("--data_path", nargs="+", required=True, metavar="PATH",
+                   help="files, globs and folders of conversations (docs/DATA.md), each scored by itself and all "
+                        "together; the last answer is expected")
+    p.add_argument("--limit", type=int, default=0, help="use the first so many records of each file; 0: all (default: "
+                                                        "0)")
     p.add_argument("--batch_size", type=int, default=64, help="prompts answered together (default: 64)")
     p.add_argument("--show_wrong", type=int, default=0, help="print so many wrong answers (default: 0)")
     p.add_argument("--json", action="store_true", help="print the result as one JSON line, last")

@@ -252,6 +252,7 @@ def of_paths(change, value: str | dict | list | None):
     return change(value) if isinstance(value, str) else value
 
 
+# 30 ms: once.
 HINTS = typing.get_type_hints(RunConfig)
 
 

@@ -20,7 +20,7 @@ from minimind_ds.data.tokenizer import Tokenizer
 
 # Where safetensors metadata holds a Vocabulary.
 KEY = "tokenizer"
-# Stretches of text whose ids tell tokenizers apart that have the same pieces.  Without U+2581, which a SentencePiece
+# What files of earlier releases say of a tokenizer are the ids of these texts.  Without U+2581, which a SentencePiece
 # model and its export to transformers encode differently.
 PROBES = (
     "The quick brown fox jumps over the lazy dog, and nobody's surprised; they've seen it 1,234 times (or 56.78).",
@@ -41,21 +41,20 @@ NOISE = 0.01
 class Vocabulary:
     """What decides a tokenizer's ids and what they stand for, whatever file format holds it.
 
-    size: ids are below it.  pieces: SHA-256 of what each id is called.  encoding: SHA-256 of how texts become
-    ids: which are control tokens, and the ids of PROBES and of the vocabulary's own pieces.
+    size: ids are below it.  pieces: SHA-256 of what each id is called.  rules: SHA-256 of how text becomes ids: which
+    are control tokens, and all that Tokenizer.rules says.  encoding: in files of earlier releases, instead of rules,
+    the hash that `probed` makes.
     """
 
     size: int
     pieces: str
-    encoding: str
+    rules: str = ""
+    encoding: str = ""
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> Vocabulary:
         size = tokenizer.vocab_size
-        # Its own pieces side by side: what they merge to depends on all of the merges.
-        own = "".join(tokenizer.decode([i]) for i in range(0, size, math.ceil(size / OWN)))
-        encoding = [sorted(tokenizer.specials.items()), tokenizer.encode_batch([*PROBES, own])]
-        return cls(size, pieces_hash(tokenizer, size), digest(encoding))
+        return cls(size, pieces_hash(tokenizer, size), rules_hash(tokenizer))
 
     def difference(self, tokenizer: Tokenizer) -> str | None:
         """Why `tokenizer` is another one; None if it is this one, or this one with further ids after its own."""
@@ -63,7 +62,8 @@ class Vocabulary:
             return f"it has {tokenizer.vocab_size:,} ids instead of {self.size:,}"
         if pieces_hash(tokenizer, self.size) != self.pieces:
             return "its ids stand for other text"
-        if tokenizer.vocab_size == self.size and Vocabulary.of(tokenizer) != self:
+        same = self.rules == rules_hash(tokenizer) if self.rules else self.encoding == probed(tokenizer)
+        if tokenizer.vocab_size == self.size and not same:
             return "its ids are the same, but it cuts text into others"
         return None
 
@@ -77,6 +77,16 @@ def digest(value: object) -> str:
 
 def pieces_hash(tokenizer: Tokenizer, size: int) -> str:
     return digest([tokenizer.piece(i) for i in range(size)])
+
+
+def rules_hash(tokenizer: Tokenizer) -> str:
+    return digest([sorted(tokenizer.specials.items()), tokenizer.rules()])
+
+
+def probed(tokenizer: Tokenizer) -> str:
+    """A hash of which ids are control tokens, and of the ids of PROBES and of the vocabulary's own pieces."""
+    own = "".join(tokenizer.decode([i]) for i in range(0, tokenizer.vocab_size, math.ceil(tokenizer.vocab_size / OWN)))
+    return digest([sorted(tokenizer.specials.items()), tokenizer.encode_batch([*PROBES, own])])
 
 
 def recorded(path: weight_files.Source) -> Vocabulary | None:

@@ -187,7 +187,7 @@ def embedding_rows(path: Source) -> int | None:
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{file}: not a readable safetensors file: {first_line(error)}") from None
         else:
-            shape = getattr(read_pth(file).get(name), "shape", ())
+            shape = getattr(read_pth(file, only_shapes=True).get(name), "shape", ())
         if len(shape):
             return int(shape[0])
     return None
@@ -250,14 +250,18 @@ def read_safetensors(path: Path | InMemory) -> dict[str, Tensor]:
         raise UserError(f"{path}: not a readable safetensors file: {first_line(error)}") from None
 
 
-def read_pth(path: Path) -> dict[str, Tensor]:
-    """A state dict, or the "model" of one of MiniMind's resume files."""
+def read_pth(path: Path, only_shapes: bool = False) -> dict[str, Tensor]:
+    """A state dict, or the "model" of one of MiniMind's resume files.
+
+    only_shapes: the values are left on the disk, where the file's format lets them.
+    """
     check_zip(path)
     try:
         with warnings.catch_warnings():
             # torch remarks on a pickle's protocol; whether the file is read is what counts.
             warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True,
+                               mmap=only_shapes and zipfile.is_zipfile(path))
     except (RuntimeError, OSError, EOFError, KeyError) as error:
         raise UserError(f"{path}: not a readable .pth file: {first_line(error)}") from None
     # Bytes of others raise anything, struct.error for one.

@@ -25,6 +25,8 @@ from minimind_ds.io import fsync
 
 # Tokens are hashed in blocks of this many bytes.
 BLOCK_BYTES = 1 << 20
+# An interrupted build that nobody went on with for so long is not gone on with any more.
+FORGOTTEN_S = 7 * 24 * 3600
 # How often a process that waits for the builder looks how far it is.
 LOOK_S = 0.2
 
@@ -72,6 +74,21 @@ def locked(path: Path, meanwhile: Callable[[], None] | None) -> Iterator[bool]:
                 alone = False
                 break
         yield alone
+
+
+def remove_forgotten(cache_dir: Path, but: Path) -> None:
+    """Deletes what interrupted builds left FORGOTTEN_S ago, but for `but`, and never what another process builds."""
+    for part in cache_dir.glob(".*.part"):
+        lock = part.with_suffix(".lock")
+        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+            written = max(path.lstat().st_mtime for path in (part, *part.iterdir()))
+            if part == but or part.lstat().st_uid != os.geteuid() or time.time() - written < FORGOTTEN_S:
+                continue
+            # Where the file system has no locks, parts have names of their own, without a lock beside them.
+            if os.path.lexists(lock):
+                file = os.fdopen(os.open(lock, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC))
+                fcntl.flock(stack.enter_context(file), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(part)
 
 
 def build(folder: Path, part: Path | None, write: Callable[[Path], None]) -> None:

@@ -1,4 +1,5 @@
-"""What an exported folder tells transformers: the chat template, and a SentencePiece model as `tokenizers` BPE.
+"""Tokenizer folders: what decides the ids in one, and what an exported one tells transformers: the chat template, a
+SentencePiece model as `tokenizers` BPE.
 
     python -c "from minimind_ds.data.hf_folder import chat_template as t; print(t())"
 """
@@ -6,11 +7,18 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
+from minimind_ds.config import untrusted
+from minimind_ds.config.errors import UserError
 from minimind_ds.paths import ASSETS
 
+# A tokenizer.json of 256,000 pieces has a few million values.
+MOST_VALUES = 1 << 24
 # Templates of others that render what ours does, as tests show: that of MiniMind-3's own tokenizer folder.
 SAME_TEMPLATES = frozenset({"97c6a9ef3f8d35044f435bb7773f1af160a7328ab6e8d2e9d67702941320a711"})
 
@@ -32,6 +40,24 @@ def template_notes(name: str, own: object) -> list[str]:
     if own is None or own == exported_template(own):
         return []
     return [f"{name} has a chat template of its own; trained, and exported in its place, is MiniMind's"]
+
+
+def json_object(content: bytes, path: Path) -> dict:
+    try:
+        return untrusted.json_object(content.decode("utf-8"), str(path), MOST_VALUES)
+    except UnicodeDecodeError as err:
+        raise UserError(f"{path} is not UTF-8 (byte {err.start + 1})") from None
+
+
+def rules(spec: dict) -> str:
+    """All of a tokenizer.json, as the library writes it, that decides the ids of plain text: JSON of one spelling."""
+    def told(value: Any) -> Any:
+        if isinstance(value, dict):
+            # What is off or absent is left out, since releases of the library differ in what they write.
+            return {key: told(part) for key, part in value.items() if part is not None and part is not False}
+        return [told(part) for part in value] if isinstance(value, list) else value
+
+    return json.dumps({key: told(spec.get(key)) for key in ("normalizer", "pre_tokenizer", "model")}, sort_keys=True)
 
 
 def added_tokens(specials: dict[str, int], visible: frozenset[str]) -> list[dict]:

@@ -14,6 +14,7 @@ from typing import Any
 from minimind_ds.config.errors import UserError
 from minimind_ds.data.json_text import kind_of, quoted, string
 from minimind_ds.data.turns import (
+    CALL_KEYS,
     LEARN_KEYS,
     MEDIA_KEYS,
     REASONING_KEYS,
@@ -21,9 +22,10 @@ from minimind_ds.data.turns import (
     TOOL_KEYS,
     Conversation,
     Message,
-    count_unknown,
+    check_unknown,
     empty,
     find,
+    is_class,
     parse_messages,
     zero_or_one,
 )
@@ -40,8 +42,9 @@ REFUSED = {**dict.fromkeys(("chosen", "rejected", "rejected_response"), PAIRS),
            **dict.fromkeys(SPAN_KEYS, "it holds {!r}, which is not supported: a turn is learnt as a whole or not at "
                                       "all")}
 # Keys that mean something in every conversation; score.py counts by `skill`.
-COMMON = frozenset(("system", "skill", *TOOL_KEYS, *REASONING_KEYS, *LEARN_KEYS, *REFUSED))
-SPECIAL = frozenset(("system", *REASONING_KEYS, *LEARN_KEYS, *REFUSED))
+SYSTEM_KEYS = ("system", "system_prompt")
+COMMON = frozenset((*SYSTEM_KEYS, "skill", *TOOL_KEYS, *REASONING_KEYS, *CALL_KEYS, *LEARN_KEYS, *REFUSED))
+SPECIAL = frozenset((*LEARN_KEYS, *REFUSED))
 KNOWN = {"conversations": COMMON | {"conversations"}, "sharegpt": COMMON | {"conversations"},
          "messages": COMMON | {"messages"}, "alpaca": COMMON | {"instruction", "input", "output", "history"},
          "prompt": COMMON | {"prompt", "completion", "history"}, "query": COMMON | {"query", "response", "history"},
@@ -99,9 +102,9 @@ def parse_conversation(record: dict, ignored: Counter | None = None, shapes: Cou
         conversation = PARSERS[shape](record, ignored)
     except RecursionError:
         raise UserError("it is nested too deeply") from None
-    if ignored is not None and len(record) > 1:
+    if len(record) > 1:
         # What is left of these is a class of the record, which means nothing here.
-        count_unknown(record, KNOWN[shape] - {"label"} if record.get("label") else KNOWN[shape], "", ignored)
+        check_unknown(record, KNOWN[shape] - {"label"} if record.get("label") else KNOWN[shape], "", ignored)
     if shapes is not None:
         shapes[shape] += 1
     return conversation
@@ -119,8 +122,7 @@ def parse_text(record: dict, ignored: Counter | None = None, shapes: Counter | N
         raise UserError(f"a {shape!r} record is for fine-tuning; pretraining needs a 'text'")
     if len(record) > 1:
         _refuse({key: record[key] for key in KNOWN["text"] & record.keys()})
-        if ignored is not None:
-            count_unknown(record, KNOWN["text"], "", ignored)
+        check_unknown(record, KNOWN["text"], "", ignored, meant=("learnt",))
     text = string(record["text"], "text")
     if shapes is not None:
         shapes[shape] += 1
@@ -141,25 +143,21 @@ def _refuse(record: dict) -> None:
                                 "leave it out of the file")
 
 
-def is_class(label: Any) -> bool:
-    """Whether a label is of another kind than KTO's, true or false: many a data set for other ends has some."""
-    if isinstance(label, str):
-        return label.strip().lower() not in ("true", "false", "0", "1", "0.0", "1.0")
-    return not (isinstance(label, (bool, int, float)) and label in (0, 1))
-
-
 def _turns(record: dict, turns: Any, ignored: Counter | None, context: int = 0) -> Conversation:
     """A conversation of these turns with the record's own system prompt and tools."""
-    system, tools = record.get("system"), find(record, TOOL_KEYS, "")[1]
-    key, reasoning = find(record, REASONING_KEYS, "")
-    if reasoning:
-        raise UserError(f"{key!r} belongs to an assistant turn, not to the whole record")
+    system_key, system = find(record, SYSTEM_KEYS, "")
+    tools = find(record, TOOL_KEYS, "")[1]
+    for keys in (REASONING_KEYS, CALL_KEYS):
+        key, said = find(record, keys, "")
+        # OpenAI's requests say here whether there may be calls.
+        if said and said not in ("auto", "none"):
+            raise UserError(f"{key!r} belongs to an assistant turn, not to the whole record")
     conversation = parse_messages(turns, tools, context=context, ignored=ignored)
     if not system:
         return conversation
     if conversation.messages[0].role == "system":
         raise UserError("both the record and its first turn give a system prompt; give one of them")
-    return replace(conversation, messages=(Message("system", string(system, "system")), *conversation.messages))
+    return replace(conversation, messages=(Message("system", string(system, system_key)), *conversation.messages))
 
 
 def _from_prompt(record: dict, ignored: Counter | None) -> Conversation:
@@ -190,7 +188,7 @@ def _from_pair(record: dict, asked: str, answered: str, ignored: Counter | None)
         question += "\n" * bool(question) + string(record["input"], "input")
     answer = {"role": "assistant", "content": string(record.get(answered), answered)}
     record = dict(record)
-    for key in REASONING_KEYS:
+    for key in (*REASONING_KEYS, *CALL_KEYS):
         if key in record:
             answer[key] = record.pop(key)
     return _turns(record, [*turns, {"role": "user", "content": question}, answer], ignored)

@@ -31,7 +31,7 @@ import torch
 from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
 from minimind_ds.data import IGNORE
-from minimind_ds.data.build import BLOCK_BYTES, build, hash_files, locked, seal_of, write_store
+from minimind_ds.data.build import BLOCK_BYTES, build, hash_files, locked, remove_forgotten, seal_of, write_store
 from minimind_ds.data.conversation import DataError, read_records
 from minimind_ds.data.packing import random_keys
 from minimind_ds.data.sample import POLICIES, RENDERING, Augment, Sample
@@ -60,11 +60,13 @@ class Blocks:
         for begin, end in zip((begins // BLOCK_BYTES).tolist(), ((ends - 1) // BLOCK_BYTES).tolist()):
             for block in range(begin, end + 1):
                 if not self.checked[block] and not self.sound(block):
-                    # The next start builds it again.
-                    with contextlib.suppress(OSError):
+                    then = "it is built again at the next start"
+                    try:
                         (self.folder / "meta.json").unlink()
+                    except OSError as err:
+                        then = f"and cannot be built again there ({err.strerror}): name another --cache_dir"
                     raise DataError(f"the token cache {self.folder} is damaged: block {block} of tokens.bin changed "
-                                    "after it was written; it is built again at the next start")
+                                    f"after it was written; {then}")
 
     def sound(self, block: int) -> bool:
         part = self.raw[block * BLOCK_BYTES:(block + 1) * BLOCK_BYTES]
@@ -210,6 +212,7 @@ def open_or_build(path: str | Path, tok: Tokenizer, *, kind: str, max_seq_len: i
                 if folder.exists():
                     print(f"the token cache {folder} is damaged; building it again", file=sys.stderr)
                     shutil.rmtree(folder)
+                remove_forgotten(Path(cache_dir), but=part)
                 encode = Encoder(tok, max_seq_len, policy, augment)
                 workers = worker_count(size) if workers is None else workers
                 build(folder, part if alone else None,
@@ -219,7 +222,8 @@ def open_or_build(path: str | Path, tok: Tokenizer, *, kind: str, max_seq_len: i
                     raise DataError(f"{path} changed while it was being read; start again")
                 store = _open(folder, key, path)
     except OSError as err:
-        raise DataError(f"the token cache cannot be written to {cache_dir}: {err.strerror or err}") from None
+        raise DataError(f"the token cache cannot be written to {cache_dir}: {err.strerror or err}; name another "
+                        "folder with --cache_dir") from None
     if store is None:
         raise DataError(f"the token cache {folder} cannot be read back after writing it; is the disk sound?")
     return store

@@ -20,7 +20,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
-import tokenizers
 
 from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError, first_line
@@ -34,6 +33,7 @@ from minimind_ds.data.tokenizer_check import (
     control_ids,
     is_byte_level,
     library,
+    rust_tokenizer,
     without_added_tokens,
 )
 from minimind_ds.io import write_file
@@ -55,7 +55,7 @@ CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
 # The character itself has to travel as its three UTF-8 bytes.
 META_BYTES = META_SPACE.encode("utf-8")
 # A tokenizer.json of 256,000 pieces has some 20 MiB.
-MOST_BYTES, MOST_VALUES = 256 << 20, 1 << 24
+MOST_BYTES = 256 << 20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja")
 
@@ -105,6 +105,10 @@ class Tokenizer(ABC):
     def piece(self, i: int) -> str | None:
         """What the vocabulary calls an id below vocab_size; None where it has none of that number."""
 
+    @abstractmethod
+    def rules(self) -> str:
+        """All that decides the ids of plain text, alike for a SentencePiece model and its export."""
+
     @property
     def stop_ids(self) -> list[int]:
         """What ends an answer or a text: <|im_end|>, which conversations are trained to end with, and eos."""
@@ -136,8 +140,9 @@ class HuggingFaceTokenizer(Tokenizer):
         self.name = str(folder)
         self._files = {name: untrusted.read_bytes(folder / name, MOST_BYTES) for name in TOKENIZER_FILES
                        if (folder / name).is_file()}
-        spec = _json_object(self._files["tokenizer.json"], folder / "tokenizer.json")
-        self._config = _json_object(self._files.get("tokenizer_config.json", b"{}"), folder / "tokenizer_config.json")
+        spec = hf_folder.json_object(self._files["tokenizer.json"], folder / "tokenizer.json")
+        config = folder / "tokenizer_config.json"
+        self._config = hf_folder.json_object(self._files.get(config.name, b"{}"), config)
         try:
             self.specials = control_ids(spec)
             twin = without_added_tokens(spec, self.specials)
@@ -147,14 +152,8 @@ class HuggingFaceTokenizer(Tokenizer):
         except (KeyError, TypeError, AttributeError) as err:
             raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {type(err).__name__}: "
                             f"{first_line(err)}") from None
-        self._full = _rust_tokenizer(self._files["tokenizer.json"].decode("utf-8"), folder)
-        self._plain = _rust_tokenizer(json.dumps(twin), folder)
-        self.is_byte_level = is_byte_level(twin)
-        for token, i in self.specials.items():
-            # The library numbers some by itself.
-            if self._full.token_to_id(token) != i:
-                raise UserError(f"{folder}/tokenizer.json: added token {shown(token)} has the id {i}, and to the "
-                                f"library {self._full.token_to_id(token)}")
+        self._full = rust_tokenizer(self._files["tokenizer.json"].decode("utf-8"), folder, self.specials)
+        self._plain, self.is_byte_level = rust_tokenizer(json.dumps(twin), folder, {}), is_byte_level(twin)
         for token in CHAT_TOKENS:
             self.special_id(token)
         # transformers prefers the file to the entry.
@@ -203,6 +202,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def piece(self, i: int) -> str | None:
         return self._full.id_to_token(i)
+
+    def rules(self) -> str:
+        return hf_folder.rules(json.loads(self._plain.to_str()))
 
     def save(self, folder: str | Path) -> None:
         _write_files(folder, self._files)
@@ -276,16 +278,23 @@ class SentencePieceTokenizer(Tokenizer):
     def piece(self, i: int) -> str:
         return self._pieces[i]
 
+    def rules(self) -> str:
+        twin = json.dumps(_without_added_tokens(self._hf_spec(), self.specials))
+        return hf_folder.rules(json.loads(_rust_tokenizer(twin, Path(self.name)).to_str()))
+
+    def _hf_spec(self) -> dict:
+        added = hf_folder.added_tokens(self.specials, VISIBLE_TOKENS)
+        return hf_folder.sentencepiece_spec(self._sp, self._pieces, added, META_SPACE)
+
     def save(self, folder: str | Path) -> None:
         _write_files(folder, {"tokenizer.model": self._model})
 
     def save_hf(self, folder: str | Path) -> None:
         """The same ids as `tokenizers` BPE with byte fallback.  Exceptions: there U+2581 becomes a space, and added
         tokens typed in a text become control tokens, as with every Hugging Face tokenizer."""
-        added = hf_folder.added_tokens(self.specials, VISIBLE_TOKENS)
-        spec = hf_folder.sentencepiece_spec(self._sp, self._pieces, added, META_SPACE)
+        spec = self._hf_spec()
         _write_files(folder, {"tokenizer.json": _json_bytes(spec),
-                              "tokenizer_config.json": _json_bytes(self._hf_config(added))})
+                              "tokenizer_config.json": _json_bytes(self._hf_config(spec["added_tokens"]))})
 
     def _hf_config(self, added_tokens: list[dict]) -> dict:
         token = {i: name for name, i in self.specials.items()}
@@ -315,11 +324,10 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
         if (path / "tokenizer.model").is_file():
             path = path / "tokenizer.model"
         if path.is_file():
-            shipped = path == ASSETS / "tokenizer.model"
-            if shipped:
-                return SentencePieceTokenizer(path.read_bytes(), name="embedded")
-            tok = SentencePieceTokenizer(untrusted.read_bytes(path, MOST_BYTES), name=str(path))
-            check_text(tok)
+            name = "embedded" if path == ASSETS / "tokenizer.model" else str(path)
+            tok = SentencePieceTokenizer(untrusted.read_bytes(path, MOST_BYTES), name)
+            if name != "embedded":
+                check_text(tok)
             return tok
     except OSError as err:
         raise UserError(f"tokenizer {path} cannot be read: {err.strerror}") from None
@@ -366,18 +374,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400, out: str | 
     tokenizer = SentencePieceTokenizer(model.getvalue(), name=str(out))
     _write_files(Path(out).parent, {Path(out).name: model.getvalue()})
     return tokenizer
-
-
-def _rust_tokenizer(spec: str, folder: Path) -> tokenizers.Tokenizer:
-    with library(f"{folder}/tokenizer.json is not a tokenizer"):
-        return tokenizers.Tokenizer.from_str(spec)
-
-
-def _json_object(content: bytes, path: Path) -> dict:
-    try:
-        return untrusted.json_object(content.decode("utf-8"), str(path), MOST_VALUES)
-    except UnicodeDecodeError as err:
-        raise UserError(f"{path} is not UTF-8 (byte {err.start + 1})") from None
 
 
 def _json_bytes(value: dict) -> bytes:

@@ -17,6 +17,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import sentencepiece
 import tokenizers
@@ -56,6 +57,17 @@ def library(what: str) -> Iterator[None]:
         if not (type(error) is Exception or type(error).__name__ == "PanicException"):
             raise
         raise UserError(f"{what}: {first_line(error)}") from None
+
+
+def rust_tokenizer(spec: str, folder: Path, added: dict[str, int]) -> tokenizers.Tokenizer:
+    """Raises UserError for what the library does not read, or numbers otherwise than `added`."""
+    with library(f"{folder}/tokenizer.json is not a tokenizer"):
+        found = tokenizers.Tokenizer.from_str(spec)
+    for token, i in added.items():
+        if (other := found.token_to_id(token)) != i:
+            raise UserError(f"{folder}/tokenizer.json: added token {shown(token)} has the id {i}, and to the library "
+                            f"{other}")
+    return found
 
 
 def control_ids(spec: dict) -> dict[str, int]:

@@ -8,6 +8,8 @@ absent key; what is left over is counted (docs/DATA.md lists it all).
 
 from __future__ import annotations
 
+import functools
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,10 +20,11 @@ from minimind_ds.data.json_text import dump, kind_of, list_of, parse, quoted, st
 # Who speaks; function_call is an assistant turn that holds nothing but calls.
 ROLES = {"system": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "developer": "system", "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
-         "function": "tool", "function_response": "tool", "observation": "tool", "ipython": "tool",
-         "function_call": "function_call"}
+         "function": "tool", "function_response": "tool", "tool_response": "tool", "observation": "tool",
+         "ipython": "tool", "function_call": "function_call", "tool_call": "function_call",
+         "tool_calls": "function_call"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-CALL_KEYS = ("tool_calls", "function_call")
+CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls")
 TOOL_KEYS = ("tools", "functions")
 # OpenAI's, Axolotl's and ms-swift's ways to say whether a turn is learnt.
 LEARN_KEYS = ("weight", "train", "training", "loss")
@@ -36,6 +39,17 @@ PART_KEYS = frozenset(("type", "text"))
 CALL_PARTS = frozenset(("id", "type", "index", "function", "name", "arguments", "parameters"))
 TEXT_PARTS = ("text", "input_text", "output_text")
 MEDIA_PARTS = ("image", "image_url", "input_image", "audio", "audio_url", "input_audio", "video", "video_url")
+# Names that nobody agreed on and that say all the same what is learnt, which answer is better, or what is shown.
+ALL_LEARNT = "this trains on all answers of a file: keep the good ones and leave the key out"
+MEANT = {
+    "learnt": (r"(^|_)(loss|masks?|masked|train|trained|training|trainable|learn|learnt|weights?)(_|$)",
+               "seems to say what is learnt, and is not understood: a turn's 'weight', 'train' or 'loss' says it, "
+               "false or true; rename it, or leave it out"),
+    "better": (r"(^|_)(chosen|rejected|desirable|undesirable)(_|$)|preferred_(output|answer|response)|^is_preferred$",
+               f"seems to tell better answers from worse ones; {ALL_LEARNT}"),
+    "labels": (r"^(kto_)?labels?$", f"seems to mark answers as good or bad; {ALL_LEARNT}"),
+    "media": (r"^(image|img|picture|audio|video)s?(_(path|url|file)s?)?$",
+              "is not supported: the model reads text only")}
 # Distinct names kept of keys that mean nothing; the rest of a hostile file's are counted together.
 MOST_NAMES = 100
 
@@ -104,8 +118,7 @@ def parse_messages(turns: list, tools: Any = None, *, for_training: bool = True,
                 if of_record and tool_texts != of_record:
                     raise UserError(f"turn {number}: the record and its system turn list different tools; give one of "
                                     "the two")
-            if ignored is not None:
-                count_unknown(turn, TURN_KEYS, "turn.", ignored)
+            check_unknown(turn, TURN_KEYS, "turn.", ignored, f"turn {number} ({message.role}): ")
         messages.append(message)
     if for_training and not any(message.role == "assistant" for message in messages):
         raise UserError("there is no assistant turn to learn from")
@@ -135,11 +148,46 @@ def find(holder: dict, keys: tuple[str, ...], where: str) -> tuple[str, Any]:
     return key, holder.get(key)
 
 
-def count_unknown(holder: dict, known: frozenset, prefix: str, ignored: Counter) -> None:
-    """Add the keys of `holder` that are not known to the tally, by a name that can be printed anywhere."""
-    for key in holder.keys() - known:
-        name = prefix + ascii(str(key)[:40])[1:-1]
-        ignored[name if name in ignored or len(ignored) < MOST_NAMES else "(others)"] += 1
+def check_unknown(holder: dict, known: frozenset, prefix: str, ignored: Counter | None, where: str = "",
+                  meant: tuple[str, ...] = tuple(MEANT)) -> None:
+    """Add the keys of `holder` that are not known to the tally, by a name that can be printed anywhere.
+
+    Raises:
+        UserError: one that means something all the same, by its name (`meant`: keys of MEANT) and its value.
+    """
+    for key in [key for key in holder if key not in known]:
+        name = ascii(str(key)[:40])[1:-1]
+        kind = meaning(str(key)[:40])
+        if kind in meant and not says_nothing(holder[key], kind):
+            raise UserError(f"{where}{name!r} {MEANT[kind][1]}")
+        if ignored is not None:
+            name = prefix + name
+            ignored[name if name in ignored or len(ignored) < MOST_NAMES else "(others)"] += 1
+
+
+@functools.lru_cache(maxsize=1024)
+def meaning(key: str) -> str | None:
+    """Which kind of MEANT a key's name is, lossMask like loss_mask."""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower().replace("-", "_")
+    return next((kind for kind, (pattern, _) in MEANT.items() if re.search(pattern, name)), None)
+
+
+def says_nothing(value: Any, kind: str) -> bool:
+    """Whether the value shows that a key of this kind is something else, or nothing."""
+    if empty(value) or kind == "better":
+        return empty(value)
+    if kind == "media":
+        return value in (False, 0)
+    # Words name something; classes of a data set are no marks for answers.
+    return isinstance(value, str) and is_class(value) or kind == "labels" and (
+        all(map(is_class, value)) if isinstance(value, list) else is_class(value))
+
+
+def is_class(label: Any) -> bool:
+    """Whether a label is of another kind than KTO's, true or false: many a data set for other ends has some."""
+    if isinstance(label, str):
+        return label.strip().lower() not in ("true", "false", "0", "1", "0.0", "1.0")
+    return not (isinstance(label, (bool, int, float)) and label in (0, 1))
 
 
 def _message(turn: dict, number: int, context: bool, ignored: Counter | None) -> Message:
@@ -175,7 +223,7 @@ def _message(turn: dict, number: int, context: bool, ignored: Counter | None) ->
     if reasoning is not None:
         reasoning = string(reasoning, where + reasoning_key)
     # OpenAI's format has null here when the answer is nothing but calls.
-    if content is None and (calls or reasoning):
+    if content is None and (calls or reasoning or role == "system" and any(turn.get(key) for key in TOOL_KEYS)):
         content = ""
     return Message(role, _content(content, role, where + content_key, ignored), reasoning, calls,
                    _may_be_learnt(turn, role, where, context))
@@ -227,8 +275,7 @@ def _check_part(part: dict, what: str, ignored: Counter | None) -> None:
         if not empty(part.get(key)):
             raise UserError(f"{what} has a part with {key!r}, which is not supported: a turn is learnt as a whole or "
                             "not at all")
-    if ignored is not None:
-        count_unknown(part, PART_KEYS, "part.", ignored)
+    check_unknown(part, PART_KEYS, "part.", ignored, f"{what}: a part's ")
 
 
 def empty(value: Any) -> bool:
@@ -250,22 +297,21 @@ def _call(call: Any, where: str, ignored: Counter | None) -> ToolCall:
     call = outer.get("function") or call
     if isinstance(call, str):
         call = parse(call, f"{where}a tool call")
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or not call["name"]:
         raise UserError(f"{where}a tool call has no name")
-    if ignored is not None:
-        count_unknown({**outer, **call}, CALL_PARTS, "call.", ignored)
+    check_unknown({**outer, **call}, CALL_PARTS, "call.", ignored, meant=())
     name = string(call["name"], f"{where}tool call name")
     arguments = find(call, ("arguments", "parameters"), f"{where}tool call {name[:40]!a}: ")[1]
+    what = f"{where}arguments of tool call {name[:40]!a}"
     if arguments is None:
-        raise UserError(f"{where}tool call {name[:40]!a} has no arguments")
-    if isinstance(arguments, str):
-        # What is no JSON would be learnt as an answer that no program can read.
-        if isinstance(parse(arguments, f"{where}arguments of tool call {name[:40]!a}"), str):
-            raise UserError(f"{where}arguments of tool call {name[:40]!a} are JSON text within JSON text; write them "
-                            "as JSON once")
-    else:
-        arguments = dump(arguments, where + "arguments")
-    return ToolCall(name, string(arguments, where + "arguments"))
+        raise UserError(f"{where}tool call {name[:40]!a} has no arguments; where it takes none, write {{}}")
+    # What is no JSON would be learnt as an answer that no program can read.
+    value = parse(arguments, what) if isinstance(arguments, str) else arguments
+    if isinstance(value, str):
+        raise UserError(f"{what} are JSON text within JSON text; write them as JSON once")
+    if isinstance(value, (int, float)):
+        raise UserError(f"{what} are {kind_of(value)}, not an object")
+    return ToolCall(name, string(arguments if isinstance(arguments, str) else dump(value, what), where + "arguments"))
 
 
 def _may_be_learnt(turn: dict, role: str, where: str, context: bool) -> bool:

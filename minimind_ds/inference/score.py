@@ -27,6 +27,7 @@ from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.data.conversation import Conversation, DataError, read_records
 from minimind_ds.data.sample import prompt_ids, render
+from minimind_ds.data.sources import expand, passed_over
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.inference import arguments
 from minimind_ds.inference.chat import Sampling, device_of, load_model, visible
@@ -47,16 +48,22 @@ def main(argv: list[str]) -> int:
             if getattr(args, name) < least:
                 raise UserError(f"--{name} is {getattr(args, name)}; it must be at least {least}")
         chosen = arguments.choose(args)
-        questions = read_questions(args.data_path, args.limit)
+        sources = expand(args.data_path)
+        questions = [read_questions(source.path, args.limit) for source in sources]
         model, tok = load_model(**chosen.arguments, dtype=DTYPES.get(args.dtype), device=device_of(args))
-        for note in chosen.notes:
+        for note in (*chosen.notes, *passed_over(args.data_path)):
             print(note, file=sys.stderr)
-        result = score(model, tok, questions, batch_size=args.batch_size)
+        result = score(model, tok, [q for of_source in questions for q in of_source], batch_size=args.batch_size)
     except UserError as error:
         print(one_line(error), file=sys.stderr)
         return 2
     answers, right = result.pop("answers"), result.pop("right")
-    pairs = [(q, a) for q, a, good in zip(questions, answers, right) if not good]
+    result["sources"], scored = [], iter(right)
+    for source, of_source in zip(sources, questions):
+        tally = [next(scored) for _ in of_source]
+        result["sources"].append({"name": source.name, "path": str(source.path), "correct": sum(tally),
+                                  "total": len(tally), "exact_match": sum(tally) / len(tally)})
+    pairs = [(q, a) for q, a, good in zip(itertools.chain(*questions), answers, right) if not good]
     for question, answer in pairs[:args.show_wrong]:
         print(f"{question.prompt.messages[-1].content!r}: expected {question.expected!r}, got {answer!r}")
     print(report(result))
@@ -217,11 +224,13 @@ def score(model: PreTrainedModel, tok: Tokenizer, questions: Sequence[Question],
 
 
 def report(result: dict) -> str:
-    """The result for people: skills, worst first where there are several, then the score."""
+    """The result for people: skills, worst first, and files, where there are several, then the score."""
     named = [(name or "(no skill named)", *tally) for name, tally in result["by_skill"].items()]
     named.sort(key=lambda entry: entry[1] / entry[2])
     lines = [f"{right:4d}/{total:<4d} {name}" for name, right, total in named] if len(named) > 1 else []
     right, total = result["thoughts"]
     lines += [f"thoughts word for word as expected, which does not count: {right}/{total}"] if total else []
-    return "\n".join([*lines, f"exact match {100 * result['exact_match']:.1f} % "
-                               f"({result['correct']}/{result['total']})"])
+    sources = result.get("sources", [])
+    rows = [*(sources if len(sources) > 1 else []), {"name": "", **result}]
+    return "\n".join([*lines, *(f"{row['name']}{': ' * bool(row['name'])}exact match {100 * row['exact_match']:.1f} % "
+                                f"({row['correct']}/{row['total']})" for row in rows)])

@@ -43,11 +43,28 @@ def add_token(spec, config):
     spec["added_tokens"].append({**spec["added_tokens"][-1], "id": size, "content": "<new>"})
 
 
+def swap(first, second):
+    def change(spec, config):
+        merges = spec["model"]["merges"]
+        merges[first], merges[second] = merges[second], merges[first]
+    return change
+
+
 SAME = {"as it is": lambda spec, config: None, "another end token": lambda spec, config: config.update(
-    eos_token="<|endoftext|>"), "one more token": add_token}
+    eos_token="<|endoftext|>"), "one more token": add_token,
+    "another order and spelling": lambda spec, config: spec["model"].update(
+        vocab=dict(reversed(spec["model"]["vocab"].items())), merges=[
+            " ".join(pair) for pair in spec["model"]["merges"]]),
+    "nothing that text meets": lambda spec, config: (spec.update(
+        post_processor=None, padding=None, version="1.0"), config.update(model_max_length=7, chat_template="x"))}
 OTHER = {"other text": lambda spec, config: spec["model"]["vocab"].update(
     zip(list(spec["model"]["vocab"])[-2:], list(spec["model"]["vocab"].values())[:-3:-1])),
-    "cuts text into others": lambda spec, config: spec["model"].update(merges=spec["model"]["merges"][:-1])}
+    "cuts text into others": lambda spec, config: spec["model"].update(merges=spec["model"]["merges"][:-1]),
+    "into others: far merges": swap(1, -1), "into others: near merges": swap(-2, -1),
+    "into others: normaliser": lambda spec, config: spec.update(normalizer={"type": "Sequence", "normalizers": [
+        spec["normalizer"], {"type": "Replace", "pattern": {"String": "qx"}, "content": "xq"}]}),
+    "into others: pre-tokenizer": lambda spec, config: spec.update(
+        pre_tokenizer={"type": "Digits", "individual_digits": True})}
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -61,7 +78,18 @@ def test_what_gives_the_same_ids_for_the_same_text_is_no_other_tokenizer(name, t
 @pytest.mark.parametrize("name", OTHER)
 def test_another_tokenizer_of_the_same_size_is_told_apart(name, tok, folder, tmp_path):
     theirs = changed(folder, tmp_path / "t", OTHER[name])
-    assert theirs.vocab_size == tok.vocab_size and name in Vocabulary.of(tok).difference(theirs)
+    assert theirs.vocab_size == tok.vocab_size and name.split(":")[0] in Vocabulary.of(tok).difference(theirs)
+
+
+def test_what_earlier_releases_wrote_of_a_tokenizer_is_understood(tok, folder, tmp_path):
+    config = ModelConfig(**SIZES, vocab_size=tok.vocab_size)
+    now = Vocabulary.of(tok)
+    then = {"size": now.size, "pieces": now.pieces, "encoding": vocabulary.probed(tok)}
+    weight_files.save_safetensors(tmp_path / "a.safetensors", weights(config), config, json.dumps(then))
+    old = vocabulary.recorded(tmp_path / "a.safetensors")
+    assert old.difference(tok) is old.difference(load_tokenizer(folder)) is None
+    for name in ("other text", "cuts text into others"):
+        assert name in old.difference(changed(folder, tmp_path / name, OTHER[name]))
 
 
 def weights(config):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 
+import psutil
 import pytest
 import torch
 
@@ -171,6 +172,18 @@ class Trap:
 
     def __reduce__(self):
         return open, (self.path, "w")
+
+
+
+def test_the_rows_of_a_pth_are_counted_without_its_values(tmp_path):
+    state = {"model.embed_tokens.weight": torch.zeros(6400, 512)}
+    torch.save({"model": state}, tmp_path / "w.pth")
+    process = psutil.Process()
+    before = process.io_counters().read_chars
+    assert weight_files.embedding_rows(tmp_path / "w.pth") == 6400
+    assert process.io_counters().read_chars - before < os.path.getsize(tmp_path / "w.pth") / 4
+    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert weight_files.embedding_rows(tmp_path / "old.pth") == 6400
 
 
 def test_files_that_are_no_weights_are_refused_in_one_line_and_run_no_code(tmp_path):

@@ -3,11 +3,14 @@
     python -m pytest tests/data/test_build.py
 """
 
+import fcntl
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -92,6 +95,39 @@ def test_only_chunks_whose_hash_is_right_are_kept(interrupted, build, damage, wh
     store = build(path)
     assert calls[0] == firsts[whole_chunks] and store.content == whole
     store.verify()
+
+
+def test_a_full_disk_is_one_line_and_the_next_start_goes_on(build, small, tmp_path, capsys):
+    path = write_lines(tmp_path / "talks.jsonl", map(talk, range(400)))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The system refuses to write beyond it, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match="cannot be written to .*cache: File too large; name another folder with"):
+            build(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(build(path)) == 400 and "going on after" in capsys.readouterr().err
+
+
+def test_what_was_left_long_ago_is_deleted_unless_another_process_builds_it_or_it_is_gone_on_with(interrupted, build):
+    path, part, firsts, calls, _ = interrupted
+    lately, kept, dead, lockless = (part.with_name(f".{name}.part") for name in ("lately", "kept", "dead", "no.lock"))
+    for other in (lately, kept, dead, lockless):
+        other.mkdir()
+        (other / "tokens.bin").write_bytes(b"x")
+        if other is not lockless:
+            other.with_suffix(".lock").touch()
+        if other is not lately:
+            for old in (other / "tokens.bin", other):
+                os.utime(old, times=(0, time.time() - build_module.FORGOTTEN_S - 9))
+    for old in (*part.iterdir(), part):
+        os.utime(old, (0, 0))
+    with kept.with_suffix(".lock").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        build(path)
+    assert calls[0] == firsts[5] and not part.exists()
+    assert [other.exists() for other in (lately, kept, dead, lockless)] == [True, True, False, False]
 
 
 def test_a_file_that_changed_after_the_interruption_is_tokenised_from_its_start(interrupted, build):

@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import re
 
 import pytest
 
+from minimind_ds.config.run import RunConfig
 from minimind_ds.data import shapes, turns
 from minimind_ds.data.conversation import parse_conversation
-from minimind_ds.data.sample import MARKERS, build_text_sample, render
+from minimind_ds.data.sample import MARKERS, POLICIES, build_text_sample, render
 from minimind_ds.data.tokenizer import load_tokenizer
 from tests.conftest import ROOT
 
@@ -49,3 +51,14 @@ def test_an_example_learns_the_words_in_bold(record, shown):
 def test_every_key_and_speaker_stands_on_the_page():
     keys = set().union(*shapes.KNOWN.values(), turns.TURN_KEYS, turns.ROLES, turns.TEXT_PARTS)
     assert not {key for key in keys if not re.search(rf"[`\"]{key}[`\"]", PAGE)}
+
+
+def test_every_flag_on_the_page_is_one_and_the_policies_begin_with_their_default():
+    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    assert set(re.findall(r"`?--([a-z_]+)", PAGE)) <= defaults.keys()
+    first = dict(re.findall(r"^\| `--(\w+)` \| `(\w+)`", PAGE, re.MULTILINE))
+    assert first == {name: defaults[name] for name in ("learn", "text_markers", "on_bad_record")}
+    told = re.findall(r"^\| `(\w+)` \| (.*) \| (.*) \|$", PAGE.split("<!-- long text: begin -->")[1], re.MULTILINE)
+    assert [policy for policy, *_ in told] == list(POLICIES["text"])
+    for number, kind in enumerate(("text", "conversations"), 1):
+        assert [row[0] for row in told if "the default" in row[number]] == [POLICIES[kind][0]]

@@ -33,6 +33,21 @@ def answered(**fields) -> dict:
 
 
 BAD = {
+    **{f"turn 2 (assistant): '{key}' seems to say what is learnt, and is not understood": answered(**{key: value})
+       for key, value in (("trainable", False), ("lossMask", [0, 1]), ("Weight", 0), ("loss_weight", 0.5),
+                          ("train_on_input", "false"), ("mask-prompt", True))},
+    "'sample_weights' seems to say what is learnt": {**answered(), "sample_weights": [1, 0]},
+    "'rejected_messages' seems to tell better answers from worse": {**answered(), "rejected_messages": [ASK]},
+    "'non_preferred_output' seems to tell better": {**answered(), "non_preferred_output": [ANSWER]},
+    "'labels' seems to mark answers as good or bad": {**answered(), "labels": [True, False]},
+    "turn 2 (assistant): 'label' seems to mark answers": answered(label=0),
+    "'image_path' is not supported: the model reads text only": {**answered(), "image_path": "a.png"},
+    "a part's 'image' is not supported": answered(content=[{**TEXT, "image": "a.png"}]),
+    "'tool_calls' belongs to an assistant turn": {**answered(), "tool_calls": [CALL]},
+    "arguments of tool call 'clock' are a number, not an object": answered(tool_calls=[{**CALL, "arguments": "5"}]),
+    "arguments of tool call 'clock' are a boolean": answered(tool_calls=[{**CALL, "arguments": True}]),
+    "tool call 'clock' has no arguments; where it takes none, write {}": answered(tool_calls=[TOOL]),
+    "a tool call has no name": answered(tool_calls=[{**CALL, "name": ""}]),
     **{f"'{key}' is not supported: a turn is learnt as a whole": answered(**{key: value}) for key, value in
        (("mask", False), ("loss_mask", 0), ("loss_scale", 0.0), ("assistant_masks", [0]), ("train_detail", 0))},
     **{f"has a part with '{key}', which is not supported": answered(content=[TEXT, {**TEXT, key: value}])
@@ -71,12 +86,31 @@ def test_what_means_nothing_is_named_wherever_it_stands():
     ignored.clear()
     parse_conversation({"prompt": "a", "completion": "b", "history": [["c", "d"]], "label": ""}, ignored)
     assert not ignored
+    # Alike by name only: words, classes and counts.
+    meant = {"train_split": "a", "labels": ["maths", 3], "image_count": 2, "video_files": 0, "preferred_tone": "dry",
+             "label_names": "x", "masked": "", "trainer": 1}
+    parse_conversation({**answered(), **meant}, ignored)
+    assert ignored == dict.fromkeys(meant, 1)
 
 
 def test_calls_are_read_under_llamas_name_and_beside_empty_ones():
     want = parse_conversation(answered(tool_calls=[CALL]))
     assert want == parse_conversation(answered(tool_calls=[{"name": "clock", "parameters": CALL["arguments"]}]))
     assert parse_conversation({"messages": [{**ASK, "tool_calls": "[]"}, ANSWER]}) == parse_conversation(answered())
+
+
+def test_what_is_shown_and_called_is_read_under_other_trainers_names():
+    want = parse_conversation({"messages": [ASK, {"role": "assistant", "content": "", "tool_calls": [CALL]},
+                                            {"role": "tool", "content": "12"}, ANSWER], "system": "Be brief."})
+    called = [{"role": "tool_call", "content": json.dumps(CALL)}, {"role": "assistant", "tool_call": CALL},
+              {"role": "assistant", "content": "", "function_calls": [CALL]}]
+    for call in called:
+        turns = [ASK, call, {"role": "tool_response", "content": "12"}, ANSWER]
+        assert parse_conversation({"messages": turns, "system_prompt": "Be brief.", "function_call": "auto"}) == want
+    asked = parse_conversation({"messages": [ASK, {"role": "assistant", "tool_calls": [CALL]}]})
+    assert parse_conversation({"instruction": "Time?", "output": "", "tool_calls": [CALL]}) == asked
+    listed = parse_conversation({"messages": [{"role": "system", "tools": [TOOL]}, ASK, ANSWER]})
+    assert listed.messages[0].content == "" and listed.tools == (json.dumps(TOOL),)
 
 
 def test_what_a_tool_found_stays_whole():

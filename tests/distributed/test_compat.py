@@ -78,8 +78,9 @@ def test_an_update_with_one_wait_is_deepspeeds_own(tmp_path, deepspeed):
     for name, case in found.items():
         assert case["taken"] == (not name.startswith("fused")), name
         if name in ("bf16 0", "fp16 0"):
-            # DeepSpeed's norm is off by 1e-4, so the clipped gradients are; the rate is 1e-2.
-            assert case["norms"] == pytest.approx(case["their_norms"], rel=1e-3) and case["apart"] < 1e-3, name
+            # DeepSpeed's norm is off by 2e-4, so the clipped gradients are; rounding to bf16 makes 8e-4 of it; no
+            # clipping would be 2e-2.
+            assert case["norms"] == pytest.approx(case["their_norms"], rel=2e-3) and case["apart"] < 5e-3, name
         else:
             assert case["equal"], name
     for name in ("bf16 1", "bf16 2", "bf16 3", "fp16 1", "fp32 1", "experts 1", "experts 3"):

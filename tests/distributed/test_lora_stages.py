@@ -10,12 +10,15 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.numeric
 
+# Stage 1 is stage 2's code.
+STAGES = (0, 2, 3)
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, deepspeed):
-    """(one rank at stage 0, two ranks at every stage): their facts, and the folder of the second."""
+    """(one rank at stage 0, two ranks at each stage): their facts, and the folder of the second."""
     found = []
-    for ranks, accumulation, stages in ((1, 4, "0"), (2, 2, "0123")):
+    for ranks, accumulation, stages in ((1, 4, "0"), (2, 2, "".join(map(str, STAGES)))):
         out = tmp_path_factory.mktemp(f"lora_{ranks}")
         deepspeed(ranks, "tests/distributed/ranks/lora.py", str(out), str(accumulation), stages)
         found.append(json.loads((out / "facts.json").read_text()))
@@ -23,7 +26,7 @@ def runs(tmp_path_factory, deepspeed):
 
 
 @pytest.mark.parametrize("model", ["dense", "moe"])
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_gives_the_curve_of_one_rank(runs, model, stage):
     control, case = runs[0][f"{model}_0"], runs[1][f"{model}_{stage}"]
     assert len(control["loss"]) == 10 and control["loss"][-1] < control["loss"][0] - 0.5
@@ -33,7 +36,7 @@ def test_every_stage_gives_the_curve_of_one_rank(runs, model, stage):
 
 
 @pytest.mark.parametrize("model", ["dense", "moe", "bf16"])
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", STAGES)
 def test_only_adapters_train_and_only_they_have_optimizer_states(runs, model, stage):
     case = runs[1][f"{model}_{stage}"]
     assert case["base kept"] and case["written"] and not case["unmoved adapters"]
@@ -43,7 +46,7 @@ def test_only_adapters_train_and_only_they_have_optimizer_states(runs, model, st
 
 
 @pytest.mark.parametrize("model", ["dense", "moe", "bf16"])
-@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_resumed_run_goes_on_bit_for_bit(runs, model, stage):
     assert runs[1][f"{model}_{stage}"]["resumed alike"]
 

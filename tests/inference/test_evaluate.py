@@ -2,6 +2,7 @@
 
 import json
 import math
+import pathlib
 
 import pytest
 import torch
@@ -17,15 +18,21 @@ from tests.conftest import ROOT, cache_dir
 
 pytestmark = pytest.mark.numeric
 
-HELD = [str(ROOT / "examples" / name) for name in ("sft_heldout.jsonl", "sft_train.jsonl")]
+
+def held(out) -> list[str]:
+    return [str(out / "held" / name) for name in ("one.jsonl", "other.jsonl")]
 
 
 @pytest.fixture(scope="module")
 def out(tmp_path_factory, deepspeed):
-    """Two runs of two ranks with evaluations, and what the program on two ranks says of the first."""
+    """Two runs of two ranks with evaluations of two files, and what the program on two ranks says of the first."""
     out = tmp_path_factory.mktemp("evaluate")
+    (out / "held").mkdir()
+    lines = (ROOT / "examples" / "sft_heldout.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    for path, some in zip(held(out), (lines[:60], lines[60:150])):
+        pathlib.Path(path).write_text("".join(some), encoding="utf-8")
     deepspeed(2, "tests/distributed/ranks/speak.py", str(out), "whole", "adapters")
-    said = deepspeed(2, "launch/evaluate.py", "--weight", str(out / "whole"), "--data_path", *HELD, "--cache_dir",
+    said = deepspeed(2, "launch/evaluate.py", "--weight", str(out / "whole"), "--data_path", *held(out), "--cache_dir",
                      str(out / "cache"), "--out", str(out / "ranks.json")).stdout
     (out / "said").write_text(said)
     return out
@@ -55,7 +62,7 @@ def losses(result: dict) -> list[float]:
 
 def own_losses(folder) -> list[float]:
     line = trained(folder)
-    return [line["eval_loss"], line["eval_loss/sft_heldout"], line["eval_loss/sft_train"]]
+    return [line["eval_loss"], line["eval_loss/one"], line["eval_loss/other"]]
 
 
 def test_on_the_run_s_ranks_the_numbers_are_the_training_s_to_the_last_digit(out):
@@ -69,18 +76,18 @@ def test_on_the_run_s_ranks_the_numbers_are_the_training_s_to_the_last_digit(out
 
 def test_alone_with_adapters_beside_their_base_they_are_the_training_s_to_1e_6(out, run):
     for adapters in (out / "adapters", out / "adapters" / "checkpoints"):
-        code, result, _, _ = run("--weight", out / "base", "--lora", adapters, "--data_path", *HELD)
+        code, result, _, _ = run("--weight", out / "base", "--lora", adapters, "--data_path", *held(out))
         assert code == 0 and (result["dtype"], result["ranks"]) == ("fp32", 1)
         assert losses(result) == pytest.approx(own_losses(out / "adapters"), rel=1e-6)
     # Without them it is another model.
-    base = run("--weight", out / "base", "--data_path", *HELD, "--max_seq_len", "128")[1]
+    base = run("--weight", out / "base", "--data_path", *held(out), "--max_seq_len", "128")[1]
     assert abs(losses(base)[0] - losses(result)[0]) > 1e-2
 
 
 def test_weights_say_the_same_in_any_form_packed_or_not(out, run, tmp_path):
     file, = weight_files.find(out / "whole")
     export.run(out / "whole", "hf", tmp_path / "hf", dtype=None, preset=None, tokenizer=None, overwrite=False)
-    flags = ["--data_path", HELD[0], "--dtype", "fp32", "--max_seq_len", "128"]
+    flags = ["--data_path", held(out)[0], "--dtype", "fp32", "--max_seq_len", "128"]
     found = [run("--weight", weight, *flags, *more)[1] for weight, more in (
         (file, []), (out / "whole" / "checkpoints" / name_of(4), []), (tmp_path / "hf", []),
         (file, ["--packing", "0", "--batch_size", "7"]))]
@@ -123,7 +130,7 @@ def test_a_text_file_is_evaluated_as_text(out, run):
     (["--weight", "whole", "--kind", "text", "--too_long", "split"], "text")])
 def test_a_mistake_is_one_line(out, run, monkeypatch, flags, said):
     monkeypatch.chdir(out)
-    code, result, _, err = run("--data_path", HELD[0], *flags)
+    code, result, _, err = run("--data_path", held(out)[0], *flags)
     assert code == 2 and result is None and err.count("\n") == 1 and said in err, err
 
 

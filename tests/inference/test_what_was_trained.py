@@ -61,6 +61,22 @@ def test_chat_and_score_stop_where_the_answer_ends_whatever_the_folder_s_end_tok
     assert stream.text == "x"
 
 
+
+def test_score_takes_files_and_folders_with_a_line_for_each_and_one_for_all(run, tmp_path, capsys):
+    (tmp_path / "more").mkdir()
+    for name, answers in (("a.jsonl", [ANSWER, ANSWER]), ("more/b.jsonl", [ANSWER, "no"]), ("more/c.jsonl", ["no"])):
+        (tmp_path / name).write_text("\n".join(json.dumps(
+            {"messages": [*QUESTION, {"role": "assistant", "content": answer}]}) for answer in answers))
+    assert score.main(["--weight", str(run), "--json", "--data_path", str(tmp_path / "a.json*"),
+                       str(tmp_path / "more")]) == 0
+    *lines, as_json = capsys.readouterr().out.splitlines()
+    assert lines == ["a: exact match 100.0 % (2/2)", "b: exact match 50.0 % (1/2)", "c: exact match 0.0 % (0/1)",
+                     "exact match 60.0 % (3/5)"]
+    assert [row["correct"] for row in json.loads(as_json)["sources"]] == [2, 1, 0]
+    assert score.main(["--weight", str(run), "--data_path", str(tmp_path / "*.txt")]) == 2
+    assert "matches no file" in capsys.readouterr().err
+
+
 def test_an_exported_folder_stops_and_asks_as_the_run_does(run, tmp_path):
     out = tmp_path / "hf"
     export.run(str(run), "hf", out, dtype=None, preset=None, tokenizer=None, overwrite=False)

@@ -4,10 +4,6 @@ Each needs a process of its own: TRITON_INTERPRET is read when a kernel is defin
 """
 
 import contextlib
-import functools
-import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +11,7 @@ import torch
 from minimind_ds.kernels import deepspeed_ops
 from minimind_ds.kernels.needs import NOTHING
 
-from .triton import ROOT, environment, hold
+from .triton import compiled, hold
 
 pytest.importorskip("triton")
 pytest.importorskip("deepspeed")
@@ -47,16 +43,6 @@ def launches():
     torch.autograd.grad(y, (x, gate_up, down, weights), y)
 
 
-@functools.cache
-def compiled(arch: int) -> list[dict]:
-    command = [sys.executable, "-m", "tests.kernels.triton.aot", "tests.kernels.test_deepspeed_ops:launches",
-               str(arch)]
-    done = subprocess.run(command, cwd=ROOT, env={**environment(interpret=False), "DS_ACCELERATOR": "cpu"}, text=True,
-                          capture_output=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
 def row(found: dict) -> str:
     tile = {name.removeprefix("BLOCK_"): n for name, n in found["constants"].items() if name.startswith("BLOCK_")}
     return (f"sm_{found['arch']} {found['kernel']:34} {tile} warps {found['warps']} stages {found['stages']} "
@@ -67,7 +53,7 @@ def row(found: dict) -> str:
 @pytest.mark.parametrize("arch, instruction", [(80, "HMMA"), (90, "HGMMA")])
 def test_it_compiles_at_our_sizes_and_multiplies_on_tensor_cores(arch, instruction):
     """Every configuration that DeepSpeed's tuning chooses from; the table is printed with -s."""
-    table = compiled(arch)
+    table = compiled("test_deepspeed_ops:launches", arch)
     print("\n" + "\n".join(map(row, table)))
     assert not any(found["counts"]["STL"] or found["counts"]["LDL"] for found in table)
     products = [found for found in table if found["kernel"].startswith("_group_gemm")]

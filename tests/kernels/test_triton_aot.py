@@ -8,15 +8,11 @@ printed with -s, or by
     python -m tests.kernels.triton.aot tests.kernels.test_triton_aot:default 90
 """
 
-import functools
-import json
 import re
-import subprocess
-import sys
 
 import pytest
 
-from .triton import ROOT, environment, table
+from .triton import ROOT, compiled, table
 
 triton = pytest.importorskip("triton")
 
@@ -69,15 +65,6 @@ def elementwise():
             triton_elementwise.token_losses(torch.zeros(4, vocabulary, dtype=dtype), torch.zeros(4, dtype=torch.int64))
 
 
-@functools.cache
-def resources(function: str, arch: int, module: str = "test_triton_aot") -> list[dict]:
-    command = [sys.executable, "-m", "tests.kernels.triton.aot", f"tests.kernels.{module}:{function}", str(arch)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(interpret=False), capture_output=True, text=True,
-                          timeout=1800)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
 def row(found: dict) -> str:
     sizes, counts = found["constants"], found["counts"]
     heads = f"H {sizes['H']}/{sizes['HKV']} D" if "HKV" in sizes else f"H {sizes.get('HEADS', '')} D"
@@ -90,7 +77,7 @@ def row(found: dict) -> str:
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("function", ["default", pytest.param("others", marks=pytest.mark.slow)])
 def test_no_spills_matrix_instructions_and_shared_memory_within_limits(function, arch):
-    table = resources(function, arch)
+    table = compiled(f"test_triton_aot:{function}", arch)
     cases = {"default": DEFAULT, "others": OTHERS}[function]
     # Norm + rotary is compiled once for as many heads of one size, be they queries' or keys', and whosever.
     rotated = {(heads, D, name) for H, HKV, D, name in cases for heads in (H, HKV)}
@@ -113,7 +100,7 @@ def test_no_spills_matrix_instructions_and_shared_memory_within_limits(function,
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_elementwise_kernels_do_not_spill(arch):
-    table = resources("elementwise", arch)
+    table = compiled("test_triton_aot:elementwise", arch)
     print("\n" + "\n".join(map(row, table)))
     # Two norms each way, SwiGLU each way, losses for two vocabularies; bf16 and fp32.
     assert len(table) == 2 * (4 + 2 + 2)
@@ -127,9 +114,9 @@ def test_elementwise_kernels_do_not_spill(arch):
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_elementwise_kernels_move_whole_sixteen_bytes_and_read_a_row_of_logits_once(arch):
-    ours = resources("elementwise", arch) + [
-        found for found in resources("default", arch) if found["kernel"].startswith("rope")]
-    router = [found for found in resources("launches", arch, "test_triton_moe") if found["kernel"].startswith("route")]
+    ours = compiled("test_triton_aot:elementwise", arch) + [
+        found for found in compiled("test_triton_aot:default", arch) if found["kernel"].startswith("rope")]
+    router = [found for found in compiled("test_triton_moe:launches", arch) if found["kernel"].startswith("route")]
     half = [found for found in ours + router if found["dtypes"][0] == "bfloat16"]
     # Eight as above, norm + rotary of queries and of keys each way, the router each way.
     assert len(half) == 8 + 4 + 2
@@ -148,8 +135,8 @@ def test_elementwise_kernels_move_whole_sixteen_bytes_and_read_a_row_of_logits_o
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_no_loop_with_matrix_products_waits_for_what_it_has_just_asked_for(arch):
-    products = [found for function, module in (("default", "test_triton_aot"), ("launches", "test_triton_moe"))
-                for found in resources(function, arch, module) if found["waits"]]
+    products = [found for source in ("test_triton_aot:default", "test_triton_moe:launches")
+                for found in compiled(source, arch) if found["waits"]]
     assert len({found["kernel"] for found in products}) == 7
     for found in products:
         assert found["waiting_loads"] == 0, row(found)
@@ -165,7 +152,5 @@ def test_the_page_shows_what_the_compiler_makes():
     pinned = re.search(r"^triton==([\d.]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     if triton.__version__ != pinned:
         pytest.skip(f"docs/KERNELS.md has the figures of triton {pinned}, not {triton.__version__}")
-    found = [one for arch in (90, 80) for function, module in (
-        ("default", "test_triton_aot"), ("elementwise", "test_triton_aot"), ("launches", "test_triton_moe"))
-        for one in resources(function, arch, module)]
+    found = [one for arch in (90, 80) for source in table.SOURCES for one in compiled(source, arch)]
     assert table.on_the_page() == table.table(found), "python -m tests.kernels.triton.table --write"

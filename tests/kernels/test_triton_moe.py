@@ -3,15 +3,11 @@
 Each needs a process of its own: TRITON_INTERPRET is read when a kernel is defined.
 """
 
-import functools
-import json
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from .triton import ROOT, environment, hold
+from .triton import compiled, hold
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -64,21 +60,11 @@ def form_launches():
                 launches()
 
 
-@functools.cache
-def compiled(function: str, arch: int) -> list[dict]:
-    command = [sys.executable, "-m", "tests.kernels.triton.aot", f"tests.kernels.test_triton_moe:{function}",
-               str(arch)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(interpret=False), capture_output=True, text=True,
-                          timeout=1800)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-
-
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("function", ["launches", pytest.param("odd_launches", marks=pytest.mark.slow),
                                       pytest.param("fp32_launches", marks=pytest.mark.slow)])
 def test_nothing_spills_and_everything_fits(function, arch):
-    found = compiled(function, arch)
+    found = compiled(f"test_triton_moe:{function}", arch)
     assert {one["kernel"] for one in found} == KERNELS
     for one in found:
         # 16 bytes of stack without a load or store are a frame that ptxas reserves, no spill.
@@ -88,7 +74,7 @@ def test_nothing_spills_and_everything_fits(function, arch):
 
 @pytest.mark.parametrize("arch, instruction", [(80, "HMMA"), (90, "HGMMA")])
 def test_products_run_on_tensor_cores_of_their_generation(arch, instruction):
-    found = [one for one in compiled("launches", arch) if one["kernel"] in PRODUCTS]
+    found = [one for one in compiled("test_triton_moe:launches", arch) if one["kernel"] in PRODUCTS]
     # linear and weight_gradient are compiled twice: for gate_up's and for down's shapes.
     assert len(found) == 6
     assert all(one["counts"][instruction] > 0 for one in found), found
@@ -96,13 +82,13 @@ def test_products_run_on_tensor_cores_of_their_generation(arch, instruction):
 
 def test_two_blocks_of_the_memory_bound_product_fit_a_hopper_sm():
     """hidden_gradient moves more bytes than its product hides: one block stores while the other multiplies."""
-    one, = (one for one in compiled("launches", 90) if one["kernel"] == "hidden_gradient_kernel")
+    one, = (one for one in compiled("test_triton_moe:launches", 90) if one["kernel"] == "hidden_gradient_kernel")
     assert one["blocks_per_sm"] >= 2
 
 
 @pytest.mark.slow
 def test_hoppers_forms_copy_through_descriptors_and_do_not_spill():
-    found = [one for one in compiled("form_launches", 90) if "tma" in one["kernel"]]
+    found = [one for one in compiled("test_triton_moe:form_launches", 90) if "tma" in one["kernel"]]
     # gate_up in two forms, three tiles of hidden_gradient, two products for weights.
     assert len(found) == 7
     for one in found:

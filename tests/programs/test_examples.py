@@ -1,5 +1,7 @@
 """The sample data: it is what its program writes, its answers are right, and nothing held out was ever seen.
 
+The examples' YAMLs train.
+
     python -m pytest tests/programs/test_examples.py
 """
 
@@ -14,6 +16,7 @@ from minimind_ds import build_sample, load_tokenizer
 from minimind_ds.data.conversation import read_records
 from minimind_ds.inference.score import read_questions
 from tests.conftest import ROOT
+from tests.distributed.ranks.examples import ORDER
 
 EXAMPLES = ROOT / "examples"
 
@@ -155,3 +158,20 @@ def test_every_fact_and_every_frame_that_is_asked_for_is_taught(train, held):
         question = users(record["conversations"])[-1]
         if asked_fact(question):
             assert taught.count(asked_fact(question)) >= 3, question
+
+
+def test_every_yaml_trains(tmp_path, deepspeed):
+    assert {path.stem for path in EXAMPLES.glob("*.yaml")} == {*ORDER, "quickstart"}
+    deepspeed(2, "tests/distributed/ranks/examples.py", str(tmp_path))
+    for name in ORDER:
+        steps = [json.loads(line).get("step") for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        # Stopped after one, and gone on with at another stage.
+        assert max(step or 0 for step in steps) == (1 if name == "sft" else 2), name
+        assert (tmp_path / name / "DONE").exists() == (name != "sft")
+
+
+@pytest.mark.parametrize("name", [*ORDER, "quickstart"])
+def test_a_yaml_begins_with_the_command_that_takes_it(name):
+    comment = [line for line in (EXAMPLES / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
+    command = f"launch/{'pretrain' if name == 'pretrain' else 'sft'}.py --config examples/{name}.yaml"
+    assert name == "quickstart" or any(command in line for line in comment)

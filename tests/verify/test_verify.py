@@ -25,6 +25,8 @@ TINY = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "nu
         "intermediate_size": 96}
 MOE = {"use_moe": True, "moe_intermediate_size": 48}
 REAL = ("sft_gsm8k", "sft_instruct_en_zh", "sft_tools_en_zh")
+# All three with --slow.
+SLOW = REAL[:2]
 SOUND = {"moe": [*ZERO[3], "--dtype", "bf16"]}
 if SHARED.is_dir():
     SOUND |= {name: [*ZERO[2], "--tokenizer", str(SHARED / "minimind_tokenizer"), "--data_path",
@@ -41,17 +43,18 @@ SEEN = {"fp32": 1e-5, "bf16": 3e-4}
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory, deepspeed):
-    out = tmp_path_factory.mktemp("verify")
+def reports(tmp_path_factory, deepspeed, request):
+    out, slow = tmp_path_factory.mktemp("verify"), request.config.getoption("--slow")
     cases = [{"name": name, "flags": flags, "model": MOE if name == "moe" else {}, "breaks": None}
-             for name, flags in SOUND.items()]
+             for name, flags in SOUND.items() if slow or name not in SLOW]
     cases += [{"name": name, "flags": [*ZERO[2], *flags], "model": {}, "breaks": breaks}
               for name, (breaks, flags, _, _) in BROKEN.items()]
     done = deepspeed(2, "tests/distributed/ranks/verify_broken.py", str(out), json.dumps(cases))
     return {case["name"]: json.loads((out / f"{case['name']}.json").read_text()) for case in cases}, done.stdout
 
 
-@pytest.mark.parametrize("name", SOUND)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+                                  for name in SOUND])
 def test_every_law_holds_on_what_is_right(name, reports):
     report = reports[0][name]
     assert report["ok"] and not report["failed"], [law for law in report["laws"] if not law["ok"]]

@@ -1,9 +1,10 @@
 """Real steps with optimizers and settings of users' DeepSpeed files, for tests/distributed/test_configs.py.
 
-    deepspeed --num_gpus 2 tests/distributed/ranks/configs.py OUT_DIR curves values:40 files
+    deepspeed --num_gpus 2 tests/distributed/ranks/configs.py OUT_DIR curves:quick values:16 files
     deepspeed --num_gpus 1 tests/distributed/ranks/configs.py OUT_DIR values:500
 
-curves: of all optimizers and settings at every stage.  values: what the optimizer holds with random files and flags.
+curves: of all optimizers and settings at every stage; quick ones without stage 1, which is stage 2's code, and
+without what DeepSpeed compiles in C++.  values: what the optimizer holds with random files and flags.
 files: those of OUT_DIR/*.json train.  Rank 0 writes OUT_DIR/found/<mode>.json.
 """
 
@@ -62,6 +63,7 @@ COLUMNS = {
     "summed": (None, {"gradient_allreduce_op": "sum"}, {}, {}),
 }
 CONTROL = (None, {}, {}, {})
+COMPILED = ("Adagrad", "Lion on the CPU")
 # Columns that are resumed, and at which stages.
 RESUMED = {"SGD": (0, 1, 2, 3), "Adagrad": (0, 1, 2), "NAdam": (0, 1, 2, 3), "Lion on the CPU": (1, 2, 3),
            "Muon": (0, 1, 2, 3), "round robin": (1, 2), "no sub-groups": (3,)}
@@ -122,12 +124,13 @@ def trained(prepared: PreparedRun, live: LiveRun, steps: range) -> dict:
     return {"lines": lines, "held": held, "rate": rate}
 
 
-def curves(world, out: pathlib.Path) -> dict:
+def curves(world, out: pathlib.Path, which: str = "all") -> dict:
+    quick = which == "quick"
     base = make_run(world, out, "dense", 0, 2, ["--max_seq_len", "64", "--pack_len", "64"], fields=SMALL)
     # DeepSpeed collects garbage for each engine at stage 3; what is loaded by now is none.
     gc.freeze()
-    return {name: [curve(base, stage, name, column, out) for stage in range(4)]
-            for name, column in {"control": CONTROL, **COLUMNS}.items()}
+    return {name: {stage: curve(base, stage, name, column, out) for stage in ((0, 2, 3) if quick else range(4))}
+            for name, column in {"control": CONTROL, **COLUMNS}.items() if not (quick and name in COMPILED)}
 
 
 def files(world, out: pathlib.Path) -> dict:

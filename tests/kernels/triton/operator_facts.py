@@ -64,8 +64,9 @@ def test_an_operator_is_what_its_schema_its_fake_and_its_gradient_say(name):
 
 
 @pytest.mark.parametrize("preset, dtype", [
-    ("debug", torch.float32), pytest.param("debug", torch.bfloat16, marks=pytest.mark.slow),
-    ("debug-moe", torch.float32), pytest.param("debug-moe", torch.bfloat16, marks=pytest.mark.slow)])
+    ("debug-moe", torch.float32),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("debug", torch.float32), ("debug", torch.bfloat16), ("debug-moe", torch.bfloat16)))])
 def test_torch_compile_takes_a_layer_whole_both_ways(preset, dtype):
     """Two layers: the first has no residual, the second has."""
     config = dataclasses.replace(PRESETS[preset], num_hidden_layers=2)

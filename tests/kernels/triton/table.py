@@ -4,28 +4,16 @@
     python -m tests.kernels.triton.table --write    puts it into the page
 """
 
-import json
 import pathlib
 import re
-import subprocess
 import sys
 
-from . import ROOT, environment
+from . import ROOT, compiled
 
 PAGE = ROOT / "docs" / "KERNELS.md"
 BEGIN, END = "<!-- compiled: python -m tests.kernels.triton.table --write -->\n", "<!-- end of compiled -->\n"
 # What starts every kernel at MiniMind-3's sizes.
 SOURCES = ("test_triton_aot:default", "test_triton_aot:elementwise", "test_triton_moe:launches")
-
-
-def compiled(arch: int) -> list[dict]:
-    found = []
-    for source in SOURCES:
-        command = [sys.executable, "-m", "tests.kernels.triton.aot", f"tests.kernels.{source}", str(arch)]
-        done = subprocess.run(command, cwd=ROOT, env=environment(interpret=False), capture_output=True, text=True,
-                              check=True)
-        found += [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return found
 
 
 def tile(constants: dict) -> str:
@@ -58,7 +46,7 @@ def on_the_page() -> str:
 
 
 def main() -> None:
-    made = table([one for arch in (90, 80) for one in compiled(arch)])
+    made = table([one for arch in (90, 80) for source in SOURCES for one in compiled(source, arch)])
     if "--write" not in sys.argv:
         print(made)
         return
