@@ -279,8 +279,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._pieces[i]
 
     def rules(self) -> str:
-        twin = json.dumps(_without_added_tokens(self._hf_spec(), self.specials))
-        return hf_folder.rules(json.loads(_rust_tokenizer(twin, Path(self.name)).to_str()))
+        twin = json.dumps(without_added_tokens(self._hf_spec(), self.specials))
+        return hf_folder.rules(json.loads(rust_tokenizer(twin, Path(self.name), {}).to_str()))
 
     def _hf_spec(self) -> dict:
         added = hf_folder.added_tokens(self.specials, VISIBLE_TOKENS)
