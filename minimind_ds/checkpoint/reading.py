@@ -173,6 +173,8 @@ def open_file(folder: pathlib.Path, name: str) -> dict:
     if not path.exists():
         # DeepSpeed names the optimizer's files of a bf16 run so.
         path = folder / f"bf16_{name}_states.pt"
+    if not path.exists():
+        raise UserError(f"{folder}: holds no {name}_states.pt")
     return deepspeed_compat.load_states(path)
 
 
