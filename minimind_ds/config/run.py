@@ -165,7 +165,8 @@ class RunConfig:
         for name in ("min_lr_ratio", "warmup_ratio", "decay_ratio", "eval_fraction", "random_system_ratio",
                      "drop_empty_think_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{self.place(name)} is {untrusted.shown(getattr(self, name))}; it must be between 0 and 1")
+                raise UserError(f"{self.place(name)} is {untrusted.shown(getattr(self, name))}; it must be between 0 "
+                                "and 1")
         if not 0 < self.epochs <= MOST_EPOCHS:
             raise UserError(f"{self.place('epochs')} is {self.epochs}; it must be above 0, at most {MOST_EPOCHS}")
         run_checks.check(self)
