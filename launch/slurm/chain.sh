@@ -14,7 +14,7 @@ if [ $# = 0 ] || [[ $1 = -* ]]; then
     echo "error: usage: bash launch/slurm/chain.sh FOLDER [OPTION OF SBATCH...]" >&2
     exit 2
 fi
-folder=$(realpath -m "$1")
+folder=$(realpath -m -- "$1")
 shift
 
 submit() { # FILE, the job to wait for or nothing, flags
@@ -26,10 +26,11 @@ submit() { # FILE, the job to wait for or nothing, flags
 }
 
 options=("$@")
-# shellcheck disable=SC2086
-pretrain=$(submit pretrain "" ${FLAGS:-} ${PRETRAIN:-} --save_dir "$folder/pretrain")
-# shellcheck disable=SC2086
-sft=$(submit sft "$pretrain" ${FLAGS:-} ${SFT:-} --from_weight "$folder/pretrain" --save_dir "$folder/sft")
+# Words that no shell takes for patterns of files: a share of data may be *.jsonl.
+read -r -d '' -a for_pretrain <<<"${FLAGS:-} ${PRETRAIN:-}" || :
+read -r -d '' -a for_sft <<<"${FLAGS:-} ${SFT:-}" || :
+pretrain=$(submit pretrain "" "${for_pretrain[@]}" --save_dir "$folder/pretrain")
+sft=$(submit sft "$pretrain" "${for_sft[@]}" --from_weight "$folder/pretrain" --save_dir "$folder/sft")
 options+=(--nodes=1 --ntasks-per-node=1)
 export=$(submit export "$sft" --weight "$folder/sft" --to hf --out "$folder/hf" --overwrite)
 echo "pretraining $pretrain, fine-tuning $sft, export $export into $folder/hf"

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the .sbatch files of this folder, inside a SLURM job: environment, rendezvous, one task per GPU under srun,
 # and what happens when the job is pre-empted, runs out of time or crashes.  launch/slurm/README.md explains its use.
 #
@@ -22,20 +23,35 @@ set -euo pipefail
 say() { printf '%s %s: %s\n' "$(date +%FT%T)" "${SLURM_JOB_NAME:-job}" "$*"; }
 fail() { printf 'error: %s\n' "$*" >&2; exit 2; }
 
+# What a shell calculates with may run commands.
+whole() { # NAME...: variables that, if set, must be plain numbers
+    local name
+    for name; do
+        [[ ${!name:-0} =~ ^(0|[1-9][0-9]{0,9})$ ]] || fail "$name=$(printf %q "${!name:0:80}") is no whole number"
+    done
+}
+words_of() { # NAME ARRAY: the blank-separated words of a variable, none of them a pattern for files
+    read -r -d '' -a "$2" <<<"${!1:-}" || :
+}
+whole SLURM_JOB_ID SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_RESTART_COUNT SLURM_CPUS_PER_TASK SLURM_JOB_NUM_NODES \
+    MASTER_PORT NODE_WAIT
+
 # A task of an array is named ARRAY_TASK: its plain id may be the whole array's.
-job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID:-0}}
 job=${job:-$SLURM_JOB_ID}
-logs=$(realpath -m "${LOG_DIR:-slurm-logs/$job}")
+logs=$(realpath -m -- "${LOG_DIR:-slurm-logs/$job}")
 wrap=() step=() event=
 
 environment() {
     # Other people's scripts seldom bear -u.
     set +u
+    # shellcheck disable=SC1090
     if [ -n "${SETUP:-}" ]; then source "$SETUP"; fi
     if [ -n "${MODULES:-}" ]; then
         command -v module >/dev/null || fail "MODULES=$MODULES: no module command in this job; SETUP=FILE may define it"
-        # shellcheck disable=SC2086
-        module load $MODULES
+        local modules
+        words_of MODULES modules
+        module load "${modules[@]}"
     fi
     if [ -n "${CONDA_ENV:-}" ]; then
         command -v conda >/dev/null || fail "CONDA_ENV=$CONDA_ENV: no conda on PATH; MODULES or SETUP=FILE may bring it"
@@ -83,7 +99,7 @@ rendezvous() {
 
 tasks() { # PROGRAM [FLAG...]: launch/PROGRAM.py, one task per GPU
     local log
-    log=$logs/$1-rank%4t.log
+    log=${logs//%/%%}/$1-rank%4t.log
     # A rank that fails must not have its exit code drowned by those of ranks killed for it: hence the wait.
     srun --kill-on-bad-exit=0 --wait=60 --input=none --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
         --cpu-bind="${CPU_BIND:-cores}" --open-mode=append --output="$log" --error="$log" "${step[@]}" \
@@ -100,9 +116,9 @@ take_preflight() { # [FLAG...]: --preflight is PREFLIGHT=1, the others are in `o
 
 preflight() { # the flags of the training, of which it reads the folders
     [ "${PREFLIGHT:-0}" = 1 ] || return 0
-    local code=0
-    # shellcheck disable=SC2086
-    MASTER_PORT=$((MASTER_PORT + 1)) tasks preflight "$@" ${PREFLIGHT_FLAGS:-} || code=$?
+    local code=0 flags
+    words_of PREFLIGHT_FLAGS flags
+    MASTER_PORT=$((MASTER_PORT + 1)) tasks preflight "$@" "${flags[@]}" || code=$?
     cat "$logs/preflight-rank0000.log"
     if [ $code != 0 ] && [ -n "$event" ]; then
         if [ "$event" = USR1 ]; then count_failed_start "time limit (USR1)" "$program" "$@"; fi
@@ -121,7 +137,8 @@ on_signal() {
     # it killed: the next start of the job has the same id.  For the same reason scancel must not live on: it tries
     # again, after 5 s and more, while SLURM is about to requeue the job.
     while kill -0 $$ 2>/dev/null; do timeout 3 scancel --signal=USR1 "$job" || :; sleep 5; done &
-    trap "kill $! 2>/dev/null || :" EXIT
+    repeater=$!
+    trap 'kill "$repeater" 2>/dev/null || :' EXIT
 }
 
 state() { # of the job.  The script runs, hence SLURM knows the job: no answer means a busy controller.
@@ -222,7 +239,7 @@ train() { # PROGRAM [FLAG...]; %a in a flag is the number of the array's task
     # Not srun's exit code: it may be 0 after a cancel or a lost node.
     outcome=$(cat "$MINIMIND_DS_OUTCOME" 2>/dev/null || :)
     say "srun ended with $code; the training says: ${outcome:-nothing}"
-    if [ "$outcome" = done ]; then exit 0; fi
+    if [ "$outcome" = "done" ]; then exit 0; fi
     tail -n 20 "$logs/$1-rank0000.log" 2>/dev/null || :
     if [ "$outcome" != stopped ]; then await_verdict; fi
     # A user's mistake; ranks that did not meet, at a port that is taken perhaps, may do so at the next one.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -22,11 +23,14 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minimind_ds.checkpoint import full_state
 from minimind_ds.checkpoint.async_save import AsyncSave, SaveFailed, facts_of, sha256, snapshot
-from minimind_ds.config.errors import UserError
+from minimind_ds.config import untrusted
+from minimind_ds.config.errors import UserError, first_line
+from minimind_ds.config.untrusted import shown
 from minimind_ds.distributed import deepspeed_compat
 from minimind_ds.io import fsync, write_file
 
@@ -36,6 +40,11 @@ TAG = "state"
 TOKENIZER = "tokenizer"
 # What this program calls its checkpoints; nothing else in their folder is read or deleted.
 STEP = re.compile(r"step_\d{8,}")
+# What manifest.sha256 holds; a manifest has some 150 bytes a file, and three files a rank.
+SEAL, MOST_OF_MANIFEST = "0" * 64 + "\n", 16 << 20
+# What manifests say of a run, each with what it must be.
+FACTS = {**dict.fromkeys(("step", "epoch", "epoch_step"), lambda value: type(value) is int and 0 <= value < 1 << 53),
+         **dict.fromkeys(("identity", "layout"), lambda value: isinstance(value, dict))}
 
 
 class NoCheckpoint(UserError):
@@ -65,12 +74,15 @@ def lock(run_dir: pathlib.Path):
     Raises:
         ValueError: another process holds it.
     """
-    file = (run_dir / ".lock").open("a+", encoding="utf-8")
+    path = run_dir / ".lock"
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise UserError(f"{path} is not the file that runs lock: delete it, or name another --save_dir")
+    file = path.open("a+", encoding="utf-8", errors="replace")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(f"{run_dir} is in use by {file.read().strip() or 'another run'}; stop that run, or name "
+        raise UserError(f"{run_dir} is in use by {file.read(200).strip() or 'another run'}; stop that run, or name "
                          "another --save_dir") from None
     except OSError:
         # A file system without locks: nothing can be held there.
@@ -235,12 +247,17 @@ def clear(run_dir: pathlib.Path) -> None:
 def verify(path: pathlib.Path) -> tuple[dict | None, str | None]:
     """-> (manifest, None) for a whole checkpoint, (None, what is wrong) for any other."""
     try:
-        if (path / "manifest.sha256").read_text(encoding="utf-8") != sha256(path / "manifest.json") + "\n":
+        seal = untrusted.read_bytes(path / "manifest.sha256", len(SEAL))
+        content = untrusted.read_bytes(path / "manifest.json", MOST_OF_MANIFEST)
+        if seal != f"{hashlib.sha256(content).hexdigest()}\n".encode():
             return None, f"{path / 'manifest.json'} was altered: its SHA-256 is not that of manifest.sha256"
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        files = manifest["files"].items()
+        manifest = untrusted.json_object(content.decode(), str(path / "manifest.json"))
         if manifest["format"] != FORMAT:
-            return None, f"{path} has format {manifest['format']}; this program reads format {FORMAT}"
+            return None, f"{path} has format {shown(manifest['format'])}; this program reads format {FORMAT}"
+        for name, right in FACTS.items():
+            if name in manifest and not right(manifest[name]):
+                return None, f"{path}: its manifest says that {name} is {shown(manifest[name])}"
+        files = manifest["files"].items()
         if stranger := unlisted(path, manifest["files"]):
             return None, stranger
         for name, facts in files:
@@ -252,10 +269,10 @@ def verify(path: pathlib.Path) -> tuple[dict | None, str | None]:
         for name, facts in files:
             if sha256(path / name) != facts["sha256"]:
                 return None, f"{path / name} was altered: its SHA-256 is not the manifest's"
-    except FileNotFoundError:
-        return None, f"{path} has no manifest.json or manifest.sha256"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return None, f"{path}: the manifest is damaged ({error})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if not all((path / name).exists() for name in ("manifest.json", "manifest.sha256")):
+            return None, f"{path} has no manifest.json or manifest.sha256"
+        return None, f"{path}: the manifest is damaged ({first_line(error)})"
     return manifest, None
 
 
@@ -299,7 +316,7 @@ def find(asked: str, run_dir: pathlib.Path) -> tuple[pathlib.Path | None, dict |
         manifest, wrong = verify(path)
         if manifest:
             pointed = folder_of(root) / "latest"
-            if not pointed.exists() or pointed.read_text(encoding="utf-8", errors="replace").strip() != path.name:
+            if read_pointer(pointed) != path.name:
                 complaints.append(f"{pointed} does not name the newest whole checkpoint; using {path.name}")
             return path, manifest, complaints
         complaints.append(f"passed over a damaged checkpoint: {wrong}")
@@ -311,25 +328,37 @@ def find(asked: str, run_dir: pathlib.Path) -> tuple[pathlib.Path | None, dict |
     return None, None, []
 
 
+def read_pointer(path: pathlib.Path) -> str | None:
+    try:
+        return untrusted.read_bytes(path).decode("utf-8", "replace").strip()
+    except UserError:
+        return None
+
+
 def peek(asked: str, run_dir: pathlib.Path) -> dict:
     """The identity of the run that `asked` ('auto' or a path) would go on with, read without a check; {} if none."""
     root = run_dir if asked == "auto" else pathlib.Path(asked)
     of_steps = [path / "manifest.json" for path in listed(folder_of(root))]
     for path in (root / "DONE", root / "manifest.json", *of_steps):
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8"))["identity"])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            text = untrusted.read_text(path, MOST_OF_MANIFEST)
+            return dict(untrusted.json_object(text, str(path))["identity"])
+        except (ValueError, KeyError, TypeError):
             continue
     return {}
 
 
 def load(engine, path: pathlib.Path) -> None:
     """Load a verified checkpoint of the same layout into the engine; collective."""
-    with deepspeed_compat.safe_loading(engine):
-        loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
-    assert loaded is not None, f"DeepSpeed found nothing under {path}"
-    deepspeed_compat.continue_betas(engine)
-    load_rng(path)
+    try:
+        with deepspeed_compat.safe_loading(engine):
+            loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
+        assert loaded is not None, f"DeepSpeed found nothing under {path}"
+        deepspeed_compat.continue_betas(engine)
+        load_rng(path)
+    except (KeyError, TypeError, AttributeError, IndexError, AssertionError, SafetensorError) as error:
+        raise UserError(f"{path}: its files are whole, and not what this run's engine writes ({type(error).__name__}: "
+                        f"{first_line(error)}); --from_resume none starts over") from None
 
 
 def load_rng(path: pathlib.Path) -> None:

@@ -7,18 +7,49 @@ minimind_ds/checkpoint/reshape.py goes on from all of it on another layout, weig
 
 from __future__ import annotations
 
+import contextlib
 import math
 import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from minimind_ds import checkpoint
 from minimind_ds.checkpoint import full_state as whole_state
 from minimind_ds.checkpoint.full_state import COUNTERS, SCHEDULED, FullState, read_scaler
-from minimind_ds.config.errors import UserError
+from minimind_ds.config.errors import UserError, first_line
+from minimind_ds.config.untrusted import shown
 from minimind_ds.distributed import deepspeed_compat
+
+# What files raise that are whole, but not what this program writes.
+STRANGE = (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError, OverflowError, SafetensorError)
+# What a manifest says of the layout, as far as it is read.
+LAYOUT = {"ranks": (int, 1, 1 << 20), "ZeRO stage": (int, 0, 3), "batch_size": (int, 1, 1 << 24),
+          "accumulation_steps": (int, 1, 1 << 24), "sequence_parallel_size": (int, 1, 1 << 20),
+          "expert_parallel.autoep_size": (int, 1, 1 << 20), "dtype": (str, "", "~"), "optimizer": (str, "", "~"),
+          "offload": (str, "", "~")}
+
+
+@contextlib.contextmanager
+def as_written(path: pathlib.Path) -> Iterator[None]:
+    """Around the reading of a checkpoint whose hashes are right: anyone can make such.  Raises UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except STRANGE as error:
+        raise UserError(f"{path}: holds no MiniMind as this program writes them ({type(error).__name__}: "
+                        f"{first_line(error)})") from None
+
+
+def check_layout(path: pathlib.Path, layout: dict) -> None:
+    """Raises UserError for what no run has."""
+    for name, (kind, least, most) in LAYOUT.items():
+        value = layout.get(name)
+        if type(value) is not kind or not least <= value <= most:
+            raise UserError(f"{path}: its manifest says that its {name} is {shown(value)}")
 
 
 class Piece(NamedTuple):
@@ -51,6 +82,11 @@ def read(path: pathlib.Path, layout: dict, *, shapes: dict[str, torch.Size], fix
     Raises:
         ValueError: the files do not hold exactly these parameters.
     """
+    with as_written(path):
+        return put_together(path, layout, shapes, fixed)
+
+
+def put_together(path: pathlib.Path, layout: dict, shapes: dict[str, torch.Size], fixed: set[str]) -> FullState:
     folder, stage = path / checkpoint.TAG, layout["ZeRO stage"]
     if (folder / whole_state.FILE).exists():
         return whole_state.read_file(folder, shapes=shapes)
@@ -137,6 +173,8 @@ def open_file(folder: pathlib.Path, name: str) -> dict:
     if not path.exists():
         # DeepSpeed names the optimizer's files of a bf16 run so.
         path = folder / f"bf16_{name}_states.pt"
+    if not path.exists():
+        raise UserError(f"{folder}: holds no {name}_states.pt")
     return deepspeed_compat.load_states(path)
 
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from minimind_ds import checkpoint
 from minimind_ds.checkpoint.full_state import FullState
-from minimind_ds.checkpoint.reading import Piece, in_order, in_partitions, read
+from minimind_ds.checkpoint.reading import Piece, check_layout, in_order, in_partitions, read
 from minimind_ds.config.errors import UserError
 from minimind_ds.distributed import deepspeed_compat
 from minimind_ds.distributed.world import current_device
@@ -31,6 +31,7 @@ MAY_DIFFER = ("ranks", "ZeRO stage", "offload", "batch_size", "accumulation_step
 
 def check(then: dict, now: dict, path: pathlib.Path) -> None:
     """Raises ValueError, in one line, where the states cannot go from one layout to the other."""
+    check_layout(path, then)
     back = f"resume it on {words(then)}, or start over with --from_resume none"
     if now["optimizer"].lower() not in ("adam", "adamw"):
         raise UserError(f"cannot resume from {path} on another layout with the optimizer {now['optimizer']}: only "
@@ -72,7 +73,7 @@ def load(ds_engine, path: pathlib.Path, *, layout: dict, same: bool, seed: int, 
             because no other number of ranks can continue them.
 
     Raises:
-        RuntimeError: on every rank, if rank 0 cannot read it.
+        UserError: on every rank, if rank 0 cannot read it.
     """
     shapes, fixed = inventory(ds_engine)
     whole, error = None, None
@@ -81,7 +82,7 @@ def load(ds_engine, path: pathlib.Path, *, layout: dict, same: bool, seed: int, 
             whole = read(path, layout, shapes=shapes, fixed=set(fixed))
         except (OSError, ValueError, KeyError) as caught:
             error = caught
-    checkpoint.together(error, f"reading {path}")
+    checkpoint.together(error, f"reading {path}", UserError)
     write(ds_engine, whole)
     deepspeed_compat.continue_betas(ds_engine)
     if same:

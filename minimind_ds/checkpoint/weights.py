@@ -16,17 +16,14 @@ import torch
 
 from minimind_ds.checkpoint import reading
 from minimind_ds.checkpoint.folder import STEP, TOKENIZER, listed, verify
-from minimind_ds.config.errors import UserError, first_line
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.convert.minimind import expected_shapes
 from minimind_ds.convert.vocabulary import KEY, Vocabulary
-from minimind_ds.convert.weight_files import InMemory, Source
+from minimind_ds.convert.weight_files import InMemory, Source, check_tensor
 from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.distributed import deepspeed_compat
 from minimind_ds.model import lora
-
-# What files raise that are whole, but not what this program writes.
-STRANGE = (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -77,20 +74,18 @@ def read(path: Path) -> InMemory:
     manifest, wrong = verify(path)
     if manifest is None:
         raise UserError(wrong)
-    try:
+    with reading.as_written(path):
         facts = manifest["identity"]
         config = ModelConfig.from_dict({name.removeprefix("model."): value for name, value in facts.items()
                                         if name.startswith("model.")})
         adapters = facts.get("LoRA") and lora.read_facts(json.dumps(facts_of_lora(path, manifest)))
         shapes = lora.shapes(config, adapters) if adapters else expected_shapes(config)
         deepspeed_compat.choose_accelerator(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        reading.check_layout(path, manifest["layout"])
         state = reading.read_weights(path, manifest["layout"], shapes={n: torch.Size(s) for n, s in shapes.items()})
         tokenizer, named = find_tokenizer(path, facts["tokenizer"])
-    except UserError:
-        raise
-    except STRANGE as error:
-        raise UserError(f"{path}: holds no MiniMind as this program writes them ({type(error).__name__}: "
-                        f"{first_line(error)})") from None
+        for name, tensor in state.items():
+            check_tensor(tensor, f"{path}: {name}")
     metadata = {"config": json.dumps(config.to_dict()), **({KEY: named} if named else {}),
                 **({"lora": json.dumps(adapters.facts())} if adapters else {})}
     return InMemory(path, {name: tensor.float() for name, tensor in state.items()}, metadata, tokenizer)

@@ -282,7 +282,7 @@ def check_rules(path: str, config: dict, dtype: str) -> None:
         # Where the factor equals the ranks, DeepSpeed 0.19.8 leaves the division in: gradients are halved on two.
         raise UserError(f"{path}: gradient_predivide_factor is not supported at stage 3, where DeepSpeed reduces "
                         "gradients wrongly with some factors; leave it out")
-    if zero.get("allgather_bucket_size", 2) % 2 and stage in (1, 2):
+    if float(zero.get("allgather_bucket_size", 2)) % 2 and stage in (1, 2):
         raise UserError(f"{path}: zero_optimization.allgather_bucket_size is {zero['allgather_bucket_size']}; "
                         "DeepSpeed wants an even number")
     if zero.get("zero_hpz_partition_size", 1) < 1:

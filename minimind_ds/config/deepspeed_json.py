@@ -112,6 +112,9 @@ def parse(text: str, hook):
     except json.JSONDecodeError as error:
         try:
             return hjson.loads(text, object_pairs_hook=hook)
+        except LookupError:
+            # hjson reads beyond the text's end.
+            raise error from None
         except hjson.HjsonDecodeError:
             if any(mark in text for mark in ("//", "/*", "#")):
                 raise

@@ -11,6 +11,8 @@ import traceback
 
 REPORT = ("This is a bug in minimind_ds, not your mistake: please report it with the lines above, the command "
           "and the versions of torch and deepspeed.")
+# Characters of an error's line.
+MOST_SAID = 2000
 
 
 class UserError(ValueError):
@@ -22,8 +24,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def one_line(error: BaseException) -> str:
-    return "error: " + " ".join(str(error).split())
+def one_line(error: BaseException | str) -> str:
+    """The line that a user reads: whatever names and values of others hold, it fits a screen and moves no cursor."""
+    text = " ".join(str(error).split())
+    text = text if len(text) <= MOST_SAID else f"{text[:MOST_SAID - 200]} ... {text[-195:]}"
+    return "error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def report_bugs() -> None:

@@ -26,8 +26,9 @@ class ParallelDims:
 
 # No MiniMind is larger, by far; sizes beyond are typing errors.
 MOST = {"num_hidden_layers": 1024, "num_experts": 4096, "num_experts_per_tok": 4096, "vocab_size": 1 << 22,
-        "max_position_embeddings": 1 << 30, "bos_token_id": 1 << 22, "eos_token_id": 1 << 22}
+        "max_position_embeddings": 1 << 24, "bos_token_id": 1 << 22, "eos_token_id": 1 << 22}
 LARGEST_SIZE = 1 << 18
+YARN_NUMBERS = ("factor", "beta_fast", "beta_slow", "original_max_position_embeddings", "attention_factor")
 
 
 def check_field(name: str, kind: str, value) -> None:
@@ -100,10 +101,17 @@ class ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                              f"num_key_value_heads {self.num_key_value_heads}")
+        if self.rope_theta <= 1:
+            raise UserError(f"rope_theta is {self.rope_theta}; it must be above 1")
+        for name, value in (self.rope_scaling or {}).items():
+            number = type(value) in (int, float) and 0 < value < 1e12
+            if not isinstance(name, str) or not (number or name not in YARN_NUMBERS and isinstance(
+                    value, (str, bool, type(None)))):
+                raise UserError(f"rope_scaling.{shown(name)} is {shown(value)}; it must be a number above 0")
         if self.head_dim % 2:
             raise UserError(f"head_dim {self.head_dim} is odd; rotary embeddings turn pairs")
         if self.hidden_act != "silu":
-            raise UserError(f"hidden_act {self.hidden_act!r} is not supported; MiniMind models use 'silu'")
+            raise UserError(f"hidden_act {shown(self.hidden_act)} is not supported; MiniMind models use 'silu'")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}; it must be in [0, 1)")
         if self.use_moe and not 1 <= self.num_experts_per_tok <= self.num_experts:

@@ -154,17 +154,19 @@ class RunConfig:
             if value is not None and not abs(value) < LARGEST:
                 finite = isinstance(value, int) or math.isfinite(value)
                 what = f"below {LARGEST:.1e}" if finite else "a finite number"
-                raise UserError(f"{self.place(name)} is {value}; it must be {what}")
+                raise UserError(f"{self.place(name)} is {untrusted.shown(value)}; it must be {what}")
         at_least = dict(max_seq_len=2, pack_len=2, batch_size=1, accumulation_steps=1, max_steps=0, keep=1,
                         log_interval=1, save_interval=0, eval_interval=0, num_workers=0, grad_clip=0, weight_decay=0,
                         learning_rate=0, seed=0, lora_rank=0, grow_vocab=0, warmup_steps=0, patience=0, stop_after=0)
         for name, least in at_least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= least:
-                raise UserError(f"{self.place(name)} is {getattr(self, name)}; it must be at least {least}")
+                raise UserError(f"{self.place(name)} is {untrusted.shown(getattr(self, name))}; it must be at least "
+                                f"{least}")
         for name in ("min_lr_ratio", "warmup_ratio", "decay_ratio", "eval_fraction", "random_system_ratio",
                      "drop_empty_think_ratio"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{self.place(name)} is {getattr(self, name)}; it must be between 0 and 1")
+                raise UserError(f"{self.place(name)} is {untrusted.shown(getattr(self, name))}; it must be between 0 "
+                                "and 1")
         if not 0 < self.epochs <= MOST_EPOCHS:
             raise UserError(f"{self.place('epochs')} is {self.epochs}; it must be above 0, at most {MOST_EPOCHS}")
         run_checks.check(self)
@@ -366,7 +368,7 @@ def check_type(path: str, f: dataclasses.Field, value):
 def as_float(value):
     """YAML reads 1e-4 (without a dot) as text; the other way round, 1 is a fine float."""
     if isinstance(value, (int, str)) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             return float(value)
     return value
 

@@ -17,7 +17,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 
-from minimind_ds.config.errors import UserError
+from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.model import PRESETS
 from minimind_ds.paths import LAUNCH
 
@@ -73,6 +73,8 @@ HINTS = {
     "optim": "an optimizer block of the DeepSpeed JSON names another than AdamW",
     "attn_implementation": "write --kernels",
 }
+# Characters of what is said of a flag: argparse repeats its value.
+MOST_SAID = 800
 FLAG = re.compile(r"--([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
 
 
@@ -85,6 +87,10 @@ class OneLineParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
+        for word in words:
+            # argparse takes it for the end of the flags, even after = .
+            if word == "--" or re.fullmatch(r"--[\w-]+=--", word):
+                self.error(f"{word}: -- is neither a flag nor a value")
         return super().parse_known_args([respelt(word, {}) for word in words], namespace)
 
     def parse_args(self, args=None, namespace=None):
@@ -101,7 +107,9 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         # Every rank parses the same line; one of them says so.
         if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-            print(f"error: {' '.join(message.split())} (--help lists the flags)", file=sys.stderr)
+            long = len(message) > MOST_SAID
+            message = f"{message[:MOST_SAID - 200]} ... {message[-195:]}" if long else message
+            print(one_line(f"{message} (--help lists the flags)"), file=sys.stderr)
         raise SystemExit(2)
 
 

@@ -11,13 +11,16 @@ import math
 import os
 import pathlib
 import stat
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import yaml
 
 from minimind_ds.config.errors import UserError
 
 MOST_BYTES, MOST_LEVELS, MOST_VALUES = 1 << 20, 32, 100_000
+# A step's line has some 300 bytes, and a run a few million steps.
+MOST_OF_LINES = 8 << 30
 MOST_SHOWN = 100
 KINDS = {stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device", stat.S_IFSOCK: "a socket",
          stat.S_IFDIR: "a folder"}
@@ -36,27 +39,64 @@ def read_bytes(path: str | pathlib.Path, most: int = MOST_BYTES) -> bytes:
     Raises:
         UserError: not there, not readable, a pipe, device, socket or folder, or larger.
     """
+    with open_file(path, most) as file:
+        try:
+            # Room for so many bytes is made at once.
+            content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
+        except OSError as error:
+            raise UserError(f"cannot read {shown_path(path)}: {error.strerror}") from None
+    if len(content) > most:
+        raise too_large(path, most)
+    return content
+
+
+def open_file(path: str | pathlib.Path, most: int) -> BinaryIO:
+    """A regular file of at most `most` bytes, opened; the system's errors of reading it are the caller's.
+
+    Raises:
+        UserError: as read_bytes.
+    """
     name = shown_path(path)
     try:
         # A pipe that nobody writes to would be waited for.
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(fd, "rb") as file:
-            mode = os.fstat(fd).st_mode
-            if not stat.S_ISREG(mode):
-                raise UserError(f"{name} is {KINDS.get(stat.S_IFMT(mode), 'no file')}, not a regular file")
-            content = file.read(most + 1)
+        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
     except OSError as error:
         if isinstance(error, IsADirectoryError):
             raise UserError(f"{name} is a folder, not a file") from None
         raise UserError(f"cannot read {name}: {error.strerror}") from None
-    except UserError:
-        raise
     except ValueError:
-        # A NUL byte in it.
+        # A NUL byte in it, or half of a surrogate pair.
         raise UserError(f"{name} is no file name") from None
-    if len(content) > most:
-        raise UserError(f"{name} is larger than {most >> 20 or most / (1 << 20):.3g} MiB, the most that is read of it")
-    return content
+    found = os.fstat(file.fileno())
+    if stat.S_ISREG(found.st_mode) and found.st_size <= most:
+        return file
+    file.close()
+    if stat.S_ISREG(found.st_mode):
+        raise too_large(path, most)
+    raise UserError(f"{name} is {KINDS.get(stat.S_IFMT(found.st_mode), 'no file')}, not a regular file")
+
+
+def too_large(path: str | pathlib.Path, most: int) -> UserError:
+    return UserError(f"{shown_path(path)} is larger than {most >> 20 or most / (1 << 20):.3g} MiB, the most that is "
+                     "read of it")
+
+
+def lines(path: str | pathlib.Path) -> Iterator[bytes]:
+    """The lines of a JSONL file of ours, without their ends; those longer than any of ours, and none where there is no
+    file, are passed over.
+
+    Raises:
+        UserError: what lies there is no regular file, or larger than any of ours.
+    """
+    if not os.path.lexists(path):
+        return
+    with open_file(path, MOST_OF_LINES) as file:
+        whole = True
+        while line := file.readline(MOST_BYTES):
+            ends = line.endswith(b"\n") or len(line) < MOST_BYTES
+            if whole and ends:
+                yield line.rstrip(b"\r\n")
+            whole = ends
 
 
 def shown_path(path: str | pathlib.Path) -> str:
@@ -78,8 +118,8 @@ def read_json(path: str | pathlib.Path, most: int = MOST_BYTES) -> dict:
     return json_object(read_text(path, most), shown_path(path))
 
 
-def json_object(text: str, what: str) -> dict:
-    """The text of one JSON object, each key once, numbers finite.
+def json_object(text: str, what: str, most_values: int = MOST_VALUES) -> dict:
+    """The text of one JSON object, each key once, numbers finite, at most so many values.
 
     Raises:
         UserError: names `what`, with the line where JSON breaks off.
@@ -109,7 +149,7 @@ def json_object(text: str, what: str) -> dict:
         raise UserError(f"{what}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{what} holds {shown(value)}, not a JSON object")
-    check_values(value, what)
+    check_values(value, what, most_values)
     return value
 
 
@@ -141,17 +181,17 @@ def yaml_mapping(text: str, what: str) -> dict:
         raise UserError(f"{what}{f' line {mark.line + 1}' if mark else ''}: not valid YAML: {problem}") from None
     except RecursionError:
         raise UserError(f"{what}: nested too deeply") from None
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
-        # A date that is none, a key that cannot be one.
-        raise UserError(f"{what}: not valid YAML: {str(error)[:MOST_SHOWN]}") from None
+    except (ValueError, TypeError, AttributeError, OverflowError, LookupError) as error:
+        # A date that is none, a key that cannot be one, `!!bool 7`.
+        raise UserError(f"{what}: not valid YAML: {type(error).__name__}: {str(error)[:MOST_SHOWN]}") from None
     if not isinstance(value, dict):
         raise UserError(f"{what} holds {shown(value)}, not `key: value` lines")
     check_values(value, what)
     return value
 
 
-def check_values(value: Any, what: str) -> None:
-    """Raises UserError for what is nested too deeply, or too much.
+def check_values(value: Any, what: str, most_values: int = MOST_VALUES) -> None:
+    """Raises UserError for what is nested too deeply, or too much, and for text that is none.
 
     A value that YAML's anchors repeat counts each time; a loop of them is nested without end.
     """
@@ -160,9 +200,11 @@ def check_values(value: Any, what: str) -> None:
         below = []
         for item in level:
             parts = [*item, *item.values()] if isinstance(item, dict) else item if isinstance(item, list) else ()
+            if isinstance(item, str) and not item.isascii() and any("\ud800" <= c <= "\udfff" for c in item):
+                raise UserError(f"{what}: {shown(item)} is no text: it holds half of a surrogate pair")
             count += len(parts)
-            if count > MOST_VALUES:
-                raise UserError(f"{what}: more than {MOST_VALUES} values")
+            if count > most_values:
+                raise UserError(f"{what}: more than {most_values} values")
             below += parts
         if not below:
             return

@@ -9,6 +9,7 @@ import torch
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
+from minimind_ds.config.untrusted import shown
 
 
 def to_hf_config(config: ModelConfig, dtype: torch.dtype) -> dict:
@@ -55,22 +56,25 @@ def from_hf_config(values: dict) -> ModelConfig:
     """
     kind = values.get("model_type")
     if kind not in ("qwen3", "qwen3_moe", "llama", "minimind"):
-        raise UserError(f"model_type {kind!r} is none of qwen3, qwen3_moe, llama")
+        raise UserError(f"model_type {shown(kind)} is none of qwen3, qwen3_moe, llama")
     refused = {"attention_bias": (None, False), "mlp_bias": (None, False), "use_sliding_window": (None, False),
                "mlp_only_layers": (None, []), "decoder_sparse_step": (None, 1)}
     for name, allowed in refused.items():
         if values.get(name) not in allowed:
-            raise UserError(f"{name} is {values[name]!r}, which MiniMind does not have")
+            raise UserError(f"{name} is {shown(values[name])}, which MiniMind does not have")
     known = set(ModelConfig.__dataclass_fields__) - {"rope_scaling", "use_moe", "qk_norm"}
     fields = {name: value for name, value in values.items() if name in known and value is not None}
     # Several stop tokens are the tokenizer's to know; exports take them from there.
     if isinstance(fields.get("eos_token_id"), list):
         del fields["eos_token_id"]
-    rope = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
+    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"rope_parameters is {shown(rope)}, not an object")
+    rope = dict(rope)
     fields["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10000.0))
     kind_of_rope = rope.pop("rope_type", rope.pop("type", "default"))
     if kind_of_rope not in ("default", "yarn"):
-        raise UserError(f"rope_type {kind_of_rope!r} is neither default nor yarn")
+        raise UserError(f"rope_type {shown(kind_of_rope)} is neither default nor yarn")
     if kind_of_rope == "yarn":
         fields["rope_scaling"] = {**rope, "type": "yarn"}
     if kind == "qwen3_moe":

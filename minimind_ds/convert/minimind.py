@@ -111,8 +111,8 @@ def fit(state: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: st
                              if name in state and tuple(state[name].shape) != shape],
     }
     if any(wrong.values()):
-        parts = [f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-                 for what, names in wrong.items() if names]
+        parts = [f"{len(names)} {what} ({', '.join(f'{name:.200}' for name in names[:3])}"
+                 f"{', ...' if len(names) > 3 else ''})" for what, names in wrong.items() if names]
         raise UserError(f"{source} does not fit the model: {'; '.join(parts)}")
     return {name: state[name] for name in shapes}
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import pickle
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from minimind_ds.config import untrusted
-from minimind_ds.config.errors import UserError
+from minimind_ds.config.errors import UserError, first_line
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.convert import huggingface, minimind
 from minimind_ds.io import write_file
@@ -168,7 +167,7 @@ def read_metadata(path: Path | InMemory) -> dict[str, str]:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+        raise UserError(f"{path}: not a readable safetensors file: {first_line(error)}") from None
 
 
 def embedding_rows(path: Source) -> int | None:
@@ -186,7 +185,7 @@ def embedding_rows(path: Source) -> int | None:
                 with safe_open(file, "pt") as opened:
                     shape = opened.get_slice(name).get_shape() if name in opened.keys() else ()
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file}: not a readable safetensors file: {error}") from None
+                raise UserError(f"{file}: not a readable safetensors file: {first_line(error)}") from None
         else:
             shape = getattr(read_pth(file, only_shapes=True).get(name), "shape", ())
         if len(shape):
@@ -221,14 +220,15 @@ def read_state(path: Source) -> dict[str, Tensor]:
 
 def check_tensor(tensor: Tensor, what: str) -> None:
     """Raises ValueError for what is no weight: not floating-point, sparse, without values, not finite."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+    if (tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu"
+            or tensor.nbytes > tensor.untyped_storage().nbytes()):
         raise UserError(f"{what} is no plain tensor ({str(tensor.layout).removeprefix('torch.')}, on "
                         f"{tensor.device.type})")
     if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
         raise UserError(f"{what} holds {str(tensor.dtype).removeprefix('torch.')}; weights are float32, float16 or "
                         "bfloat16")
-    # The sum of finite numbers is finite in fp64; one pass without a copy.
-    if not torch.isfinite(tensor.sum(dtype=torch.float64)):
+    # One pass without a copy: a NaN is both.
+    if tensor.numel() and not all(map(torch.isfinite, torch.aminmax(tensor))):
         raise UserError(f"{what} is not finite: these weights are broken, training from them cannot help")
 
 
@@ -247,7 +247,7 @@ def read_safetensors(path: Path | InMemory) -> dict[str, Tensor]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+        raise UserError(f"{path}: not a readable safetensors file: {first_line(error)}") from None
 
 
 def read_pth(path: Path, only_shapes: bool = False) -> dict[str, Tensor]:
@@ -262,11 +262,12 @@ def read_pth(path: Path, only_shapes: bool = False) -> dict[str, Tensor]:
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True,
                                mmap=only_shapes and zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, TypeError, AttributeError, ValueError, IndexError, RecursionError, MemoryError):
+    except (RuntimeError, OSError, EOFError, KeyError) as error:
+        raise UserError(f"{path}: not a readable .pth file: {first_line(error)}") from None
+    # Bytes of others raise anything, struct.error for one.
+    except Exception:
         raise UserError(f"{path}: refused: it is not a plain file of tensors (torch.load with weights_only=True "
                          f"does not read it)") from None
-    except (RuntimeError, OSError, EOFError, KeyError) as error:
-        raise UserError(f"{path}: not a readable .pth file: {str(error).partition(chr(10))[0]}") from None
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     if not (isinstance(state, dict) and state and all(
@@ -277,12 +278,12 @@ def read_pth(path: Path, only_shapes: bool = False) -> dict[str, Tensor]:
 
 def check_zip(path: Path) -> None:
     """Raises ValueError for a file that unpacks to much more than it is: torch's own are not compressed."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(info.file_size for info in archive.infolist())
-    except (OSError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: not a readable .pth file: {error}") from None
+    except Exception as error:
+        raise UserError(f"{path}: not a readable .pth file: {first_line(error)}") from None
     if unpacked > 2 * os.path.getsize(path) + (1 << 20):
         raise UserError(f"{path}: refused: {os.path.getsize(path):,} bytes that unpack to {unpacked:,}")

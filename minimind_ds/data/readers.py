@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
 from minimind_ds.data import arrow
 from minimind_ds.data.json_text import (
@@ -338,8 +339,9 @@ def dataset_files(folder: str | Path) -> list[Path]:
         try:
             if (folder / "dataset_dict.json").is_file():
                 splits = parse((folder / "dataset_dict.json").read_text("utf-8"), "it")["splits"]
-                raise DataError(f"{folder} holds the splits {', '.join(map(ascii, splits))}: name one, for example "
-                                f"{folder}/{splits[0]}")
+                named = ", ".join(untrusted.shown(split) for split in splits[:5])
+                raise DataError(f"{folder} holds the splits {named}: name one, for example "
+                                f"{folder}/{untrusted.shown_path(splits[0])}")
             if not (folder / "state.json").is_file():
                 return []
             state = parse((folder / "state.json").read_text("utf-8"), "it")

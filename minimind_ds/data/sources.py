@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
 from minimind_ds.data.conversation import DataError
 from minimind_ds.data.packing import permutation
@@ -57,9 +58,10 @@ def expand(given: str | list) -> list[Source]:
     for entry in [given] if isinstance(given, str) else given:
         path, share = (entry["path"], entry.get("share", 1)) if isinstance(entry, dict) else (entry, 1)
         sources += [Source(found, float(share)) for found in find(path)]
-    seen = Counter(source.path.resolve() for source in sources)
+    # Path.resolve raises on links in a circle.
+    seen = Counter(os.path.realpath(source.path) for source in sources)
     for source in sources:
-        if seen[source.path.resolve()] > 1:
+        if seen[os.path.realpath(source.path)] > 1:
             raise DataError(f"{source.path} is named twice; a share of 2, in a run file's data_path, has each of its "
                             "samples seen twice an epoch")
     names = short_names([source.path for source in sources])
@@ -74,12 +76,13 @@ def find(path: str) -> list[Path]:
     if mode is None and glob.has_magic(path):
         found = [file for match in sorted(glob.glob(path, recursive=True)) for file in in_folder(Path(match))]
         if not found:
-            raise DataError(f"{path} matches no file" + "; in a pattern, [[] stands for [" * ("[" in path))
+            hint = "; in a pattern, [[] stands for [" * ("[" in path)
+            raise DataError(f"{untrusted.shown_path(path)} matches no file{hint}")
         return found
     if mode is None:
         parts = [part.strip() for part in path.split(",")]
         hint = "; several files are separated by spaces" if len(parts) > 1 and all(map(os.path.exists, parts)) else ""
-        raise DataError(f"{path} does not exist{hint}")
+        raise DataError(f"{untrusted.shown_path(path)} does not exist{hint}")
     if stat.S_ISDIR(mode) and not (found := in_folder(Path(path))):
         raise DataError(f"the folder {path} holds no data file ({', '.join(DATA_ENDINGS)})")
     return found if stat.S_ISDIR(mode) else [Path(path)]
@@ -104,7 +107,7 @@ def mode_of(path: Path) -> int | None:
     return mode
 
 
-def in_folder(path: Path, above: tuple[Path, ...] = (), others: list[Path] | None = None) -> list[Path]:
+def in_folder(path: Path, above: tuple[str, ...] = (), others: list[Path] | None = None) -> list[Path]:
     """The path, if it is a file or one data set; else the data files below it, sorted.
 
     above: real paths of the folders that it lies in; a link back to one of them is not followed.
@@ -116,13 +119,13 @@ def in_folder(path: Path, above: tuple[Path, ...] = (), others: list[Path] | Non
         entries = sorted(path.iterdir())
     except OSError as error:
         raise DataError(f"the folder {path} cannot be read: {error.strerror}") from None
-    found, above = [], (*above, path.resolve())
+    found, above = [], (*above, os.path.realpath(path))
     for entry in entries:
         if entry.name.startswith("."):
             continue
         # Unlike Path.is_dir, False for what may not be looked at.
         if os.path.isdir(entry):
-            found += in_folder(entry, above, others) if entry.resolve() not in above else []
+            found += in_folder(entry, above, others) if os.path.realpath(entry) not in above else []
         elif entry.name.endswith(DATA_ENDINGS) and mode_of(entry):
             found.append(entry)
         elif others is not None:

@@ -29,17 +29,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
 from minimind_ds.data import IGNORE
 from minimind_ds.data.build import BLOCK_BYTES, build, hash_files, locked, remove_forgotten, seal_of, write_store
 from minimind_ds.data.conversation import DataError, read_records
 from minimind_ds.data.packing import random_keys
 from minimind_ds.data.sample import POLICIES, RENDERING, Augment, Sample
-from minimind_ds.data.tokenise import FILES, Encoder, Progress, position_of, worker_count
+from minimind_ds.data.tokenise import FILES, Encoder, Progress, plain_counts, position_of, worker_count
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.paths import cache_folder
 
 FORMAT = 2
+# 32 bytes for each block of tokens.
+MOST_OF_HASHES = 1 << 30
 # What is read of each end of a data file to tell it from another.
 END_BYTES = 64 << 10
 OPTIONS = {"random_system_ratio": 0.0, "drop_empty_think_ratio": 0.0, "seed": 0, "epoch": 0,
@@ -269,12 +272,13 @@ def _open(folder: Path, key: str, path: Path) -> TokenStore | None:
         DataError: in the user's own cache folder, one that another user made.
     """
     try:
-        meta = json.loads((folder / "meta.json").read_bytes())
+        meta = untrusted.read_json(folder / "meta.json")
         seal = meta.pop("seal")
-        if seal != seal_of(meta) or meta["key"] != key:
+        if seal != seal_of(meta) or meta["key"] != key or not plain_counts(meta["stats"]) or not isinstance(
+                meta["content"], str):
             return None
         arrays = {name: _map(folder / name, dtype or np.dtype(meta["dtype"])) for name, dtype in FILES.items()}
-        hashes = (folder / "blocks.bin").read_bytes()
+        hashes = untrusted.read_bytes(folder / "blocks.bin", MOST_OF_HASHES)
         blocks = Blocks(folder, arrays["tokens.bin"].view(np.uint8), hashes)
         small = {name: arrays[name] for name in FILES if name != "tokens.bin"} | {"blocks.bin": hashes}
         if any(hashlib.sha256(content).hexdigest() != meta["hashes"][name] for name, content in small.items()):
@@ -283,7 +287,8 @@ def _open(folder: Path, key: str, path: Path) -> TokenStore | None:
         size = arrays["tokens.bin"].nbytes
         if size != meta["token_bytes"] or not (blocks.sound(0) and blocks.sound(len(blocks.checked) - 1)):
             return None
-    except (FileNotFoundError, IsADirectoryError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    # A UserError is a ValueError: not there, no regular file, no JSON.
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError):
         return None
     _refuse_foreign(folder)
     offsets = arrays["offsets.bin"]
@@ -303,5 +308,5 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    with path.open("rb") as file:
+    with untrusted.open_file(path, sys.maxsize) as file:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=dtype)

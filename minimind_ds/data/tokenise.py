@@ -30,6 +30,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from minimind_ds.config import untrusted
+from minimind_ds.config.errors import UserError
 from minimind_ds.data import IGNORE
 from minimind_ds.data.conversation import Conversation
 from minimind_ds.data.sample import FATES, Augment, build_samples, pieces_of
@@ -208,6 +210,11 @@ def rare_collection() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
+def plain_counts(value: object) -> bool:
+    """Whether it is what counts are as JSON: an object of whole numbers."""
+    return isinstance(value, dict) and all(type(count) is int and 0 <= count < 1 << 53 for count in value.values())
+
+
 class Part:
     """The files of a store while it is built, and the journal of the chunks that are in them."""
 
@@ -225,17 +232,22 @@ class Part:
         sizes, journal_size = dict.fromkeys(FILES, 0), 0
         with contextlib.ExitStack() as stack:
             try:
-                journal = stack.enter_context((self.folder / JOURNAL).open("rb"))
-                files = {name: stack.enter_context((self.folder / name).open("rb")) for name in FILES}
-            except FileNotFoundError:
+                journal, *parts = [stack.enter_context(untrusted.open_file(self.folder / name, sys.maxsize))
+                                   for name in (JOURNAL, *FILES)]
+            except UserError:
+                # Not there, or no file.
                 return {**sizes, JOURNAL: 0}
+            files = dict(zip(FILES, parts))
+            there = {name: os.fstat(file.fileno()).st_size for name, file in files.items()}
             for line in journal:
                 try:
                     entry = json.loads(line)
-                    parts = {name: files[name].read(entry["sizes"][name]) for name in FILES}
+                    if not (plain_counts(entry["sizes"]) and plain_counts(entry["stats"])):
+                        break
+                    parts = {name: files[name].read(min(entry["sizes"][name], there[name])) for name in FILES}
                     if entry["hash"] != _hash(parts, entry["stats"]):
                         break
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     break
                 sizes = {name: sizes[name] + len(parts[name]) for name in FILES}
                 journal_size += len(line)
@@ -245,8 +257,8 @@ class Part:
     def _count(self, counts: dict[str, int]) -> None:
         for name in COUNTED:
             self.stats[name] += counts.get(name, 0)
-        self.stats["longest"] = max(self.stats["longest"], counts["longest"])
-        self.stats["lines"], self.position = counts["lines"], counts["position"]
+        self.stats["longest"] = max(self.stats["longest"], counts.get("longest", 0))
+        self.stats["lines"], self.position = counts.get("lines", 0), counts.get("position", 0)
 
     def append(self, lines: np.ndarray, chunk: Chunk, position: int) -> None:
         """position: bytes of the data file that are read by then."""
@@ -280,10 +292,10 @@ def _hash(parts: dict[str, bytes], counts: dict) -> str:
 def position_of(part_folder: Path) -> int:
     """Bytes of the data file that another process has tokenised by now; 0 where that cannot be told."""
     try:
-        with (part_folder / JOURNAL).open("rb") as file:
+        with untrusted.open_file(part_folder / JOURNAL, sys.maxsize) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            return json.loads(file.read().splitlines()[-1])["stats"]["position"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+            return int(json.loads(file.read().splitlines()[-1])["stats"]["position"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         return 0
 
 

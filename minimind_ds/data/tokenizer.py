@@ -20,10 +20,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
-import tokenizers
 
-from minimind_ds.config.errors import UserError
+from minimind_ds.config import untrusted
+from minimind_ds.config.errors import UserError, first_line
+from minimind_ds.config.untrusted import shown
 from minimind_ds.data import hf_folder
+from minimind_ds.data.tokenizer_check import (
+    META_SPACE,
+    PROBE,
+    check_parts,
+    check_text,
+    control_ids,
+    is_byte_level,
+    library,
+    rust_tokenizer,
+    without_added_tokens,
+)
 from minimind_ds.io import write_file
 from minimind_ds.paths import ASSETS
 
@@ -40,11 +52,10 @@ SPECIAL_TOKENS = (
 )
 VISIBLE_TOKENS = frozenset(SPECIAL_TOKENS[SPECIAL_TOKENS.index("<tool_call>"):])
 CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
-# SentencePiece writes a space as this character, so the character itself has to travel as its three UTF-8 bytes.
-META_SPACE = "\u2581"
+# The character itself has to travel as its three UTF-8 bytes.
 META_BYTES = META_SPACE.encode("utf-8")
-# What a .model must give back unchanged before it is trusted with anybody's text.
-ROUND_TRIP_PROBE = " two  spaces\n\n\ttab 12\u00a0\ufb01\uff21 e\u0301 \u4f60\u597d \U0001f600\x00 "
+# A tokenizer.json of 256,000 pieces has some 20 MiB.
+MOST_BYTES = 256 << 20
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
                    "chat_template.jinja")
 
@@ -110,7 +121,7 @@ class Tokenizer(ABC):
             ValueError: this tokenizer has no such control token.
         """
         if token not in self.specials:
-            raise UserError(f"tokenizer {self.name} has no control token {token!r}")
+            raise UserError(f"tokenizer {self.name} has no control token {shown(token)}")
         return self.specials[token]
 
     def __len__(self) -> int:
@@ -127,19 +138,22 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         self.name = str(folder)
-        self._files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        self._files = {name: untrusted.read_bytes(folder / name, MOST_BYTES) for name in TOKENIZER_FILES
+                       if (folder / name).is_file()}
         spec = hf_folder.json_object(self._files["tokenizer.json"], folder / "tokenizer.json")
         config = folder / "tokenizer_config.json"
         self._config = hf_folder.json_object(self._files.get(config.name, b"{}"), config)
         try:
-            self.specials = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-            twin = _without_added_tokens(spec, self.specials)
-        except (KeyError, TypeError, AttributeError) as err:
-            raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {err!r}") from None
-        except ValueError as err:
+            self.specials = control_ids(spec)
+            twin = without_added_tokens(spec, self.specials)
+            check_parts(spec)
+        except UserError as err:
             raise UserError(f"{folder}/tokenizer.json: {err}") from None
-        self._full = _rust_tokenizer(self._files["tokenizer.json"].decode("utf-8"), folder)
-        self._plain = _rust_tokenizer(json.dumps(twin), folder)
+        except (KeyError, TypeError, AttributeError) as err:
+            raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {type(err).__name__}: "
+                            f"{first_line(err)}") from None
+        self._full = rust_tokenizer(self._files["tokenizer.json"].decode("utf-8"), folder, self.specials)
+        self._plain, self.is_byte_level = rust_tokenizer(json.dumps(twin), folder, {}), is_byte_level(twin)
         for token in CHAT_TOKENS:
             self.special_id(token)
         # transformers prefers the file to the entry.
@@ -149,6 +163,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eos_id = self._configured_id("eos_token", "<|im_end|>")
         self.pad_id = self._configured_id("pad_token", "<|endoftext|>", "<|im_end|>")
         self.vocab_size = 1 + max(self._full.get_vocab(with_added_tokens=True).values())
+        for role in ("bos", "eos", "pad"):
+            if getattr(self, f"{role}_id") not in self.specials.values():
+                raise UserError(f"{folder}/tokenizer_config.json: {role}_token is "
+                                f"{shown(self.piece(getattr(self, f'{role}_id')))}, a piece of text, no added token")
         roles = f"{self.bos_id},{self.eos_id},{self.pad_id}".encode()
         self.fingerprint = hashlib.sha256(self._files["tokenizer.json"] + roles).hexdigest()
 
@@ -158,11 +176,11 @@ class HuggingFaceTokenizer(Tokenizer):
         token = token.get("content") if isinstance(token, dict) else token
         if token is None:
             token = next((t for t in otherwise if t in self.specials), otherwise[0])
-        if not isinstance(token, str):
-            raise UserError(f"{self.name}/tokenizer_config.json: {key} is {token!r}, not a token")
+        if not isinstance(token, str) or any("\ud800" <= c <= "\udfff" for c in token):
+            raise UserError(f"{self.name}/tokenizer_config.json: {key} is {shown(token)}, not a token")
         found = self._full.token_to_id(token)
         if found is None:
-            raise UserError(f"{self.name}/tokenizer_config.json: {key} {token!r} is not in the vocabulary")
+            raise UserError(f"{self.name}/tokenizer_config.json: {key} {shown(token)} is not in the vocabulary")
         return found
 
     def encode(self, text: str) -> list[int]:
@@ -170,7 +188,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         try:
-            return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
+            with library(f"{self.name} cannot encode a text"):
+                return [encoding.ids for encoding in self._plain.encode_batch_fast(texts, add_special_tokens=False)]
         except TypeError:
             # The library says only "must be str" about a lone surrogate; Python's encoder says what and where.
             for text in texts:
@@ -178,7 +197,8 @@ class HuggingFaceTokenizer(Tokenizer):
             raise
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        return self._full.decode(_checked(ids, self.vocab_size), skip_special_tokens=skip_special)
+        with library(f"{self.name} cannot decode ids"):
+            return self._full.decode(_checked(ids, self.vocab_size), skip_special_tokens=skip_special)
 
     def piece(self, i: int) -> str | None:
         return self._full.id_to_token(i)
@@ -226,7 +246,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._bytes = [self._piece_bytes(i) for i in ids]
         self._skipped = {i for token, i in self.specials.items() if token not in VISIBLE_TOKENS}
         self._meta_ids = [sp.piece_to_id(f"<0x{byte:02X}>") for byte in META_BYTES]
-        if not all(map(sp.is_byte, self._meta_ids)) or self.decode(self.encode(ROUND_TRIP_PROBE)) != ROUND_TRIP_PROBE:
+        if not all(map(sp.is_byte, self._meta_ids)) or self.decode(self.encode(PROBE)) != PROBE:
             raise UserError(f"{name} changes the text it encodes; train it with byte fallback, identity "
                              "normalisation and no dummy prefix (launch/train_tokenizer.py does)")
 
@@ -259,8 +279,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._pieces[i]
 
     def rules(self) -> str:
-        twin = json.dumps(_without_added_tokens(self._hf_spec(), self.specials))
-        return hf_folder.rules(json.loads(_rust_tokenizer(twin, Path(self.name)).to_str()))
+        twin = json.dumps(without_added_tokens(self._hf_spec(), self.specials))
+        return hf_folder.rules(json.loads(rust_tokenizer(twin, Path(self.name), {}).to_str()))
 
     def _hf_spec(self) -> dict:
         added = hf_folder.added_tokens(self.specials, VISIBLE_TOKENS)
@@ -298,12 +318,17 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     path = ASSETS / "tokenizer.model" if path is None else Path(path)
     try:
         if (path / "tokenizer.json").is_file():
-            return HuggingFaceTokenizer(path)
+            tok = HuggingFaceTokenizer(path)
+            check_text(tok, stretches=not tok.is_byte_level)
+            return tok
         if (path / "tokenizer.model").is_file():
             path = path / "tokenizer.model"
         if path.is_file():
             name = "embedded" if path == ASSETS / "tokenizer.model" else str(path)
-            return SentencePieceTokenizer(path.read_bytes(), name)
+            tok = SentencePieceTokenizer(untrusted.read_bytes(path, MOST_BYTES), name)
+            if name != "embedded":
+                check_text(tok)
+            return tok
     except OSError as err:
         raise UserError(f"tokenizer {path} cannot be read: {err.strerror}") from None
     what = "has neither tokenizer.json nor tokenizer.model" if path.is_dir() else "does not exist"
@@ -349,31 +374,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 6400, out: str | 
     tokenizer = SentencePieceTokenizer(model.getvalue(), name=str(out))
     _write_files(Path(out).parent, {Path(out).name: model.getvalue()})
     return tokenizer
-
-
-def _without_added_tokens(spec: dict, added: dict[str, int]) -> dict:
-    """tokenizer.json with no added token, neither to be matched nor to be spelled by merges; not padded or cut."""
-    model = spec["model"]
-    if model.get("type") != "BPE":
-        raise UserError(f"the model is {model.get('type')!r}; only 'BPE' is supported")
-    merged = {"".join(pair) if isinstance(pair, list) else pair.replace(" ", "", 1) for pair in model["merges"]}
-    spelled = sorted(merged & added.keys())
-    if spelled:
-        raise UserError(f"plain text can spell the added token {spelled[0]!r}; it would not be safe to train on")
-    vocab = {token: i for token, i in model["vocab"].items() if token not in added}
-    return {**spec, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None,
-            "model": {**model, "vocab": vocab, "unk_token": None}}
-
-
-def _rust_tokenizer(spec: str, folder: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_str(spec)
-    # The library raises bare Exception, and a Rust panic arrives as a BaseException.
-    except BaseException as err:
-        if isinstance(err, (KeyboardInterrupt, SystemExit)):
-            raise
-        why = str(err).splitlines()[0] if str(err) else type(err).__name__
-        raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {why}") from None
 
 
 def _json_bytes(value: dict) -> bytes:

@@ -8,6 +8,7 @@ WORKAROUNDS says of each what is wrong upstream, the releases it was seen in and
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import itertools
 import math
@@ -20,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minimind_ds.config.errors import UserError
+from minimind_ds.config.errors import UserError, first_line
 from minimind_ds.distributed.torch_compat import Workaround
 from minimind_ds.distributed.world import current_device
 
@@ -337,6 +338,11 @@ def load_states(path: str | pathlib.Path, map_location="cpu"):
     except pickle.UnpicklingError:
         raise UserError(f"{path}: refused: it holds more than tensors and DeepSpeed's own types, and opening it could "
                         "run code") from None
+    # A manifest can be made for any bytes, and what they say may be a seek to nowhere.
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise UserError(f"{path}: not a readable file of training states: {first_line(error)}") from None
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from minimind_ds.config.errors import UserError, first_line
+from minimind_ds.config.untrusted import shown
 from minimind_ds.distributed.world import World
 from minimind_ds.io import report
 
@@ -116,7 +117,7 @@ def check_interface() -> None:
             name in starts if nccl.startswith("=") else name.startswith(starts) for name in there):
         wrong.append(("NCCL_SOCKET_IFNAME", nccl))
     for variable, name in wrong:
-        raise UserError(f"{variable} is {name!r}, and {socket.gethostname()} has no such network interface; it has "
+        raise UserError(f"{variable} is {shown(name)}, and {socket.gethostname()} has no such network interface; it has "
                         f"{', '.join(there)}")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import re
 import sys
 import time
@@ -27,12 +26,15 @@ from minimind_ds.config import program_flags
 from minimind_ds.config.errors import UserError, first_line, one_line
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.config.precision import DTYPES
+from minimind_ds.config.untrusted import shown
 from minimind_ds.convert import export, huggingface
 from minimind_ds.convert.weight_files import Source
 from minimind_ds.data.sample import prompt_ids
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.inference import arguments
 
+# No answer is longer, no vocabulary larger.
+MOST_TOKENS = 1 << 30
 # A think block with nothing in it; its opening may have stood in the prompt.
 EMPTY_THINK = re.compile(r"\s*(<think>)?\s*</think>\s*")
 
@@ -54,7 +56,7 @@ def main(argv: list[str]) -> int:
         for note in chosen.notes:
             print(note, file=sys.stderr)
         if args.seed is not None:
-            torch.manual_seed(args.seed)
+            torch.manual_seed(args.seed % (1 << 63))
         talk = Chat(model, tok, sampling, args.system, history, args.open_thinking, args.raw, args.show_speed)
         if args.prompt is None:
             converse(talk)
@@ -95,13 +97,17 @@ class Sampling:
     max_new_tokens: int = 512
 
     def __post_init__(self):
-        for name, good, what in (("temperature", 0 <= self.temperature < math.inf, "at least 0, and finite"),
+        # Logits divided by less, or by more, are no numbers any more.
+        least, most = 1e-4, 1e4
+        for name, good, what in (("temperature", self.temperature == 0 or least <= self.temperature <= most,
+                                  f"0, or from {least} to {most:g}"),
                                  ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-                                 ("top_k", self.top_k >= 0, "at least 0"),
-                                 ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0, and finite"),
-                                 ("max_new_tokens", self.max_new_tokens >= 1, "at least 1")):
+                                 ("top_k", 0 <= self.top_k < MOST_TOKENS, "at least 0"),
+                                 ("repetition_penalty", least <= self.repetition_penalty <= most,
+                                  f"from {least} to {most:g}"),
+                                 ("max_new_tokens", 1 <= self.max_new_tokens < MOST_TOKENS, "at least 1")):
             if not good:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be {what}")
+                raise UserError(f"--{name} is {shown(getattr(self, name))}; it must be {what}")
 
     def generation_config(self, tok: Tokenizer, vocab_size: int) -> GenerationConfig:
         """The same for transformers; ids beyond the tokenizer's are never drawn."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
-from minimind_ds.config.model import ModelConfig
+from minimind_ds.config.model import LARGEST_SIZE, ModelConfig
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.io import write_file
 
@@ -239,10 +238,17 @@ def read_facts(text: str) -> Lora:
     """A file's own description of its adapters.  Raises TypeError or ValueError on anything else."""
     values = untrusted.json_object(text, "its LoRA")
     lora = Lora(**{**values, "targets": tuple(values["targets"])})
-    numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in (lora.alpha, lora.dropout))
-    if not (isinstance(lora.rank, int) and lora.rank >= 1 and numbers
-            and lora.targets and all(isinstance(target, str) for target in lora.targets)):
-        raise UserError(f"rank {lora.rank!r}, alpha {lora.alpha!r}, targets {lora.targets!r}")
+    shown = untrusted.shown
+    if type(lora.rank) is not int or not 1 <= lora.rank <= LARGEST_SIZE:
+        raise UserError(f"rank is {shown(lora.rank)}; it must be a whole number from 1 to {LARGEST_SIZE}")
+    if type(lora.alpha) not in (int, float) or not 0 < lora.alpha < 1e12:
+        raise UserError(f"alpha is {shown(lora.alpha)}; it must be a number above 0")
+    if type(lora.dropout) not in (int, float) or not 0 <= lora.dropout < 1:
+        raise UserError(f"dropout is {shown(lora.dropout)}; it must be at least 0 and below 1")
+    if not lora.targets or not all(isinstance(target, str) for target in lora.targets):
+        raise UserError(f"targets is {shown(values['targets'])}; it must be a list of projections")
+    if not isinstance(lora.base, (str, type(None))):
+        raise UserError(f"base is {shown(lora.base)}; it must be a text")
     return lora
 
 
@@ -255,7 +261,7 @@ def from_minimind(state: dict[str, Tensor], source: str) -> tuple[dict[str, Tens
     state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     other = [name for name in state if not name.endswith((".lora.A.weight", ".lora.B.weight"))]
     if other:
-        raise UserError(f"{source}: holds {other[0]}, which is no LoRA adapter"
+        raise UserError(f"{source}: holds {other[0]:.200}, which is no LoRA adapter"
                          + ("" if len(other) < len(state) else ": it looks like a whole model's weights"))
     ours = {}
     for name, tensor in state.items():
@@ -263,8 +269,8 @@ def from_minimind(state: dict[str, Tensor], source: str) -> tuple[dict[str, Tens
         if ".experts." not in name:
             ours[name] = tensor
         elif name.endswith(".B.weight") and tensor.any():
-            raise UserError(f"{source}: adapts experts ({name}), which minimind_ds keeps frozen; merge it into its "
-                             f"base with MiniMind's scripts/convert_model.py")
+            raise UserError(f"{source}: adapts experts ({name:.200}), which minimind_ds keeps frozen; merge it into "
+                             f"its base with MiniMind's scripts/convert_model.py")
     ranks = sorted({tensor.shape[0] for name, tensor in ours.items() if name.endswith(".A.weight") and tensor.dim()})
     if len(ranks) != 1:
         raise UserError(f"{source}: its adapters have several ranks ({', '.join(map(str, ranks))})" if ranks else

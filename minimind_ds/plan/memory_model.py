@@ -145,8 +145,10 @@ def owned(part: Part) -> int:
     """
     ends = np.cumsum(part.sizes)
     starts, share = ends - part.sizes, math.ceil(part.total / part.ranks)
-    return max(sum(size for size, first, end in zip(part.sizes, starts, ends)
-                   if first < (rank + 1) * share and end > rank * share) for rank in range(part.ranks))
+    cuts = np.arange(part.ranks) * share
+    first, behind = np.searchsorted(ends, cuts, "right"), np.searchsorted(starts, cuts + share, "left")
+    whole = np.concatenate(([0], ends))
+    return int((whole[np.maximum(first, behind)] - whole[first]).max())
 
 
 def offloads_parameters(s: Setting) -> bool:

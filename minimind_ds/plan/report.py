@@ -19,6 +19,7 @@ from minimind_ds.config import deepspeed_json, program_flags
 from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import RunConfig, parse_run_config
+from minimind_ds.config.untrusted import shown
 from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.distributed import sequence_parallel
 from minimind_ds.distributed.deepspeed_compat import choose_accelerator
@@ -34,6 +35,7 @@ from minimind_ds.training.prepare import PROGRAMS, choose, choose_lora, prepare
 
 # Below so many tokens a GPU waits for its kernels to be launched.
 ENOUGH_TOKENS = 32_768
+MOST_RANKS = 1 << 20
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 # When no stage fits: what leaves the device next.
 OFFLOADED = ("zero2_offload", "zero3_offload", "zero3_offload_param")
@@ -43,8 +45,8 @@ SPARE = 0.15
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     options, rest = program_flags.plan().parse_known_args(argv)
-    if options.ranks < 1:
-        raise UserError(f"--ranks is {options.ranks}; it must be at least 1")
+    if not 1 <= options.ranks <= MOST_RANKS:
+        raise UserError(f"--ranks is {shown(options.ranks)}; it must be at least 1, at most {MOST_RANKS:,}")
     if not 0 <= options.memory < float("inf") or not 0 <= options.labelled <= 1:
         name = "labelled" if 0 <= options.memory < float("inf") else "memory"
         raise UserError(f"--{name} is {getattr(options, name)}; it must be "

@@ -15,6 +15,7 @@ import os
 import pathlib
 
 from minimind_ds.checkpoint.folder import folder_of, listed
+from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
 from minimind_ds.distributed.world import whole
 from minimind_ds.io import report, write_file
@@ -61,8 +62,8 @@ def has_own_checkpoint(folder: pathlib.Path) -> bool:
 def whose(path: pathlib.Path) -> dict:
     """job_facts of the start that wrote a checkpoint; {}: its manifest does not say."""
     try:
-        facts = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["job"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        facts = untrusted.read_json(path / "manifest.json")["job"]
+    except (ValueError, KeyError, TypeError):
         return {}
     return facts if isinstance(facts, dict) else {}
 
@@ -133,9 +134,15 @@ class Attempt:
 
 def read(folder: pathlib.Path) -> dict:
     try:
-        found = json.loads((folder / "attempts.json").read_text(encoding="utf-8"))
-        return {**found, "job": found["job"], "running": bool(found["running"]), "failures": list(found["failures"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = untrusted.read_json(folder / "attempts.json")
+        failures = [{"from": int(one["from"]), "at": int(one["at"]), "error": one["error"]}
+                    for one in found["failures"]]
+        if stopped := found.get("stopped"):
+            found["stopped"] = {"run": stopped["run"], **{key: int(stopped[key]) for key in ("attempt", "step")}}
+        return {**found, "job": found["job"], "running": bool(found["running"]), "failures": failures,
+                **({"from": int(found["from"])} if found["running"] else {})}
+    # Torn, or another program's: the failures before are not known.
+    except (ValueError, KeyError, TypeError, OverflowError):
         return {"job": None, "running": False, "failures": []}
 
 
@@ -146,14 +153,14 @@ def write(folder: pathlib.Path, record: dict) -> None:
 def last_step(folder: pathlib.Path) -> int:
     """The last step in metrics.jsonl, 0 when there is none; a torn last line does not count."""
     try:
-        with (folder / "metrics.jsonl").open("rb") as file:
+        with untrusted.open_file(folder / "metrics.jsonl", untrusted.MOST_OF_LINES) as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 16)))
             lines = file.read().splitlines()
-    except OSError:
+    except (OSError, UserError):
         return 0
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             continue
     return 0

@@ -13,6 +13,8 @@ import math
 import pathlib
 from collections.abc import Iterable
 
+from minimind_ds.config import untrusted
+
 # A loss from which on the perplexity is no float any more.
 MOST = 700.0
 
@@ -51,18 +53,15 @@ def perplexity(loss: float | None) -> float | None:
 
 def recorded(path: pathlib.Path, last_step: int) -> list[tuple[int, float | None]]:
     """(step, loss) of the evaluations up to last_step in a metrics.jsonl."""
-    if not path.exists():
-        return []
     found = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                facts = json.loads(line)
-                step, loss = int(facts["step"]), facts["eval_loss"]
-                loss = None if loss is None else float(loss)
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                # Not an evaluation's line, or torn.
-                continue
-            if step <= last_step:
-                found.append((step, loss))
+    for line in untrusted.lines(path):
+        try:
+            facts = json.loads(line)
+            step, loss = int(facts["step"]), facts["eval_loss"]
+            loss = None if loss is None else float(loss)
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            # Not an evaluation's line, or torn.
+            continue
+        if step <= last_step:
+            found.append((step, loss))
     return found

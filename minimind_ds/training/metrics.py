@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import secrets
 import statistics
 import sys
@@ -18,6 +19,8 @@ from collections.abc import Callable
 from tqdm import tqdm
 
 from minimind_ds import terminal
+from minimind_ds.config import untrusted
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.io import write_file
 
@@ -43,17 +46,16 @@ def flops_per_token(config: ModelConfig, mean_keys: float) -> float:
 
 def keep_until(path: pathlib.Path, step: int) -> None:
     """Drop the lines of a metrics file that a resumed run will write again, and a torn last line; all at step 0."""
-    if not path.exists():
-        return
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in untrusted.lines(path):
         try:
             if step and json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                kept.append(line + b"\n")
         except (ValueError, KeyError, TypeError, RecursionError):
             # Killed while writing this line: the step is run again.
             continue
-    write_file(path, "".join(kept))
+    if path.exists():
+        write_file(path, b"".join(kept))
 
 
 class Metrics:
@@ -179,4 +181,7 @@ def wandb_id(folder: pathlib.Path) -> str:
     path = folder / "wandb_id"
     if not path.exists():
         path.write_text(secrets.token_hex(4), encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+    found = untrusted.read_text(path).strip()
+    if not re.fullmatch(r"[\w-]{1,64}", found):
+        raise UserError(f"{path} holds {untrusted.shown(found)}, which is no run's id at Weights & Biases: delete it")
+    return found

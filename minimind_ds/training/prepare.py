@@ -41,7 +41,11 @@ from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.model.lora import Lora, find_targets, fingerprint
 from minimind_ds.paths import cache_folder
 from minimind_ds.resilience import restarts
-from minimind_ds.training import lr_schedule, starting_weights
+from minimind_ds.training import disk, lr_schedule, starting_weights
+
+# What a run writes into its folder, besides weights and checkpoints.
+OWN_FILES = ("metrics.jsonl", "attempts.json", "DONE", "run.yaml", "ds_config.json", "last.json", "best.json",
+             "wandb_id", ".lock")
 
 
 class EvalSet(NamedTuple):
@@ -142,8 +146,8 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
     run, tokenizer, model_config, of_weights = starting_weights.tokenizer_and_model(run, weights)
     notes += of_weights
     check_writable(pathlib.Path(run.save_dir))
-    if (final := weights_path(run, model_config, lora)).is_dir():
-        raise UserError(f"{final} is a folder, and the run's weights go there in the end: move it, or name another "
+    if (final := weights_path(run, model_config, lora)).exists() and not final.is_file():
+        raise UserError(f"{final} is no file, and the run's weights go there in the end: move it, or name another "
                         "--save_weight")
     stores, held_out, of_data = read_data(program, run, tokenizer, progress=world.rank == 0)
     notes += of_data
@@ -161,6 +165,7 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
     spec = kernels.with_compiled(run.kernels) if run.compile else run.kernels
     selection = kernels.resolve(spec, world.device, DTYPES[run.dtype], kernel_requirements(model_config))
     check_machine(run, ds, world, model_config)
+    notes += disk.check(run, ds, model_config, lora, experts=dims.experts)
     plan = plan_epoch(stores[0], run, ranks, 0)
     notes += lr_schedule.notes(run, lr_schedule.total_steps(run, len(plan)))
     eval_sets = split_by_source(held_out, run, ranks)
@@ -284,6 +289,10 @@ def check_nvme(where: str, block: dict) -> None:
 
 def check_writable(folder: pathlib.Path) -> None:
     """Raises ValueError unless files can be made in the folder; makes it if need be."""
+    for path in (folder / name for name in OWN_FILES):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder, and the run writes a file of that name: move it, or name another "
+                            "--save_dir")
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)

@@ -121,6 +121,8 @@ def look_for_resume_point(prepared: PreparedRun) -> ResumePoint:
                             f"from: --from_weight {prepared.weights_path} with another --save_dir starts from them, "
                             "--from_resume none starts over")
         return ResumePoint(notes=tuple(notes))
+    if missing := [name for name in checkpoint.FACTS if name not in manifest]:
+        raise UserError(f"cannot resume from {path}: its manifest does not say its {missing[0]}")
     refuse_changes(manifest["identity"], identity(prepared), path)
     longer = length(manifest["identity"], prepared, path)
     then, now = {**PARTITIONS, **manifest["layout"]}, layout_facts(prepared)
@@ -129,6 +131,8 @@ def look_for_resume_point(prepared: PreparedRun) -> ResumePoint:
         reshape.check(then, now, path)
     # Checkpoints of releases before this one say nothing of these.
     before = manifest.get("may_change", {})
+    if not isinstance(before, dict):
+        raise UserError(f"cannot resume from {path}: its manifest says that may_change is {untrusted.shown(before)}")
     changed = {name: [before[name], value] for name, value in may_change(prepared).items()
                if before.get(name, value) != value}
     notes = [*notes, *(f"{name} is {now!r} from here on; it was {then!r}" for name, (then, now) in changed.items())]
@@ -261,9 +265,9 @@ def refuse_changes(then: dict, now: dict, path) -> None:
             raise UserError(f"cannot resume from {path}: its tokenizer is another one; name it with --tokenizer, as "
                             "it lies in the run folder; --from_resume none starts over, another --save_dir keeps both")
         if then.get(name) != now[name]:
-            raise UserError(f"cannot resume from {path}: its {name.removeprefix('model.')} is {then.get(name)!r}, "
-                             f"this run's is {now[name]!r}; --from_resume none starts over, another --save_dir "
-                             "keeps both")
+            raise UserError(f"cannot resume from {path}: its {name.removeprefix('model.')} is "
+                            f"{then.get(name)!r:.100}, this run's is {now[name]!r:.100}; --from_resume none starts "
+                            "over, another --save_dir keeps both")
 
 
 def share_start(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:

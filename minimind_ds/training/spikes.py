@@ -16,6 +16,8 @@ import pathlib
 import statistics
 from collections.abc import Iterable
 
+from minimind_ds.config import untrusted
+
 SIGMAS, WINDOW, LEAST = 6.0, 128, 32
 # Skipped steps in a row after which something else than one bad batch is wrong.
 MOST_SKIPPED = 10
@@ -53,18 +55,15 @@ class SpikeDetector:
 
 def taken_losses(path: pathlib.Path, last_step: int) -> list[float]:
     """The losses of the steps up to last_step in a metrics.jsonl that were not skipped, the last WINDOW of them."""
-    if not path.exists():
-        return []
     found = collections.deque(maxlen=WINDOW)
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for line in lines:
-            try:
-                facts = json.loads(line)
-                taken = facts["step"] <= last_step and not facts.get("skipped")
-                loss = float(facts["loss"])
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                # Not a step's line, or torn.
-                continue
-            if taken:
-                found.append(loss)
+    for line in untrusted.lines(path):
+        try:
+            facts = json.loads(line)
+            taken = facts["step"] <= last_step and not facts.get("skipped")
+            loss = float(facts["loss"])
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            # Not a step's line, or torn.
+            continue
+        if taken and math.isfinite(loss):
+            found.append(loss)
     return list(found)

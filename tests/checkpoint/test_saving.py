@@ -1,6 +1,7 @@
 """A checkpoint that is written in the background is what was copied, or it is not there; no damage goes unseen."""
 
 import collections
+import dataclasses
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import random
 import resource
 import shutil
 import threading
+import types
 
 import pytest
 import torch
@@ -16,8 +18,12 @@ import torch.distributed as dist
 
 from minimind_ds import checkpoint
 from minimind_ds.checkpoint.async_save import AsyncSave, facts_of, snapshot
+from minimind_ds.config.errors import UserError
+from minimind_ds.config.model import PRESETS
+from minimind_ds.config.run import RunConfig
 from minimind_ds.distributed import deepspeed_compat
 from minimind_ds.distributed.world import free_port
+from minimind_ds.training import disk
 from tests.waiting import HANG_S
 
 Pair = collections.namedtuple("Pair", "left right")
@@ -223,3 +229,25 @@ def test_only_what_this_program_calls_its_checkpoints_is_deleted_and_nothing_thr
     home.symlink_to(elsewhere)
     with pytest.raises(ValueError, match="is a link, and --from_resume none deletes nothing through one"):
         checkpoint.clear(run)
+
+
+def test_a_disk_that_cannot_hold_a_checkpoint_is_named_before_the_run_starts(written, monkeypatch):
+    config = dataclasses.replace(PRESETS["debug"], hidden_size=48, num_hidden_layers=2, head_dim=12,
+                                 intermediate_size=None,
+                                 moe_intermediate_size=None)
+    ds = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}
+    newest = sorted((written / "checkpoints").glob("step_*"))[-1]
+    there = sum(path.stat().st_size for path in newest.glob("state/*.pt"))
+    least = disk.checkpoint_bytes(ds, "fp32", config, None)
+    assert least <= there < least + 100_000
+    run = RunConfig(preset="debug", dtype="fp32", save_dir=str(written))
+    free = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=free[-1]))
+    free.append(10 * there)
+    assert disk.check(run, ds, config, None) == []
+    free.append(3 * there)
+    assert "the run may fill it" in disk.check(run, ds, config, None)[0]
+    free.append(least)
+    with pytest.raises(UserError, match="and a checkpoint takes 0.01 GiB"):
+        disk.check(run, ds, config, None)
+    assert disk.check(run.replace(save_interval=0), ds, config, None) == []

@@ -10,7 +10,7 @@ import random
 import pytest
 
 from minimind_ds.data import words
-from minimind_ds.data.tokenizer import load_tokenizer
+from minimind_ds.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from minimind_ds.data.words import WordCache
 from minimind_ds.paths import EXAMPLES
 
@@ -55,7 +55,7 @@ def test_a_tokenizer_of_another_make_is_left_alone(shared, tmp_path):
         for path in (shared / "minimind_tokenizer").iterdir():
             (tmp_path / path.name).write_bytes(path.read_bytes())
         (tmp_path / "tokenizer.json").write_text(json.dumps({**spec, **change}))
-        assert not WordCache(load_tokenizer(tmp_path)).usable
+        assert not WordCache(HuggingFaceTokenizer(tmp_path)).usable
     assert not WordCache(load_tokenizer(None)).usable
     texts = [json.loads(line)["text"] for line in (EXAMPLES / "pretrain.jsonl").open(encoding="utf-8")][:50]
     assert WordCache(load_tokenizer(None)).encode_batch(texts) == load_tokenizer(None).encode_batch(texts)

@@ -329,7 +329,7 @@ def test_a_file_that_does_not_fit_is_answered_in_one_line(tmp_path):
         ("absent", config, "no such file"),
         ("base.safetensors", config, "whole model's weights, no LoRA adapters"),
         ("lora.safetensors", other, "hidden_size is 32 there and 64 here"),
-        ("damaged.safetensors", config, "alpha 'much'|must be real|not str"),
+        ("damaged.safetensors", config, "alpha is 'much'; it must be a number above 0"),
         ("fewer.safetensors", config, "4 unexpected .*o_proj.lora.A.weight"),
         ("uneven.pth", config, r"several ranks \(8, 16\)"),
         ("missing.pth", config, r"2 missing \(model.layers.1.self_attn.o_proj.lora.A.weight"),

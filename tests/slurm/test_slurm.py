@@ -376,7 +376,7 @@ def test_a_plain_host_file_trains_as_slurm_does(cluster, control):
         hostfile.write_text(machines)
         return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HANG_S)
     for machines, said in [("node1 slots=1\nnode3 slots=1\n", "ssh node3 asks for a password or fails"),
-                           ("node1 slots=1\nnode2 8\n", "line 2: 'node2 8 ' is not 'name slots=GPUS'"),
+                           ("node1 slots=1\nnode2 8\n", "line 2: node2\\ 8\\  is not 'name slots=GPUS'"),
                            ("node1 slots=1\nnode1 slots=1\n", "line 2 names node1 a second time"),
                            ("# none\n", "names no machine")]:
         refused = run(machines)

@@ -1,0 +1,67 @@
+"""A tokenizer of others is trusted only where text goes through it unchanged and becomes no control token.
+
+tests/fuzz/corpus.py has more that is refused.
+"""
+
+import json
+
+import pytest
+
+from minimind_ds.config.errors import UserError
+from minimind_ds.data import tokenizer_check
+from minimind_ds.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from minimind_ds.data.tokenizer_check import check_text, repeats_repeated
+from tests.fuzz.tokenizer_targets import TEXT, small
+
+
+def folder_of(path, **changes):
+    spec, config = json.loads(json.dumps(small()))
+    spec["model"] |= {key: changes.pop(key) for key in list(changes) if key in spec["model"]}
+    path.mkdir()
+    (path / "tokenizer.json").write_text(json.dumps({**spec, **changes}))
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_checked_yet(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_text_that_becomes_a_control_token_is_named(tmp_path):
+    tok = HuggingFaceTokenizer(folder_of(tmp_path / "t"))
+    tok.specials["<|x|>"] = tok.encode("q")[0]
+    with pytest.raises(UserError, match="makes a control token of the text 'q'"):
+        check_text(tok, stretches=False)
+
+
+def test_a_text_that_is_lost_is_named_with_what_comes_back(tmp_path):
+    letters = {piece: i for piece, i in small()[0]["model"]["vocab"].items() if piece not in ("a", "cl")}
+    with pytest.raises(UserError, match="changes the text it encodes: 'a' comes back as ''"):
+        load_tokenizer(folder_of(tmp_path / "t", vocab=letters, merges=[]))
+
+
+def test_what_was_checked_once_is_not_checked_again(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path / "t")
+    load_tokenizer(folder)
+    checked = []
+    monkeypatch.setattr(tokenizer_check, "check_texts", lambda *_: checked.append(1))
+    load_tokenizer(folder)
+    assert not checked
+    load_tokenizer(folder_of(tmp_path / "other", merges=[["T", "h"], ["c", "l"], ["Th", "e"]]))
+    assert checked
+
+
+def test_dropout_does_not_reach_the_ids(tmp_path):
+    with_dropout, without = (load_tokenizer(folder_of(tmp_path / name, dropout=rate)) for name,
+                             rate in (("a", 0.9), ("b", None)))
+    assert {tuple(with_dropout.encode(TEXT)) for _ in range(20)} == {tuple(without.encode(TEXT))}
+
+
+def test_patterns_of_known_tokenizers_repeat_nothing_that_repeats():
+    of_qwen = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+               r"|\s+(?!\S)|\s+")
+    known = [r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", r"\p{N}{1,3}",
+             r"[一-龥぀-ゟ゠-ヿ]+", of_qwen]
+    assert not any(map(repeats_repeated, known))
+    assert all(map(repeats_repeated, ["(a+)+$", "(?:x*y)*", "((a{2,}))+", "(a|b+)*", r"(?=(\s+)+x)"]))
