@@ -117,8 +117,8 @@ def check_interface() -> None:
             name in starts if nccl.startswith("=") else name.startswith(starts) for name in there):
         wrong.append(("NCCL_SOCKET_IFNAME", nccl))
     for variable, name in wrong:
-        raise UserError(f"{variable} is {shown(name)}, and {socket.gethostname()} has no such network interface; it has "
-                        f"{', '.join(there)}")
+        raise UserError(f"{variable} is {shown(name)}, and {socket.gethostname()} has no such network interface; "
+                        f"it has {', '.join(there)}")
 
 
 def check_address(world: World, found: list) -> None:
