@@ -34,9 +34,9 @@ def report(outcome: str) -> None:
 
 def automatic_restarts() -> int:
     """How often SLURM or torchrun has started this job again by itself."""
-    name = next(filter(os.environ.get, ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")),
-                "SLURM_RESTART_COUNT")
-    return whole(os.environ, name, 0)
+    given = {name: value for name, value in os.environ.items() if value}
+    first = "SLURM_RESTART_COUNT"
+    return whole(given, first if first in given else "TORCHELASTIC_RESTART_COUNT", 0)
 
 
 def job_id() -> str | None:
