@@ -27,13 +27,17 @@ SAME_CHECKPOINT = 10
 
 def automatic_restarts() -> int:
     """How often SLURM or torchrun has started this job again by itself.  Raises ValueError for what is no number."""
-    env = {name: value for name, value in os.environ.items() if value}
-    return whole(env, "SLURM_RESTART_COUNT", 0) + torchrun_attempt()
+    return count_of("SLURM_RESTART_COUNT") + torchrun_attempt()
 
 
 def torchrun_attempt() -> int:
     """How often torchrun's agent has started the ranks again."""
-    return whole({"TORCHELASTIC_RESTART_COUNT": "0", **os.environ}, "TORCHELASTIC_RESTART_COUNT", 0)
+    return count_of("TORCHELASTIC_RESTART_COUNT")
+
+
+def count_of(name: str) -> int:
+    """A variable's number; 0 where it is not set or empty."""
+    return whole({name: os.environ.get(name) or "0"}, name, 0)
 
 
 def job_id() -> str | None:

@@ -62,7 +62,7 @@ OTHER = {"other text": lambda spec, config: spec["model"]["vocab"].update(
     "cuts text into others": lambda spec, config: spec["model"].update(merges=spec["model"]["merges"][:-1]),
     "into others: far merges": swap(1, -1), "into others: near merges": swap(-2, -1),
     "into others: normaliser": lambda spec, config: spec.update(normalizer={"type": "Sequence", "normalizers": [
-        spec["normalizer"], {"type": "Replace", "pattern": {"String": "qx"}, "content": "xq"}]}),
+        spec["normalizer"], {"type": "NFC"}]}),
     "into others: pre-tokenizer": lambda spec, config: spec.update(
         pre_tokenizer={"type": "Digits", "individual_digits": True})}
 
