@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 
 from minimind_ds.config.errors import UserError
@@ -66,7 +67,9 @@ def read_hosts(case: tuple[bytes, list[str]], folder: pathlib.Path) -> None:
         (folder / name).write_text(f"#!/bin/bash\n{script}\n")
         (folder / name).chmod(0o755)
     (folder / "hosts").write_bytes(content)
-    run(["bash", str(ROOT / "launch/multi_node.sh"), "hosts", "sft", *flags], folder)
+    # Without a .venv, whose programs the script would take.
+    shutil.copytree(ROOT / "launch", folder / "launch", dirs_exist_ok=True)
+    run(["bash", str(folder / "launch/multi_node.sh"), "hosts", "sft", *flags], folder)
 
 
 def draw_batch(draw: random.Random) -> dict[str, str]:

@@ -139,7 +139,7 @@ def test_the_program_recommends_a_file_and_says_why():
     tight = run("--preset", "minimind-3-moe", "--ranks", "2", "--memory", "3", "--dtype", "bf16")
     assert "recommended: ds_configs/zero2_offload.json" in tight.stdout
     wrong = run("--preset", "minimind-3", "--ranks", "0")
-    assert wrong.returncode == 2 and wrong.stderr == "error: --ranks is 0; it must be at least 1\n"
+    assert wrong.returncode == 2 and wrong.stderr == "error: --ranks is 0; it must be at least 1, at most 1,048,576\n"
 
 
 @pytest.mark.slow

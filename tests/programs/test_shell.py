@@ -31,6 +31,8 @@ def multi_node(tmp_path):
     ssh runs what it is given for the other machine's shell in a shell here; DeepSpeed's launcher notes its words.
     """
     tools, here = tmp_path / "bin", tmp_path / "here"
+    # Without a .venv, whose programs the script would take.
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
     tools.mkdir()
     here.mkdir()
     (tools / "ssh").write_text("""#!/bin/bash
@@ -47,7 +49,7 @@ def multi_node(tmp_path):
         path = tmp_path / name
         return path.read_bytes().decode().split("\0")[:-1] if path.exists() else []
 
-    def run(hosts, *flags, script=ROOT / "launch/multi_node.sh", folder=here):
+    def run(hosts, *flags, script=tmp_path / "launch/multi_node.sh", folder=here):
         (tmp_path / "hosts").write_bytes(hosts)
         env = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "NOTES": str(tmp_path), "MASTER_PORT": "29500"}
         done = subprocess.run(["bash", str(script), str(tmp_path / "hosts"), "sft", *flags], cwd=folder, env=env,
@@ -72,13 +74,13 @@ def test_a_name_that_is_no_machine_s_is_one_line_and_reaches_no_other_program(mu
     assert "line 2" in done.stderr and not ssh and not started
 
 
-def test_flags_reach_the_other_machines_as_they_were_given(multi_node):
+def test_flags_reach_the_other_machines_as_they_were_given(multi_node, tmp_path):
     from deepspeed.launcher.multinode_runner import PDSHRunner
 
     done, ssh, started = multi_node(b"node1 slots=1 # first\nnode-2.x slots=8", *HOSTILE)
     assert done.returncode == 0, done.stderr
     assert ssh.count("--") == 2 and ssh[ssh.index("--") + 1] == "node1" and "node-2.x" in ssh
-    given = started[started.index(str(ROOT / "launch/sft.py")) + 1:]
+    given = started[started.index(str(tmp_path / "launch/sft.py")) + 1:]
     # What DeepSpeed's launcher makes of them for pdsh, which joins them with blanks.
     joined = " ".join(PDSHRunner(argparse.Namespace(user_args=given, user_script=""), "").user_arguments)
     remote = subprocess.run(["bash", "-c", f"printf '%s\\0' {joined}"], capture_output=True, text=True)
