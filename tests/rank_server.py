@@ -117,6 +117,7 @@ def become(request: dict, stdio: list[int]) -> None:
     threading._shutdown()
     atexit._run_exitfuncs()
     print(end="", flush=True)
+    print(end="", file=sys.stderr, flush=True)
     os._exit(code)
 
 

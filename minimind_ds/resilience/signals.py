@@ -10,6 +10,7 @@ as a signal, too.
 
 from __future__ import annotations
 
+import abc
 import functools
 import os
 import select
@@ -57,7 +58,7 @@ class Stopped(Exception):
         return functools.partial(Stopped, **self.how), (self.step,)
 
 
-class Signals:
+class Signals(abc.ABC):
     """As a context manager it takes signals over, and looks whether the launcher of this rank has gone.
 
     A thread reads them from a pipe that Python's C handler writes to: it hears them while the main thread waits inside
@@ -108,16 +109,16 @@ class Signals:
                 above = []
                 self.lose(str(gone))
 
-    def heard(self, *_) -> None:
-        """Python's handler: the C one has written to the pipe already."""
+    def heard(self, *_) -> None:  # noqa: B027
+        """Python's handler, which has nothing to do: the C one has written to the pipe already."""
 
+    @abc.abstractmethod
     def receive(self, number: signal.Signals) -> None:
         """Called with each signal, by the thread."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def lose(self, launcher: str) -> None:
         """Called once, by the thread, when a launcher has gone."""
-        raise NotImplementedError
 
 
 class Preparing(Signals):

@@ -5,6 +5,7 @@ Tracebacks, hangs, memory without bounds, silent nonsense; of each class at leas
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import zipfile
@@ -140,6 +141,7 @@ CORPUS = {
     "an impossible date": ("run YAML", yaml("save_dir: 2001-99-99"), NO),
     "an object of Python's": ("run YAML", yaml("save_dir: !!python/object/apply:os.system [ls]"), NO),
     "an integer beyond floats": ("run YAML", yaml("learning_rate: " + "9" * 400), NO),
+    "a length of 3,000 digits": ("run YAML", yaml("max_seq_len: -" + "9" * 3000), NO),
     "an infinite rate": ("run YAML", yaml("learning_rate: .inf"), NO),
     "a batch beyond memory": ("run YAML", yaml("batch_size: 99999999999999999999"), NO),
     "a betas of 5": ("run YAML", yaml("adam_beta1: .nan"), NO),
@@ -160,6 +162,8 @@ CORPUS = {
     "a seed beyond 64 bits": ("flags", ["--seed", "9" * 30], NO),
     "half a surrogate in YAML": ("run YAML", yaml('save_dir: "\\ud800"'), NO),
     # DeepSpeed.
+    "a size that is text": ("DeepSpeed JSON",
+                            (b'{"zero_optimization": {"stage": 1, "allgather_bucket_size": "500000000"}}', 1), YES),
     **{f"DeepSpeed: {text[:60]}": ("DeepSpeed JSON", (text.encode(), 1), NO) for text in (
         '{"gradient_clipping": NaN}', '{"gradient_clipping": -1}', '{"gradient_accumulation_steps": 1e400}', "[1]",
         "{" * 400, '{"a": ' * 400,
@@ -253,6 +257,8 @@ CORPUS = {
     "checkpoint: no slices": ("checkpoint", lambda: checkpoint(optimizer={"param_slice_mappings": [{"a": 1.5}]}), NO),
     "checkpoint: no tensors": ("checkpoint", lambda: checkpoint(optimizer={"single_partition_of_fp32_groups": ["x"]}),
                                NO),
+    "checkpoint: no states": ("checkpoint", lambda: checkpoint(
+        {"files": {"state/x": {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}}}, files={"state/x": b""}), NO),
     "checkpoint: no zip": ("checkpoint", lambda: checkpoint(files={"state/mp_rank_00_model_states.pt": b"PK\3\4"}),
                            NO),
     **{f"a run's {name} is a {kind}": ("notes of a run", lambda kind=kind, name=name: notes(f"{kind} {name}"), NO)

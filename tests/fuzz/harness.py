@@ -26,7 +26,7 @@ from typing import Any
 from minimind_ds.config.errors import UserError, one_line
 
 # CPU seconds of one input after which it hangs, and seconds altogether (a pipe that nobody writes to).
-CPU_S, IDLE_S = 5.0, 20.0
+CPU_S, IDLE_S = 5.0, 60.0
 # Memory beyond what the process had: the largest that a reader may ask for because of an input of a few kB.
 MEMORY = 1 << 30
 # Characters of a message: a path, a key and a value, each cut to its limit.

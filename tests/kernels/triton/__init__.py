@@ -16,6 +16,7 @@ import sys
 from importlib import metadata
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
+WHOLE = "whole"
 # What decides what a compiler makes of a launch.
 SOURCES = [*(ROOT / "minimind_ds" / "kernels").rglob("*.py"), *(ROOT / "minimind_ds" / "bench" / "gpu").glob("*.py"),
            *(ROOT / "tests" / "kernels").glob("*.py"), *pathlib.Path(__file__).parent.glob("*.py")]
@@ -42,8 +43,8 @@ def compiled(source: str, arch: int) -> list[dict]:
 
     They are kept beside Triton's own cache, for other test files and runs, as long as no source changes.
     """
-    key = hashlib.sha256(f"{source} {arch} {sys.version} {metadata.version('torch')} {metadata.version('triton')}"
-                         .encode())
+    versions = [sys.version, *map(metadata.version, ("torch", "triton", "deepspeed"))]
+    key = hashlib.sha256(f"{source} {arch} {versions}".encode())
     for path in sorted(SOURCES):
         key.update(path.read_bytes())
     folder = pathlib.Path(os.environ.get("TRITON_CACHE_DIR") or pathlib.Path.home() / ".triton" / "cache")
@@ -53,11 +54,14 @@ def compiled(source: str, arch: int) -> list[dict]:
         # Whoever else needs it waits.
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
-        if not (text := file.read()):
+        if not (text := file.read()).endswith(WHOLE):
             command = [sys.executable, "-m", "tests.kernels.triton.aot", f"tests.kernels.{source}", str(arch)]
             done = subprocess.run(command, cwd=ROOT, env={**environment(interpret=False), "DS_ACCELERATOR": "cpu"},
                                   capture_output=True, text=True, timeout=1800)
             assert done.returncode == 0, done.stderr[-4000:]
             text = "\n".join(line for line in done.stdout.splitlines() if line.startswith("{"))
+            # The last word says that it is whole.
+            text = f"{text}\n{WHOLE}"
+            file.truncate(0)
             file.write(text)
-    return [json.loads(line) for line in text.splitlines()]
+    return [json.loads(line) for line in text.splitlines()[:-1]]
