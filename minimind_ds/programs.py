@@ -12,13 +12,10 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import pathlib
-import shutil
-import signal
 import sys
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from minimind_ds import __version__, installed  # noqa: F401
 from minimind_ds.config import program_flags, run, run_flags, spellings
@@ -205,20 +202,14 @@ def launcher_flags(words: list[str]) -> tuple[list[str], list[str]]:
             for word in (f"--{name}", str(value))], rest
 
 
-def launch(name: str, asked: list[str], words: list[str]) -> int:
-    """Becomes DeepSpeed's launcher, with a DeepSpeed file where the flags name none; returns only where it cannot."""
-    launcher = pathlib.Path(sys.executable).with_name("deepspeed")
-    found = str(launcher) if launcher.exists() else shutil.which("deepspeed")
-    if found is None:
-        print("error: no deepspeed on PATH: install this package with its dependencies", file=sys.stderr)
-        return 2
+def launch(name: str, asked: list[str], words: list[str]) -> NoReturn:
+    """Becomes DeepSpeed's launcher, with a DeepSpeed file where the flags name none."""
     said = ""
     if name in run_flags.PROGRAMS and not {"--deepspeed", "--config"} & {word.partition("=")[0] for word in words}:
         words, said = ["--deepspeed", "zero1", *words], ", with ds_configs/zero1.json (--deepspeed names another)"
     # ninja of this environment first, for what DeepSpeed compiles.
-    os.environ["PATH"] = os.pathsep.join([str(launcher.parent), os.environ.get("PATH", os.defpath)])
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
     print(f"{name}: starting DeepSpeed's launcher{said} …", file=sys.stderr, flush=True)
-    # Ctrl-C is the ranks' to hear, who write a checkpoint, and it waits for them; it would leave with a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Its lines about processes it starts would hide ours; what goes wrong it still says.
-    os.execv(found, [found, "--log_level", "warning", *asked, str(LAUNCH / f"{name}.py"), *words])
+    os.execv(sys.executable, [sys.executable, "-m", "minimind_ds.distributed.launcher", "--log_level", "warning",
+                              *asked, str(LAUNCH / f"{name}.py"), *words])

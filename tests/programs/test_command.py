@@ -97,7 +97,8 @@ finally:
     assert done.returncode == 0, done.stderr
     file = "tokenize_data" if name == "tokenize" else name
     first = (ROOT / "launch" / f"{file}.py").read_text().splitlines()[0].removeprefix('"""')
-    assert " ".join(first.split()) in " ".join(done.stdout.split()) and done.stdout.endswith("False False x\n"), done.stdout
+    assert done.stdout.endswith("False False x\n"), done.stdout
+    assert " ".join(first.split()) in " ".join(done.stdout.split()), done.stdout
     assert all(len(line) <= 80 for line in done.stdout.splitlines()), done.stdout
 
 
