@@ -120,8 +120,10 @@ def settings_of(args: argparse.Namespace, weight: Source, pretrained: bool) -> t
     """What the flags say, else the run.yaml beside the weights, else the training's defaults; and a note of these."""
     folder = weight.path.parent.parent if isinstance(weight, InMemory) else Path(weight)
     folder = folder if folder.is_dir() else folder.parent
-    # The best weights lie in a folder of their run's.
-    beside, found = (folder.parent if folder.name == BEST else folder) / "run.yaml", {}
+    beside, found = folder / "run.yaml", {}
+    if folder.name == BEST and not beside.exists():
+        # A run's best weights lie in a folder of it.
+        beside = folder.parent / "run.yaml"
     if beside.is_file():
         values, _ = read_yaml(str(beside))
         found = {name: values[name] for name in OF_RUN if name in values}
