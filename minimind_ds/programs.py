@@ -105,13 +105,16 @@ def run_program(name: str, argv: list[str]) -> int:
     return importlib.import_module(f"minimind_ds.{program.module}").main(*program.arguments, argv, **more)
 
 
-def check_flags(name: str, argv: list[str]) -> None:
-    """Ends with code 2 where the command line has a mistake that can be told without torch; --help ends here, too."""
+def check_flags(name: str, argv: list[str], *, here: bool = True) -> None:
+    """Ends with code 2 where the command line has a mistake that can be told without torch; --help ends here, too.
+
+    here: whether the program runs on this machine, where its data must be then.
+    """
     program = PROGRAMS[name]
     try:
         if program.trains:
             config = run.parse_run_config(argv, name, run_flags.PROGRAMS[name])
-            for paths in filter(None, (config.data_path, config.eval_path)):
+            for paths in filter(None, (config.data_path, config.eval_path) if here else ()):
                 files.expand(paths)
             return
         _, rest = program.flags().parse_known_args(argv)
@@ -172,7 +175,7 @@ def command(argv: list[str] | None = None) -> int:
     if when == NEVER or is_rank():
         return start(name, words)
     asked, rest = launcher_flags(words)
-    check_flags(name, rest)
+    check_flags(name, rest, here="--hostfile" not in asked)
     return launch(name, asked, rest) if asked or when == ALWAYS else start(name, rest)
 
 
