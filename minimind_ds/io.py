@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -19,8 +20,16 @@ def fsync(path: str | Path) -> None:
 
 
 def write_file(path: str | Path, content: str | bytes | memoryview) -> None:
-    """Write or replace a file in one step that survives a power cut; text as UTF-8.  Raises OSError."""
+    """Write or replace a file in one step that survives a power cut; text as UTF-8.
+
+    Raises:
+        OSError: as of the file system, and for a folder or device of that name, which is left as it is.
+    """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not path.is_symlink() and (path.is_char_device() or path.is_block_device()):
+        raise FileExistsError(errno.EEXIST, "it is a device", str(path))
     aside = path.with_name(f"{path.name}.aside")
     try:
         aside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)

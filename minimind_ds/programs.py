@@ -17,13 +17,18 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple, NoReturn
 
-from minimind_ds import __version__, installed  # noqa: F401
-from minimind_ds.config import program_flags, run, run_flags, spellings
 from minimind_ds.config.errors import UserError, first_line, one_line, report_bugs
-from minimind_ds.config.spellings import OneLineParser, instead
-from minimind_ds.data import files
-from minimind_ds.paths import LAUNCH, ROOT
-from minimind_ds.resilience.signals import Preparing
+
+# Before the first import of another's package, which may not be installed.
+report_bugs()
+
+from minimind_ds import __version__  # noqa: E402
+from minimind_ds.config import program_flags, run, run_flags, spellings  # noqa: E402
+from minimind_ds.config.spellings import OneLineParser, instead  # noqa: E402
+from minimind_ds.data import files  # noqa: E402
+from minimind_ds.paths import LAUNCH, ROOT  # noqa: E402
+from minimind_ds.resilience.signals import Preparing  # noqa: E402
+from minimind_ds.terminal import hold_streams  # noqa: E402
 
 # What the command starts without a flag that asks for ranks, with one, and never.
 ALWAYS, ASKED, NEVER = range(3)
@@ -86,7 +91,7 @@ PROGRAMS = {
 
 def start(name: str, argv: list[str]) -> int:
     """Runs a program in this process: --help and mistakes in flags first, what takes seconds to load after them."""
-    report_bugs()
+    hold_streams(lasting=PROGRAMS[name].trains)
     with Preparing():
         return run_program(name, argv)
 
@@ -101,6 +106,11 @@ def run_program(name: str, argv: list[str]) -> int:
     if rank() == "0" and (program.launcher != NEVER or sys.stderr.isatty()):
         print(f"{name}: loading PyTorch{' and DeepSpeed' if program.launcher != NEVER else ''} …", file=sys.stderr,
               flush=True)
+    try:
+        importlib.import_module("torch")
+    except ValueError as error:
+        # Of a variable that it reads, as TORCH_LOGS.
+        raise UserError(f"PyTorch cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     more = {"at_end": write_report} if program.trains else {}
     return importlib.import_module(f"minimind_ds.{program.module}").main(*program.arguments, argv, **more)
 
@@ -155,7 +165,6 @@ def is_rank() -> bool:
 
 def command(argv: list[str] | None = None) -> int:
     """minimind-ds.  Returns the exit code."""
-    report_bugs()
     name, *words = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(usage())

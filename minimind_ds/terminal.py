@@ -9,10 +9,55 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import sys
 import textwrap
 from collections.abc import Iterable
+from typing import TextIO
 
 LEAST = 40
+
+
+class Lasting:
+    """A text stream that outlives its reader: where it cannot be written to any more, what follows goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            return self.stream.write(text)
+        except OSError:
+            self.lose()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError:
+            self.lose()
+
+    def lose(self) -> None:
+        """What the stream still holds is then written without an error, too, and so is what libraries write."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def hold_streams(lasting: bool) -> None:
+    """Closed standard streams are opened to nowhere: files opened later would get their numbers, and what libraries
+    print.
+
+    lasting: nothing that happens to an output ends the program; else to stderr only.
+    """
+    while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(nowhere, True)
+    os.close(nowhere)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name) or open(number, "w", encoding="utf-8", closefd=False)
+        setattr(sys, name, Lasting(stream) if lasting or name == "stderr" else stream)
 
 
 def width() -> int:
@@ -33,9 +78,10 @@ def coloured(stream) -> bool:
 
 
 def shorter(path: str) -> str:
-    """A path as seen from the folder one works in, where it lies in that."""
+    """A path as seen from the folder one works in, where it lies in that; nothing in its name moves the cursor."""
     inside = pathlib.Path(path).is_relative_to(pathlib.Path.cwd())
-    return os.path.relpath(path) if inside else str(path)
+    text = os.path.relpath(path) if inside else str(path)
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def count(n: int, what: str, many: str = "") -> str:

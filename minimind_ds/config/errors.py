@@ -1,16 +1,24 @@
-"""A user's mistake is one line and exit code 2; anything else is a bug of ours, and its traceback asks for a report.
+"""A user's mistake is one line and exit code 2, a full disk one and 1; anything else is a bug of ours, and its
+traceback asks for a report.
 
     report_bugs()
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
 import sys
 import traceback
 
 REPORT = ("This is a bug in minimind_ds, not your mistake: please report it with the lines above, the command "
           "and the versions of torch and deepspeed.")
+# What is wrong with a path that a user named, and with a disk.
+OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|unable to allocate|memoryerror|bad_alloc", re.IGNORECASE)
 # Characters of an error's line.
 MOST_SAID = 2000
 
@@ -38,13 +46,33 @@ def report_bugs() -> None:
 
 def show_bug(kind, error, trace) -> None:
     if issubclass(kind, UserError):
-        print(one_line(error), file=sys.stderr, flush=True)
-        sys.stdout.flush()
         # The interpreter itself would end with 1.
-        os._exit(2)
+        end(one_line(error), 2)
+    if issubclass(kind, BrokenPipeError):
+        # Whoever read the output has enough, as head; a shell calls that 128 + SIGPIPE.
+        os._exit(141)
+    if issubclass(kind, OSError) and (error.errno in FULL or error.errno in OF_PATHS and error.filename):
+        # Whoever named the path, or cares for the disk, can put it right.
+        name = str(error.filename or "writing")[-300:]
+        end(one_line(f"{name}: {error.strerror}"), 1 if error.errno in FULL else 2)
+    if issubclass(kind, MemoryError) or issubclass(kind, RuntimeError) and NO_MEMORY.search(str(error)):
+        end(one_line(f"out of memory: {first_line(error)}; lower --batch_size or --pack_len (launch/plan.py)"), 1)
+    if issubclass(kind, ModuleNotFoundError) and error.name and not error.name.startswith("minimind_ds"):
+        end(one_line(f"{sys.executable} has no {error.name}: activate the environment that has (source "
+                     ".venv/bin/activate; bash launch/setup_env.sh makes it)"), 2)
     if issubclass(kind, KeyboardInterrupt):
         # The interpreter then ends as by the signal: 130 to a shell.
         print("interrupted (Ctrl-C)", file=sys.stderr, flush=True)
         return
     traceback.print_exception(kind, error, trace)
     print(REPORT, file=sys.stderr, flush=True)
+
+
+def end(line: str, code: int) -> None:
+    """Does not return.  Once ranks have met, torch keeps what is printed to sys.stderr here for a later that there is
+    not."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode("utf-8", "backslashreplace"))
+    os._exit(code)

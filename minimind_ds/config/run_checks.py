@@ -7,11 +7,18 @@ from __future__ import annotations
 
 from minimind_ds.config.errors import UserError
 
+# Of a micro-batch: their logits alone would take more than a terabyte.
+MOST_TOKENS = 2**26
+
 
 def check(run) -> None:
     """Raises UserError for the first flag of a RunConfig that its others leave without a meaning."""
     check_lora(run)
     check_schedule(run)
+    if run.batch_size * run.row_len > MOST_TOKENS:
+        raise UserError(f"{run.place('batch_size')} is {run.batch_size}, of rows of {run.row_len} tokens: no device "
+                        f"holds more than {MOST_TOKENS:,} tokens at once; lower it, or "
+                        f"{run.place('pack_len' if run.packing else 'max_seq_len')}")
     if not run.eval_path and not run.eval_fraction:
         without(run, {"keep_best": False, "patience": 0},
                 "and nothing is held out to evaluate: name --eval_path or --eval_fraction")

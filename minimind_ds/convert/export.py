@@ -23,15 +23,20 @@ from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.program_flags import SAMPLING
+from minimind_ds.config.untrusted import shown, shown_path
 from minimind_ds.convert import huggingface, minimind, weight_files
 from minimind_ds.convert.vocabulary import KEY, Vocabulary, recorded
 from minimind_ds.convert.weight_files import InMemory, Source
-from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
+from minimind_ds.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from minimind_ds.io import write_file
 from minimind_ds.model import lora as adapters
 
 # What makes a folder that of a run, which an export must not take the place of.
 OF_RUNS = ("checkpoints", "metrics.jsonl", "run.yaml")
+KEPT_BY_RUNS = ("checkpoints", "best", "tokenizer")
+# All that the exported folders of any release hold.
+OF_EXPORTS = {"config.json", "generation_config.json", "model.safetensors", "adapter_config.json",
+              "adapter_model.safetensors", *TOKENIZER_FILES}
 
 
 def load(weight: Source, preset: str | None = None, lora: Source | None = None, *,
@@ -159,7 +164,8 @@ def new_folder(out: Path, overwrite: bool) -> Iterator[Path]:
         for file in folder.iterdir():
             file.chmod(folder.stat().st_mode & 0o666)
         if out.exists():
-            shutil.rmtree(out)
+            # Behind a link is another's folder; without one, check_free has seen what it holds.
+            out.unlink() if out.is_symlink() else shutil.rmtree(out)
         os.replace(folder, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -215,23 +221,48 @@ def export_minimind_lora(lora: Source, out: str | Path, *, dtype: torch.dtype, o
 
 
 def write_pth(out: Path, named: dict[str, Tensor], overwrite: bool):
-    check_free(out, overwrite)
+    check_free(out, overwrite, (".pth", ".pt", ".bin"))
     content = io.BytesIO()
     torch.save(named, content)
     write_file(out, content.getbuffer())
 
 
-def check_free(out: Path, overwrite: bool):
-    if out.is_dir() and any((out / name).exists() for name in OF_RUNS):
-        raise UserError(f"{out} is a run folder, with its checkpoints and metrics: export into another")
+def check_free(out: Path, overwrite: bool, endings: tuple[str, ...] = ()):
+    """Raises ValueError unless `out` may be written: nothing but an earlier export is ever replaced.
+
+    endings: of the file that is written; none: it is a folder.
+    """
+    name = shown_path(out)
+    check_no_run(out, name)
+    if not out.exists():
+        pass
+    elif endings:
+        if not out.is_file() or out.suffix not in endings:
+            raise UserError(f"{name} exists and is no {' or '.join(endings)} file: name another --out")
+    elif not out.is_dir():
+        raise UserError(f"{name} is a file, and a folder is written: name another --out")
+    elif others := sorted({entry.name for entry in out.iterdir()} - OF_EXPORTS):
+        raise UserError(f"{name} holds what no export writes, {shown(others[0])}: it is not replaced; name another "
+                        "--out")
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} exists already (replace it with --overwrite)")
+        raise UserError(f"{name} exists already (replace it with --overwrite)")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error}") from None
     if not os.access(out.parent, os.W_OK):
         raise UserError(f"{out}: {out.parent} is not writable")
+
+
+def check_no_run(out: Path, name: str):
+    """Raises ValueError for a run's folder, and for what a run keeps in it."""
+    place = out.resolve()
+    if place.is_dir() and any((place / of_run).exists() for of_run in OF_RUNS):
+        raise UserError(f"{name} is a run folder, with its checkpoints and metrics: export into another")
+    for folder in place.parents:
+        inside = place.relative_to(folder).parts[0]
+        if any((folder / of_run).exists() for of_run in OF_RUNS) and inside in KEPT_BY_RUNS:
+            raise UserError(f"{name} is a run's own, of {shown_path(folder)}: export into another")
 
 
 def write_json(path: Path, value: dict):

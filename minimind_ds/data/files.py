@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import itertools
 import os
 import stat
 from collections import Counter
@@ -22,6 +23,7 @@ from minimind_ds.data.json_text import DataError
 DATA_ENDINGS = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow", ".gz")
 # A folder of datasets.save_to_disk is one data set; one of several splits is refused where it is read.
 ONE_SET = ("state.json", "dataset_dict.json")
+MOST_MATCHES = 100_000
 KINDS_OF_FILE = {stat.S_ISFIFO: "a named pipe", stat.S_ISSOCK: "a socket", stat.S_ISCHR: "a device",
                  stat.S_ISBLK: "a device"}
 
@@ -64,7 +66,11 @@ def find(path: str) -> list[Path]:
         raise DataError("a data path is empty: is a variable not set?")
     mode = mode_of(Path(path))
     if mode is None and glob.has_magic(path):
-        found = [file for match in sorted(glob.glob(path, recursive=True)) for file in in_folder(Path(match))]
+        # A pattern may match a whole disk.
+        matches = list(itertools.islice(glob.iglob(path, recursive=True), MOST_MATCHES + 1))
+        if len(matches) > MOST_MATCHES:
+            raise DataError(f"{untrusted.shown_path(path)} matches more than {MOST_MATCHES:,} files")
+        found = [file for match in sorted(matches) for file in in_folder(Path(match))]
         if not found:
             hint = "; in a pattern, [[] stands for [" * ("[" in path)
             raise DataError(f"{untrusted.shown_path(path)} matches no file{hint}")

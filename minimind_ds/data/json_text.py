@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections import Counter
@@ -30,6 +31,9 @@ def decode_line(line: bytes) -> Any:
     try:
         return parse(line.decode("utf-8"), "the line")
     except UserError as err:
+        if line.startswith(codecs.BOM_UTF8):
+            raise UserError("the line begins with a byte order mark, as of a file put behind another: "
+                            r"sed 's/^\xef\xbb\xbf//' OLD > NEW takes it out") from None
         plain = line.lstrip()[:1] not in (b"{", b"[", b'"')
         raise UserError(f"{err}" + '; lines are JSON objects, plain text is {"text": "..."}' * plain) from None
     except UnicodeDecodeError as err:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 
@@ -20,6 +21,8 @@ def main(argv: list[str]) -> int:
     """The whole of launch/train_tokenizer.py.  Returns the exit code."""
     args = program_flags.train_tokenizer().parse_args(argv)
     try:
+        if os.path.isfile(args.out) and not args.out.endswith(".model"):
+            raise UserError(f"--out {args.out} exists and is no .model file: name another")
         counts: dict[str, int] = {}
         tok = train_tokenizer(texts(args.data_path, args.on_bad_record, counts), vocab_size=args.vocab_size,
                               out=args.out)

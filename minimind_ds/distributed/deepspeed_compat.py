@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from minimind_ds.config.errors import UserError, first_line
+from minimind_ds.config.untrusted import shown
 from minimind_ds.distributed.torch_compat import Workaround
 from minimind_ds.distributed.world import current_device
 
@@ -73,9 +74,16 @@ WORKAROUNDS = {
 
 
 def choose_accelerator(device: torch.device) -> None:
-    """Before deepspeed is imported: it would look for a GPU by itself, and not find every CPU."""
+    """Before deepspeed is imported: it would look for a GPU by itself, and not find every CPU.
+
+    Raises:
+        UserError: DS_ACCELERATOR names another device than the one that is trained on.
+    """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    said = os.environ.get("DS_ACCELERATOR", device.type)
+    if said != device.type:
+        raise UserError(f"the environment says DS_ACCELERATOR={shown(said)}, and this is {device.type}: unset it")
 
 
 def start_no_programs(deepspeed) -> None:

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 
 from minimind_ds.config.errors import UserError
+from minimind_ds.config.untrusted import shown
 
+HOST = re.compile(r"[A-Za-z0-9_:][A-Za-z0-9_.:%-]{0,254}")
 # Our names -> those of what starts ranks without a launcher in between: srun, Open MPI, MPICH and Intel MPI.
 SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 MPI = ({"RANK": "OMPI_COMM_WORLD_RANK", "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
@@ -66,7 +68,11 @@ def read_world() -> World:
     # A batch system may show each process its own GPU only, which is then number 0.
     device = (torch.device("cuda", local_rank % torch.cuda.device_count()) if torch.cuda.is_available()
               else torch.device("cpu"))
-    return World(rank, size, local_rank, local_size, device, env.get("MASTER_ADDR", "127.0.0.1"),
+    address = env.get("MASTER_ADDR", "127.0.0.1")
+    if not HOST.fullmatch(address):
+        raise UserError(f"the environment says MASTER_ADDR={shown(address)}, which is no host's name or address: "
+                        "unset it, or name rank 0's")
+    return World(rank, size, local_rank, local_size, device, address,
                  whole(env, "MASTER_PORT", 0, most=65535) or None)
 
 

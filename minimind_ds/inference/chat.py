@@ -149,9 +149,10 @@ def usable(device: str) -> torch.device:
     """A device that this machine has.  Raises ValueError for any other."""
     try:
         target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {device}: {first_line(error)}") from None
+        # A tensor on meta holds nothing.
+        torch.ones(1, device=target).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {device[:40]}: {first_line(error)}") from None
     return target
 
 

@@ -77,6 +77,14 @@ def main(argv: list[str]) -> int:
 
 
 def check_out(path: Path | None) -> None:
+    """Raises UserError for a file that cannot be written, or that is no result of an evaluation."""
+    if path is not None and path.exists() and not path.is_dir():
+        try:
+            earlier = untrusted.read_json(path)
+        except UserError:
+            earlier = {}
+        if "weight" not in earlier:
+            raise UserError(f"--out {untrusted.shown_path(path)} exists and is no evaluation's result: name another")
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise UserError(f"--out {path}: " + ("is a folder" if path.is_dir() else f"there is no folder {path.parent}"))
 

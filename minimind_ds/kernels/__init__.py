@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minimind_ds.config.errors import UserError
+from minimind_ds.config.untrusted import shown
 
 from . import compiled, deepspeed_ops, reference, sdpa, triton
 from .needs import NOTHING, KernelRequirements
@@ -57,19 +58,22 @@ def parse(spec: str) -> dict[str, str]:
         ValueError: an operation or a backend that does not exist.
     """
     keys = (*OPS, "activations")
-    asked = dict.fromkeys(keys, "auto")
+    asked, given = dict.fromkeys(keys, "auto"), set()
     for part in spec.split(","):
         key, named, name = (word.strip() for word in part.partition("="))
         if not named:
             asked.update({op: key for op in OPS if op not in lacks(key)})
         elif key not in keys:
-            raise UserError(f"kernels {spec!r}: no operation {key!r}; there are {', '.join(keys)}")
+            raise UserError(f"kernels {shown(spec)}: no operation {shown(key)}; there are {', '.join(keys)}")
+        elif asked[key] not in ("auto", name) and key in given:
+            raise UserError(f"kernels {shown(spec)}: {key} is {shown(asked[key])} and {shown(name)}: give it once")
         else:
             asked[key] = name
+            given.add(key)
     for key, name in asked.items():
         names = ACTIVATIONS if key == "activations" else ("auto", *BACKENDS)
         if name not in names:
-            raise UserError(f"kernels {spec!r}: no {key} {name!r}; there are {', '.join(names)}")
+            raise UserError(f"kernels {shown(spec)}: no {key} {shown(name)}; there are {', '.join(names)}")
     return asked
 
 

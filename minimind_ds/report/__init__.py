@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import sys
 
@@ -23,12 +24,23 @@ def main(argv: list[str]) -> int:
     options = program_flags.report().parse_args(argv)
     out = options.out or (options.runs[0] if len(options.runs) == 1 else pathlib.Path()) / REPORT
     try:
+        if len(options.runs) > page.MOST_RUNS:
+            raise UserError(f"{len(options.runs)} runs; a report holds at most {page.MOST_RUNS} beside each other")
+        check_out(out)
         write(out, [of_folder(folder) for folder in options.runs])
     except UserError as error:
         print(one_line(error), file=sys.stderr)
         return 2
     print(f"report: {out}")
     return 0
+
+
+def check_out(out: pathlib.Path) -> None:
+    """Raises UserError where something else than a report would be replaced."""
+    if os.path.isfile(out):
+        with untrusted.open_file(out, untrusted.MOST_OF_LINES) as file:
+            if not file.read(len(page.FIRST)).startswith(page.FIRST):
+                raise UserError(f"{untrusted.shown_path(out)} exists and is no report: name another --out")
 
 
 def of_folder(folder: pathlib.Path) -> Shown:

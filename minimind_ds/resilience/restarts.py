@@ -106,7 +106,7 @@ def begin(folder: pathlib.Path, step: int) -> list[str]:
     report("training")
     if "SLURM_JOB_ID" not in os.environ:
         return []
-    return [f"SLURM job {job_id()}, restarted {automatic_restarts()} times"
+    return [f"SLURM job {(job_id() or '')[:40]}, restarted {automatic_restarts()} times"
             + (f", failed {len(failures)} times" if failures else "")]
 
 

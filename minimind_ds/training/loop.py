@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from minimind_ds import __version__, checkpoint, terminal
 from minimind_ds.checkpoint.async_save import SaveFailed
-from minimind_ds.config.errors import UserError, first_line, one_line
+from minimind_ds.config.errors import FULL, UserError, first_line, one_line
 from minimind_ds.data import loader
 from minimind_ds.data.conversation import DataError
 from minimind_ds.distributed import engine
@@ -52,7 +52,7 @@ from minimind_ds.training.step import Position, evaluate, fetch, train_step
 from minimind_ds.training.summary import ending, summary
 
 # What a disk says that is full, failing or gone.
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE)
+DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def main(program: str, argv: list[str], at_end: Callable[[PreparedRun], None] | None = None) -> int:

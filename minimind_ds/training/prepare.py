@@ -25,6 +25,7 @@ from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import RunConfig, parse_run_config
 from minimind_ds.config.run_flags import KINDS, PROGRAMS
+from minimind_ds.config.untrusted import shown_path
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.data import loader, sources
 from minimind_ds.data.conversation import notes as data_notes
@@ -46,7 +47,9 @@ from minimind_ds.training import disk, lr_schedule, starting_weights
 
 # What a run writes into its folder, besides weights and checkpoints.
 OWN_FILES = ("metrics.jsonl", "attempts.json", "DONE", "run.yaml", "ds_config.json", "last.json", "best.json",
-             "wandb_id", ".lock")
+             "wandb_id", ".lock", "checkpoints/latest")
+# Likewise, and no run ends for want of them.
+OWN_NOTES = ("run.log", "starts.json", "report.html")
 
 
 class EvalSet(NamedTuple):
@@ -150,6 +153,7 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
     if (final := weights_path(run, model_config, lora)).exists() and not final.is_file():
         raise UserError(f"{final} is no file, and the run's weights go there in the end: move it, or name another "
                         "--save_weight")
+    check_inputs(run, final)
     stores, held_out, of_data = read_data(program, run, tokenizer, progress=world.rank == 0)
     notes += of_data
     # The JSON may own the batch sizes that the plan depends on; a scheduler's "auto" needs the plan's steps.
@@ -288,12 +292,35 @@ def check_nvme(where: str, block: dict) -> None:
                          "it, or offload to \"cpu\"")
 
 
+def check_inputs(run: RunConfig, final: pathlib.Path) -> None:
+    """Raises UserError where the run would write over what it reads, or read what it writes at its next start."""
+    folder = os.path.realpath(run.save_dir)
+    own = {os.path.join(folder, name) for name in (*OWN_FILES, *OWN_NOTES, final.name)}
+    given = [entry for paths in (run.data_path, run.eval_path) if paths
+             for entry in (paths if isinstance(paths, list) else [paths])]
+    given = [entry["path"] if isinstance(entry, dict) else entry for entry in given]
+    for path in given:
+        place = os.path.realpath(path)
+        for inside, flag in ((folder, "save_dir"), (os.path.realpath(run.cache_dir), "cache_dir")):
+            if os.path.isdir(place) and pathlib.Path(inside).is_relative_to(place):
+                raise UserError(f"{run.place(flag)} {inside} lies in the data folder {shown_path(path)}, and would be "
+                                "read as data at the next start: name another")
+    for path in (*(str(source.path) for entry in given for source in expand(entry)), run.from_weight):
+        if os.path.realpath(path) in own and os.path.isfile(path):
+            raise UserError(f"{shown_path(path)} is a file that the run itself writes: it would be lost; move it, or "
+                            "name another --save_dir")
+
+
 def check_writable(folder: pathlib.Path) -> None:
     """Raises ValueError unless files can be made in the folder; makes it if need be."""
     for path in (folder / name for name in OWN_FILES):
         if path.is_dir():
             raise UserError(f"{path} is a folder, and the run writes a file of that name: move it, or name another "
                             "--save_dir")
+    for name, usual in (("tokenizer", os.path.isdir), ("run.log", os.path.isfile)):
+        # Through a link another's files would be written to.
+        if os.path.lexists(path := folder / name) and (path.is_symlink() or not usual(path)):
+            raise UserError(f"{path} is not what runs write there: move it, or name another --save_dir")
     try:
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -288,10 +289,37 @@ def test_a_small_file_that_unpacks_to_much_and_one_of_odd_names_are_refused(tmp_
             weight_files.read_state(tmp_path / f"{name}.pth")
 
 
-def test_an_export_never_takes_the_place_of_a_run(tmp_path):
+@pytest.mark.parametrize("out, to, said", [
+    ("run", "hf", "is a run folder, with its checkpoints and metrics"),
+    ("run/checkpoints/step_00000002", "hf", "is a run's own"), ("run/tokenizer", "hf", "is a run's own"),
+    ("run/checkpoints/new", "hf", "is a run's own"), ("run/best/a.pth", "minimind", "is a run's own"),
+    ("run/sft_32.safetensors", "minimind", "exists and is no .pth"), ("run/sft_32.safetensors", "hf", "is a file"),
+    (".", "hf", "holds what no export writes, 'photos'"), ("photos", "hf", "holds what no export writes, 'cat.png'"),
+    ("photos", "minimind", "exists and is no .pth"), ("/dev/null", "minimind", "exists and is no .pth")])
+def test_nothing_but_an_earlier_export_is_replaced(tmp_path, out, to, said):
     config = CONFIGS["minimind-3"]
     run = tmp_path / "run"
-    (run / "checkpoints").mkdir(parents=True)
-    with pytest.raises(ValueError, match="is a run folder, with its checkpoints and metrics: export into another"):
-        export.export_hf(state_of(config), config, load_tokenizer(), run, dtype=torch.float32, overwrite=True)
-    assert (run / "checkpoints").is_dir()
+    for folder in (run / "checkpoints" / "step_00000002", run / "tokenizer", run / "best", tmp_path / "photos"):
+        folder.mkdir(parents=True)
+    for file in (run / "checkpoints" / "step_00000002" / "manifest.json", run / "tokenizer" / "tokenizer.json",
+                 tmp_path / "photos" / "cat.png"):
+        file.write_text("precious")
+    weight_files.save_safetensors(run / "sft_32.safetensors", state_of(config), config)
+    load_tokenizer().save(tmp_path / "photos" / "tokenizer")
+    model = tmp_path / "photos" / "tokenizer"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=re.escape(said)):
+        export.run(run / "sft_32.safetensors", to, tmp_path / out, dtype=None, preset=None,
+                   tokenizer=str(model), overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_export_is_replaced_where_it_is_told_to_and_behind_a_link_not(tmp_path):
+    config = CONFIGS["minimind-3"]
+    give = dict(dtype=torch.float32, overwrite=True)
+    for out in ("hf", "hf", "run/hf"):
+        export.export_hf(state_of(config), config, load_tokenizer(), tmp_path / out, **give)
+    (tmp_path / "link").symlink_to(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text("mine")
+    export.export_hf(state_of(config), config, load_tokenizer(), tmp_path / "link", **give)
+    assert (tmp_path / "hf" / "config.json").read_text() == "mine" and not (tmp_path / "link").is_symlink()

@@ -13,6 +13,7 @@ import pytest
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import of_paths, parse_run_config
+from minimind_ds.data import files
 from minimind_ds.data.conversation import DataError
 from minimind_ds.data.files import expand, short_names
 from minimind_ds.data.loader import epoch_plan, load_micro_batch
@@ -257,3 +258,12 @@ def test_what_is_cut_of_conversations_is_counted_and_the_length_that_keeps_all_i
     assert what_is_lost(whole.stats, 1000, "conversations") == ""
     with pytest.raises(UserError, match="cannot be 'split' where there are conversations"):
         open_or_build(path, tok, max_seq_len=50, policy="split", **common)
+
+
+def test_a_pattern_that_matches_a_whole_disk_is_refused(tmp_path, monkeypatch):
+    for number in range(4):
+        (tmp_path / f"{number}.jsonl").write_text("{}")
+    monkeypatch.setattr(files, "MOST_MATCHES", 3)
+    with pytest.raises(DataError, match="matches more than 3 files"):
+        expand(f"{tmp_path}/*")
+    assert len(expand(f"{tmp_path}/[0-2].jsonl")) == 3

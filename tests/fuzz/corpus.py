@@ -121,6 +121,7 @@ CORPUS = {
     "deep JSON on a line": ("lines", (b'{"text": ' + b"[" * 100_000, "text", "stop"), NO),
     "thousands of digits": ("lines", (b'{"text": ' + b"9" * 5000 + b"}", "text", "stop"), NO),
     "a lone surrogate": ("lines", (b'{"text": "\\ud800"}', "text", "stop"), NO),
+    "a byte order mark in the middle": ("lines", (GOOD + b"\n\xef\xbb\xbf" + GOOD, "conversations", "stop"), NO),
     "a number beyond floats": ("lines", (b'{"text": "a", "n": 1e999}', "text", "stop"), NO),
     "UTF-16": ("lines", (GOOD.decode().encode("utf-16"), "conversations", "skip"), NO),
     "a key twice": ("lines", (b'{"text": "a", "text": "b"}', "text", "stop"), NO),
@@ -159,6 +160,7 @@ CORPUS = {
     "a value of 3,000 characters": ("flags", ["--num_workers", "x" * 3000], NO),
     "a temperature that divides to infinity": ("flags of the other programs", ("chat", ["--temperature", "1e-320"]),
                                                NO),
+    "a row beyond memory": ("flags", ["--pack_len", "1000000000"], NO),
     "a seed beyond 64 bits": ("flags", ["--seed", "9" * 30], NO),
     "half a surrogate in YAML": ("run YAML", yaml('save_dir: "\\ud800"'), NO),
     # DeepSpeed.
@@ -185,6 +187,7 @@ CORPUS = {
     "a key that is a number": ("model configuration", ("ours", {**OURS, 5: 1}), NO),
     "a model as it is": ("model configuration", ("ours", OURS), YES),
     # Environment.
+    "a machine of two lines": ("environment", {"MASTER_ADDR": "a b\nc"}, NO),
     "RANK=x": ("environment", {"RANK": "x"}, NO),
     "a restart count that is none": ("environment", {"SLURM_RESTART_COUNT": "-inf"}, NO),
     "an interface at length": ("environment", {"GLOO_SOCKET_IFNAME": "1" * 5000}, NO),

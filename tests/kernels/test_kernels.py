@@ -183,6 +183,8 @@ def test_a_bare_name_leaves_to_auto_what_the_backend_has_no_code_for_and_says_so
     assert "attention, moe, router = sdpa (auto: only the elementwise operations are compiled)" in choice.reason
     assert kernels.parse("reference, moe=sdpa,activations=native") == {
         **dict.fromkeys(kernels.OPS, "reference"), "moe": "sdpa", "activations": "native"}
+    with pytest.raises(ValueError, match="attention is 'reference' and 'sdpa': give it once"):
+        kernels.parse("attention=reference,attention=sdpa")
     asked = kernels.parse("deepspeed")
     assert asked["moe"] == "deepspeed" and {asked[op] for op in kernels.OPS if op != "moe"} == {"auto"}
     with pytest.raises(ValueError, match="moe = deepspeed cannot run here"):

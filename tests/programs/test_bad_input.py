@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.training import loop
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -136,6 +137,60 @@ def test_a_run_folder_that_cannot_be_written(sft, tmp_path):
     (tmp_path / "file").write_text("in the way")
     check(*sft("--save_dir", tmp_path / "file" / "run"), "save_dir")
     check(*sft("--save_dir", "/proc/run"), "/proc/run")
+
+
+def test_a_run_never_writes_over_what_it_reads(sft, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_bytes(lines(GOOD))
+    for name in ("metrics.jsonl", "starts.json", "last.json"):
+        (run / name).write_bytes(lines(GOOD))
+        check(*sft("--data_path", run / name), name, "would be lost")
+        check(*sft("--data_path", tmp_path / "data" / "a.jsonl", "--eval_path", run / name), name, "would be lost")
+        assert (run / name).read_bytes() == lines(GOOD)
+    check(*sft("--data_path", f"{run}/*.json*"), "would be lost")
+    check(*sft("--data_path", run), "lies in the data folder")
+    check(*sft("--data_path", tmp_path), "lies in the data folder")
+    check(*sft("--data_path", tmp_path / "data", "--cache_dir", tmp_path / "data" / "cache"), "--cache_dir", "lies in")
+
+
+def test_starting_weights_in_the_place_of_the_final_ones_are_kept(sft, tmp_path):
+    from minimind_ds.config.model import PRESETS
+    from minimind_ds.convert.weight_files import save_safetensors
+    from minimind_ds.data.tokenizer import load_tokenizer
+    from minimind_ds.model.decoder import MiniMindForCausalLM
+
+    run = tmp_path / "run"
+    load_tokenizer(None).save(run / "tokenizer")
+    save_safetensors(run / "sft_256.safetensors", MiniMindForCausalLM(PRESETS["debug"]).state_dict(), PRESETS["debug"])
+    (tmp_path / "a.jsonl").write_bytes(lines(GOOD))
+    check(*sft("--data_path", tmp_path / "a.jsonl", "--from_weight", run / "sft_256.safetensors", "--from_resume",
+               "none"), "sft_256.safetensors", "would be lost")
+
+
+@pytest.mark.parametrize("name, make", [
+    ("tokenizer", lambda path: path.write_text("")), ("tokenizer", lambda path: path.symlink_to(path.parent.parent)),
+    ("run.log", lambda path: path.symlink_to(path.parent.parent / "theirs")), ("run.log", os.mkfifo),
+    ("checkpoints/latest", lambda path: path.mkdir(parents=True))])
+def test_what_lies_in_the_place_of_a_run_s_own_files_is_found_before_it_trains(sft, tmp_path, name, make):
+    (tmp_path / "run").mkdir()
+    make(tmp_path / "run" / name)
+    check(*sft("--from_resume", "none"), name)
+
+
+@pytest.mark.parametrize("variable, value", [
+    ("MASTER_ADDR", "a b\nc"), ("MASTER_ADDR", "-oProxyCommand=x"), ("MASTER_ADDR", "x" * 5000),
+    ("DS_ACCELERATOR", "banana"), ("DS_ACCELERATOR", "mps")])
+def test_a_variable_that_a_library_would_stumble_over_is_named(sft, monkeypatch, capfd, variable, value):
+    monkeypatch.setenv(variable, value)
+    try:
+        code, err = sft()
+    except UserError as error:
+        # The world is read before anything that answers for it; programs.start does.
+        code, err = 2, one_line(error) + "\n"
+    check(code, err, variable)
+    assert len(err) < 300
 
 
 def test_nothing_to_resume_from(sft, tmp_path, deepspeed):

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
-from minimind_ds.config.errors import UserError
+from minimind_ds.config.errors import NO_MEMORY, UserError
 from minimind_ds.distributed.world import free_port
 from minimind_ds.io import write_file
 from minimind_ds.paths import LAUNCH
@@ -34,7 +34,6 @@ SCHEMA = 1
 # What a launcher tells its ranks; a cell's ranks are told by a launcher of their own.
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CROSS_RANK", "CROSS_SIZE",
             "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_ID")
-NO_MEMORY = re.compile(r"out of memory|can't allocate memory|unable to allocate|memoryerror|bad_alloc", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,93 @@
+"""How a program ends where its output is gone, a path or a package is wrong, or memory and disk are full.
+
+    python -m pytest tests/programs/test_streams.py
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from minimind_ds.data.train_tokenizer import main as train_tokenizer
+from minimind_ds.inference.evaluate import check_out as check_result
+from minimind_ds.io import write_file
+from minimind_ds.report import check_out as check_report
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+def python(code: str, shell: str = "", **options) -> subprocess.CompletedProcess:
+    """Runs code without torch, its streams as `shell` says."""
+    words = ["bash", "-c", f'"$0" -c "$1" {shell}', sys.executable, code]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+                          **options)
+
+
+@pytest.mark.parametrize("error, code, said", [
+    ("OSError(36, 'File name too long', 'x' * 5000)", 2, "File name too long"),
+    ("FileExistsError(17, 'File exists', 'tokenizer')", 2, "tokenizer: File exists"),
+    ("PermissionError(13, 'Permission denied', '/root/x')", 2, "/root/x: Permission denied"),
+    ("OSError(28, 'No space left on device')", 1, "No space left on device"),
+    ("OSError(27, 'File too large')", 1, "File too large"),
+    ("ModuleNotFoundError('x', name='psutil')", 2, "has no psutil: activate the environment"),
+    ("RuntimeError(\"DefaultCPUAllocator: can't allocate memory: 9\")", 1, "out of memory"),
+    ("MemoryError()", 1, "out of memory"),
+    ("BrokenPipeError(32, 'Broken pipe')", 141, "")])
+def test_what_is_wrong_with_the_machine_is_one_line_and_no_bug(error, code, said):
+    done = python(f"from minimind_ds.config.errors import report_bugs; report_bugs(); raise {error}")
+    assert done.returncode == code and said in done.stderr and len(done.stderr) < 500, done
+    assert done.stderr.count("\n") == bool(said), done.stderr
+
+
+def test_an_unknown_error_is_still_a_bug_with_its_traceback():
+    for error in ("OSError(5, 'Input/output error', 'x')", "RuntimeError('x')", "ModuleNotFoundError('x')"):
+        done = python(f"from minimind_ds.config.errors import report_bugs; report_bugs(); raise {error}")
+        assert done.returncode == 1 and "Traceback" in done.stderr and "please report it" in done.stderr
+
+
+TRAINING = """
+import os, sys
+from minimind_ds.terminal import hold_streams
+hold_streams(lasting=True)
+for step in range(2000):
+    print("step", step, flush=step % 2)
+print("error", file=sys.stderr, flush=True)
+with open(sys.argv[1], "w") as file:
+    file.write(f"finished {file.fileno()}")
+    os.write(1, b"a library's line")
+    os.write(2, b"another")
+"""
+
+
+@pytest.mark.parametrize("streams", ["<&- >&- 2>&-", ">&-", "2>&-", ">/dev/full 2>&1", "2>&1 | true", "| head -1"])
+def test_a_training_outlives_its_output_and_no_file_gets_its_lines(tmp_path, streams):
+    out = tmp_path / "out"
+    done = python(TRAINING, f"{out} {streams}; exit ${{PIPESTATUS[0]}}")
+    assert done.returncode == 0, done
+    said, number = out.read_text().split()
+    assert said == "finished" and int(number) > 2 and "Traceback" not in done.stderr
+
+
+def test_neither_a_folder_nor_a_device_is_written_over(tmp_path):
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", pathlib.Path("/dev/null")):
+        with pytest.raises(OSError):
+            write_file(path, "x")
+    assert pathlib.Path("/dev/null").is_char_device() and os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_result_replaces_results_and_no_data(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "precious"}\n')
+    for check in (check_report, check_result):
+        with pytest.raises(ValueError, match="exists and is no"):
+            check(data)
+    assert train_tokenizer(["--data_path", str(data), "--out", str(data)]) == 2
+    assert "exists and is no .model file" in capsys.readouterr().err
+    check_result(tmp_path / "new.json")
+    check_report(tmp_path / "new.html")
+    (tmp_path / "new.json").write_text('{"weight": "out/sft"}')
+    check_result(tmp_path / "new.json")
+    assert data.read_text() == '{"text": "precious"}\n'
