@@ -149,6 +149,12 @@ def side(questions: list[Question], held: bool) -> list[Question]:
     return [question for question in questions if held_out(question.text) == held]
 
 
+def of_any_skill(rng: random.Random, questions: list[Question]) -> Question:
+    """One of them, of each skill as often: there are four times as many translations as days of the week."""
+    skill = one(rng, list(RELATIONS))
+    return one(rng, [question for question in questions if question.fact.skill == skill])
+
+
 def conversation(*turns: str, system: str = "") -> dict:
     """User and assistant by turns, the user first, after an optional system prompt."""
     messages = [{"role": "system", "content": system}] if system else []
@@ -194,30 +200,35 @@ def own_name(rng: random.Random, pool: list[Question], held: bool) -> dict:
 
 def ruled_language(rng: random.Random, pool: list[Question], held: bool) -> dict:
     """The system prompt rules the language of the answer, whatever that of the question."""
-    question, rule = one(rng, side(pool, held)), int(rng.random() * 2)
+    question, rule = of_any_skill(rng, side(pool, held)), int(rng.random() * 2)
     return conversation(question.text, question.fact.answer[rule], system=one(rng, ANSWER_IN[rule]))
 
 
 def several(rng: random.Random, pool: list[Question], held: bool) -> dict:
     """Two or three unrelated questions, some under a system prompt that changes nothing; the last one counts."""
-    earlier = [one(rng, side(pool, False)) for _ in range(1 + int(rng.random() * 2))]
-    last = one(rng, side(pool, held))
+    earlier = [of_any_skill(rng, side(pool, False)) for _ in range(1 + int(rng.random() * 2))]
+    last = of_any_skill(rng, side(pool, held))
     turns = [turn for question in (*earlier, last) for turn in (question.text, question.answer)]
     return conversation(*turns, system=one(rng, SYSTEMS[last.language]) if rng.random() < 0.5 else "")
 
 
 MAKERS = {"follow-up": follow_up, "told a name": told_name, "own name": own_name, "ruled language": ruled_language,
           "several": several}
+WANTED = {"several": 500, "ruled language": 500, "follow-up": 300, "told a name": 180}
 
 
 def conversations(rng: random.Random, held: bool) -> list[dict]:
     """One side of the split: single questions, then each kind of conversation; no prompt twice."""
     pool = all_questions()
-    singles = shuffled(rng, side(pool, held))[:160 if held else None]
+    singles = side(pool, held)
+    if not held:
+        # Of the translations, which are the most and the easiest, every other one.
+        singles = [q for i, q in enumerate(singles) if i % 2 or not q.fact.skill.startswith("to ")]
+    singles = shuffled(rng, singles)[:160 if held else None]
     named = [(question.fact.skill, conversation(question.text, question.answer)) for question in singles]
     trained = side(pool, False)
     for name, make in MAKERS.items():
-        wanted = 20 if held else {"several": 400, "ruled language": 300, "follow-up": 300}.get(name, 100)
+        wanted = 20 if held else WANTED.get(name, 100)
         found: dict[str, dict] = {}
         for _ in range(30 * wanted):
             record = make(rng, pool if make in (ruled_language, several) else trained, held)
