@@ -141,9 +141,12 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
         raise UserError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero1.json")
     raw = deepspeed_json.read(run)
     deepspeed_json.check_keys(run.deepspeed, raw)
+    chosen_here = run.preset is None and not run.model
     run, notes = choose(run, world)
     run, found = find_start_weights(run)
     run, weights, of_checkpoint = starting_weights.open_weights(run)
+    if chosen_here:
+        run, notes[0] = starting_weights.own_model(run, weights, notes[0])
     notes += found + of_checkpoint
     # Adapters stand in the layers, whatever the vocabulary.
     run, lora = choose_lora(run, run.model_config(1))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minimind_ds.checkpoint.weights import opened
 from minimind_ds.config.errors import UserError
-from minimind_ds.config.model import ModelConfig
+from minimind_ds.config.model import PRESETS, ModelConfig
 from minimind_ds.config.run import RunConfig
 from minimind_ds.convert import export, vocabulary, weight_files
 from minimind_ds.convert.vocabulary import Vocabulary
@@ -33,6 +33,19 @@ def open_weights(run: RunConfig) -> tuple[RunConfig, Source | None, list[str]]:
         return run, weights, []
     note = f"{run.place('from_weight')} {run.from_weight}: starts from {weights}"
     return run.replace(from_weight=str(weights)), weights, [note]
+
+
+def own_model(run: RunConfig, weights: Source | None, note: str) -> tuple[RunConfig, str]:
+    """The run with the model that its weights say they are of, and a line about it; else as it is, and `note`."""
+    config = None if weights is None else weight_files.read_config(weights)
+    if config is None:
+        return run, note
+    free = {*weight_files.FREE_FIELDS, "vocab_size", *(() if config.use_moe else weight_files.MOE_FIELDS)}
+    changes = {preset: {name: value for name, value in config.to_dict().items()
+                        if name not in free and value != getattr(base, name)} for preset, base in PRESETS.items()}
+    preset = min(changes, key=lambda preset: len(changes[preset]))
+    run = run.replace(preset=preset, model=changes[preset])
+    return run, f"the model is that of {run.from_weight}; --preset names another"
 
 
 def tokenizer_and_model(run: RunConfig,

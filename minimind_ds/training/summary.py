@@ -51,7 +51,8 @@ def summary(prepared: PreparedRun, start: ResumePoint) -> list[str]:
     parameters = sum(math.prod(shape) for shape in minimind.expected_shapes(config).values())
     tokens = prepared.data_parallel_size * run.batch_size * run.accumulation_steps * run.row_len
     lines = [*prepared.notes, *start.notes,
-             f"model: {run.preset}, {parameters / 1e6:.1f} M parameters",
+             f"model: {', '.join([run.preset, *(f'{name} {value}' for name, value in run.model.items())])}, "
+             f"{parameters / 1e6:.1f} M parameters",
              f"tokenizer: {prepared.tokenizer.name}",
              *describe_data(run, prepared.kind, prepared.stores[0], prepared.eval_sets, plan),
              f"kernels: {prepared.kernels.reason}",

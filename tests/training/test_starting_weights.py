@@ -7,8 +7,10 @@ from minimind_ds import ModelConfig, load_tokenizer
 from minimind_ds.config.run import parse_run_config
 from minimind_ds.convert import export, weight_files
 from minimind_ds.convert.vocabulary import Vocabulary
+from minimind_ds.distributed.world import World
 from minimind_ds.paths import ASSETS
 from minimind_ds.training import resume, starting_weights
+from minimind_ds.training.prepare import prepare
 from tests.convert.test_vocabulary import SIZES, add_token, changed, folder, tok, weights  # noqa: F401
 
 EMBEDDED = ["--tokenizer", ASSETS / "tokenizer.model"]
@@ -48,6 +50,20 @@ def test_the_weights_own_tokenizer_is_taken_where_none_is_named(weight, weights_
         "/tokenizer.model")
     assert tokenizer.name in note and "was trained" in note
     assert len(starting_weights.load(run, config)["model.embed_tokens.weight"]) == 330
+
+
+@pytest.mark.parametrize("weight", ["run", "hf"])
+def test_a_run_that_names_no_model_has_the_weights_own(weight, weights_of, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "hot"}, {"role": "assistant", "content": "cold"}]}')
+    flags = ["--deepspeed", "zero1", "--from_weight", str(weights_of[weight]), "--save_dir", str(tmp_path / "out"),
+             "--cache_dir", str(tmp_path), "--data_path", str(data)]
+    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    found = prepare("sft", flags, alone)
+    weight_files.check_same_model(weights_of[weight], ModelConfig(**SIZES, vocab_size=330), found.model_config)
+    assert f"the model is that of {weights_of[weight]}; --preset names another" in found.notes
+    with pytest.raises(ValueError, match="hidden_size is 16 there and 256 here"):
+        prepare("sft", [*flags, "--preset", "debug"], alone)
 
 
 @pytest.mark.parametrize("weight", ["run", "moved", "hf"])
