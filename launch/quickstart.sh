@@ -19,7 +19,8 @@ deepspeed --log_level warning launch/sft.py --config examples/quickstart.yaml --
 say "held-out score after fine-tuning"
 python launch/score.py --weight "$out/sft" --data_path examples/sft_heldout.jsonl
 
-say "one chat turn"
-python launch/chat.py --weight "$out/sft" --prompt "Please say the opposite of hot." --temperature 0
+question="Please say the opposite of hot."
+say "one chat turn: $question"
+python launch/chat.py --weight "$out/sft" --prompt "$question" --temperature 0
 
 say "done: python launch/chat.py --weight $out/sft   talks on"

@@ -18,7 +18,7 @@ extra=${1:-}
 # The stamp holds what was installed: other ranges, other exact versions or another set of extras install again.
 stamp="$(cat setup.py constraints.txt | cksum) $extra"
 if [ ! -e .venv/installed ] || ! grep -qxF "$stamp" .venv/installed; then
-    say "installing into .venv (once)"
+    say "installing into .venv (once, some minutes: PyTorch is large)"
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".$extra"
     printf '%s\n' "$stamp" >>.venv/installed

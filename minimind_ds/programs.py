@@ -12,17 +12,16 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-import pathlib
-import shutil
 import sys
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from minimind_ds import __version__
-from minimind_ds.config import program_flags, run, run_flags
-from minimind_ds.config.errors import first_line, report_bugs
+from minimind_ds import __version__, installed  # noqa: F401
+from minimind_ds.config import program_flags, run, run_flags, spellings
+from minimind_ds.config.errors import UserError, first_line, one_line, report_bugs
 from minimind_ds.config.spellings import OneLineParser, instead
+from minimind_ds.data import files
 from minimind_ds.paths import LAUNCH, ROOT
 from minimind_ds.resilience.signals import Preparing
 
@@ -43,6 +42,8 @@ class Program(NamedTuple):
     environment: dict[str, str] = {}
     # Whether it is a training, which leaves a report.
     trains: bool = False
+    # Whose flags it takes besides its own: those of launch/sft.py, or any, which it passes over.
+    more: str = ""
 
 
 def trainer(name: str, about: str) -> Program:
@@ -57,7 +58,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 # A node that does not answer is preflight's to name; PyTorch would add its C++ stacks.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
 PROGRAMS = {
-    "sft": trainer("sft", "fine-tune on conversations, all weights or LoRA, under DeepSpeed"),
+    "sft": trainer("sft", "fine-tune on conversations, whole or LoRA, under DeepSpeed"),
     "pretrain": trainer("pretrain", "pretrain on texts under DeepSpeed"),
     "chat": Program("talk to a trained model", program_flags.chat, "inference.chat", environment=OFFLINE),
     "score": Program("exact match on held-out conversations", program_flags.score, "inference.score",
@@ -65,15 +66,19 @@ PROGRAMS = {
     "evaluate": Program("loss, perplexity and token accuracy on data files", program_flags.evaluate,
                         "inference.evaluate", ASKED),
     "export": Program("weights for transformers, vLLM or MiniMind", program_flags.export, "inference.export_weights"),
-    "plan": Program("memory, traffic and time of a run at every ZeRO stage", program_flags.plan, "plan.report"),
-    "verify": Program("check a run's data, labels, kernels and DeepSpeed file", program_flags.verify, "verify", ASKED),
-    "benchmark": Program("throughput of the real training step", program_flags.benchmark, "bench.throughput", ASKED),
+    "plan": Program("memory, traffic and time of a run at every ZeRO stage", program_flags.plan, "plan.report",
+                    more="sft"),
+    "verify": Program("check a run's data, labels, kernels and DeepSpeed file", program_flags.verify, "verify", ASKED,
+                      more="sft"),
+    "benchmark": Program("throughput of the real training step", program_flags.benchmark, "bench.throughput", ASKED,
+                         more="sft"),
     "preflight": Program("are all nodes alike, healthy and connected?", program_flags.preflight,
-                         "resilience.preflight", ASKED, environment=QUIET),
+                         "resilience.preflight", ASKED, environment=QUIET, more="any"),
     "report": Program("one HTML file of a run, or of several side by side", program_flags.report, "report"),
     "train_tokenizer": Program("train a tokenizer on your text", program_flags.train_tokenizer,
                                "data.train_tokenizer"),
-    "tokenize": Program("tokenise data before a run, without a GPU", program_flags.tokenize, "training.tokenize_data"),
+    "tokenize": Program("tokenise data before a run, without a GPU", program_flags.tokenize, "training.tokenize_data",
+                        more="sft"),
     "check_kernels": Program("check and time the kernels on this machine", program_flags.check_kernels,
                              "bench.kernels"),
 }
@@ -89,7 +94,7 @@ def start(name: str, argv: list[str]) -> int:
 def run_program(name: str, argv: list[str]) -> int:
     """What start does, once signals are heard."""
     program = PROGRAMS[name]
-    program.flags().parse_known_args(argv)
+    check_flags(name, argv)
     for variable, value in program.environment.items():
         os.environ.setdefault(variable, value)
     # A log of ranks begins with it; where a program's output is read by another, it would be noise.
@@ -98,6 +103,28 @@ def run_program(name: str, argv: list[str]) -> int:
               flush=True)
     more = {"at_end": write_report} if program.trains else {}
     return importlib.import_module(f"minimind_ds.{program.module}").main(*program.arguments, argv, **more)
+
+
+def check_flags(name: str, argv: list[str], *, here: bool = True) -> None:
+    """Ends with code 2 where the command line has a mistake that can be told without torch; --help ends here, too.
+
+    here: whether the program runs on this machine, where its data must be then.
+    """
+    program = PROGRAMS[name]
+    try:
+        if program.trains:
+            config = run.parse_run_config(argv, name, run_flags.PROGRAMS[name])
+            for paths in filter(None, (config.data_path, config.eval_path) if here else ()):
+                files.expand(paths)
+            return
+        _, rest = program.flags().parse_known_args(argv)
+        if program.more == "sft":
+            run.parser("sft", {}).parse_args(spellings.translate(rest)[0])
+        elif not program.more:
+            program.flags().parse_args(argv)
+    except UserError as error:
+        spellings.say_once(one_line(error))
+        raise SystemExit(2) from None
 
 
 def write_report(prepared) -> None:
@@ -148,7 +175,7 @@ def command(argv: list[str] | None = None) -> int:
     if when == NEVER or is_rank():
         return start(name, words)
     asked, rest = launcher_flags(words)
-    PROGRAMS[name].flags().parse_known_args(rest)
+    check_flags(name, rest, here="--hostfile" not in asked)
     return launch(name, asked, rest) if asked or when == ALWAYS else start(name, rest)
 
 
@@ -158,10 +185,12 @@ def usage() -> str:
 
 {programs}
 
-minimind-ds PROGRAM --help lists a program's flags.  minimind-ds --version; --home: the folder of ds_configs, examples
-and launch, with the batch scripts.
-sft and pretrain start DeepSpeed's launcher, as verify, benchmark and preflight do with one of its flags:
-  --gpus N (--num_gpus)  --include HOST:0,1  --exclude HOST:0  --hostfile FILE  --master_port PORT"""
+minimind-ds PROGRAM --help lists a program's flags.  minimind-ds --version;
+--home: the folder of ds_configs, examples and launch, with the batch scripts.
+sft and pretrain start DeepSpeed's launcher, as evaluate, verify, benchmark and
+preflight do with one of its flags:
+  --gpus N (--num_gpus)  --include HOST:0,1  --exclude HOST:0
+  --hostfile FILE  --master_port PORT"""
 
 
 def launcher_flags(words: list[str]) -> tuple[list[str], list[str]]:
@@ -176,18 +205,14 @@ def launcher_flags(words: list[str]) -> tuple[list[str], list[str]]:
             for word in (f"--{name}", str(value))], rest
 
 
-def launch(name: str, asked: list[str], words: list[str]) -> int:
-    """Becomes DeepSpeed's launcher, with a DeepSpeed file where the flags name none; returns only where it cannot."""
-    launcher = pathlib.Path(sys.executable).with_name("deepspeed")
-    found = str(launcher) if launcher.exists() else shutil.which("deepspeed")
-    if found is None:
-        print("error: no deepspeed on PATH: install this package with its dependencies", file=sys.stderr)
-        return 2
+def launch(name: str, asked: list[str], words: list[str]) -> NoReturn:
+    """Becomes DeepSpeed's launcher, with a DeepSpeed file where the flags name none."""
     said = ""
     if name in run_flags.PROGRAMS and not {"--deepspeed", "--config"} & {word.partition("=")[0] for word in words}:
         words, said = ["--deepspeed", "zero1", *words], ", with ds_configs/zero1.json (--deepspeed names another)"
     # ninja of this environment first, for what DeepSpeed compiles.
-    os.environ["PATH"] = os.pathsep.join([str(launcher.parent), os.environ.get("PATH", os.defpath)])
+    os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
     print(f"{name}: starting DeepSpeed's launcher{said} …", file=sys.stderr, flush=True)
     # Its lines about processes it starts would hide ours; what goes wrong it still says.
-    os.execv(found, [found, "--log_level", "warning", *asked, str(LAUNCH / f"{name}.py"), *words])
+    os.execv(sys.executable, [sys.executable, "-m", "minimind_ds.distributed.launcher", "--log_level", "warning",
+                              *asked, str(LAUNCH / f"{name}.py"), *words])

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).resolve().parents[1] / "minimind_ds"
 # Lowest first; a module may import from its own level and from those before it.
 LEVELS = [
-    {"io", "paths", "terminal"},
+    {"installed", "io", "paths", "terminal"},
     {"config"},
     {"kernels", "data"},
     {"model", "convert"},

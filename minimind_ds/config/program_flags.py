@@ -42,13 +42,18 @@ def weights(p: OneLineParser) -> None:
     p.add_argument("--load_from", help="as MiniMind's: a Hugging Face folder, or for its own weights (--weight) the "
                                        "folder of their tokenizer")
     p.add_argument("--save_dir", default="out", help="where weights of a bare name are (default: out)")
-    p.add_argument("--preset", choices=tuple(PRESETS), help="the model's shape, for a .pth, which does not carry it")
+    preset(p, "the model's shape, for a .pth, which does not carry it")
     for name, (kind, text) in SHAPE.items():
         p.add_argument(f"--{name}", type=kind, help=f"{text.partition(';')[0]}, for a .pth and for bare names")
     p.add_argument("--inference_rope_scaling", action="store_true",
                    help="positions beyond those trained (YaRN), as MiniMind's flag")
     p.add_argument("--dtype", choices=PRECISIONS, help="precision (default: that of the weights)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+
+
+def preset(p: OneLineParser, meaning: str) -> None:
+    # A usage line cannot be broken within a list of choices.
+    p.add_argument("--preset", choices=tuple(PRESETS), metavar="PRESET", help=f"{meaning}: {', '.join(PRESETS)}")
 
 
 def chat() -> OneLineParser:
@@ -123,7 +128,7 @@ def export() -> OneLineParser:
     p.add_argument("--dtype", choices=PRECISIONS,
                    help="precision of the weights (default: as stored for hf and peft, which is fp32 for a run's "
                         "weights and checkpoints; fp16 for MiniMind's)")
-    p.add_argument("--preset", choices=tuple(PRESETS), help="the model's shape, needed for a .pth only")
+    preset(p, "the model's shape, needed for a .pth only")
     p.add_argument("--tokenizer", help="a tokenizer folder or .model (default: the run's own)")
     p.add_argument("--overwrite", action="store_true", help="replace what is at --out")
     return p
@@ -203,7 +208,8 @@ def verify() -> OneLineParser:
 
 
 def benchmark() -> OneLineParser:
-    p = program_parser("benchmark", allow_abbrev=False)
+    # argparse breaks no line within alternatives.
+    p = program_parser("benchmark", allow_abbrev=False, usage="%(prog)s [--compare WHAT] [--flag VALUE ...]")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--compare", choices=["padded", "plain", "ddp", "moe", "trl"],
                       help="ratios, in turns in one process")

@@ -317,7 +317,8 @@ def find_shipped(name: str, folder: pathlib.Path) -> str:
     shipped = DS_CONFIGS / f"{name}.json"
     if pathlib.PurePath(name).name == name and not (folder / name).exists() and shipped.is_file():
         return str(shipped)
-    return str(folder / name)
+    # As the other paths of a YAML, from where the command is started, too.
+    return name if not (folder / name).exists() and os.path.exists(name) else str(folder / name)
 
 
 def read_yaml(path: str) -> tuple[dict, dict]:

@@ -17,6 +17,7 @@ import sys
 import textwrap
 from collections.abc import Iterable
 
+from minimind_ds import terminal
 from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.model import PRESETS
 from minimind_ds.paths import LAUNCH
@@ -105,12 +106,16 @@ class OneLineParser(argparse.ArgumentParser):
         return parsed
 
     def error(self, message):
-        # Every rank parses the same line; one of them says so.
-        if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-            long = len(message) > MOST_SAID
-            message = f"{message[:MOST_SAID - 200]} ... {message[-195:]}" if long else message
-            print(one_line(f"{message} (--help lists the flags)"), file=sys.stderr)
+        long = len(message) > MOST_SAID
+        message = f"{message[:MOST_SAID - 200]} ... {message[-195:]}" if long else message
+        say_once(one_line(f"{message} (--help lists the flags)"))
         raise SystemExit(2)
+
+
+def say_once(line: str) -> None:
+    """Every rank parses the same command line; one of a machine says what is wrong with it."""
+    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def program_parser(name: str, file: str | None = None, epilog: str = "", **options) -> OneLineParser:
@@ -123,8 +128,28 @@ def program_parser(name: str, file: str | None = None, epilog: str = "", **optio
         text = re.sub(rf"(?:python|deepspeed)( --num_gpus \d+)? launch/{file}", rf"minimind-ds {name}\1", text)
         text = re.sub(r"ds_configs/(\w+)\.json", r"\1", text)
     return OneLineParser(prog=f"minimind-ds {name}" if by_command else f"launch/{file}",
-                         description=text, epilog=textwrap.fill(epilog, 79),
+                         description=fitted(text), epilog=fitted(epilog),
                          formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+
+def fitted(text: str) -> str:
+    """Paragraphs and indented commands that fit the terminal; a comment that does not stands above its command."""
+    size, blocks = min(terminal.width(), 100) - 2, []
+    for block in text.split("\n\n"):
+        if not block.startswith(" "):
+            blocks.append(textwrap.fill(" ".join(block.split()), size))
+            continue
+        lines = []
+        for line in block.split("\n"):
+            command, _, comment = line.partition("  # ")
+            if comment and len(line) > size:
+                lines, line = [*lines, *textwrap.wrap(f"# {comment}", size, initial_indent="    ",
+                                                      subsequent_indent="    # ")], command.rstrip()
+            lines.append(" \\\n".join(textwrap.wrap(line, size - 2, subsequent_indent="        ",
+                                                    break_long_words=False, break_on_hyphens=False))
+                         if len(line) > size else line)
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
 def instead(name: str, known: Iterable[str], hints: dict[str, str] = HINTS, same: dict[str, str] = SAME,

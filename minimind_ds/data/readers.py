@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import functools
 import gzip
 import importlib.util
 import json
@@ -103,6 +104,16 @@ class RecordFile:
     def place(self, number: int, line: int = 0) -> str:
         """Where a record is, for a message."""
         return f"{self.path} {self.unit} {number}" + (f" (line {line})" if line and self.unit == "record" else "")
+
+
+@functools.cache
+def unit_of(path: Path) -> str:
+    """What the numbers of a file's records count: "line" or "record"."""
+    try:
+        return open_source(path).unit
+    # It has gone since it was tokenised.
+    except DataError:
+        return "record"
 
 
 def open_source(path: str | Path) -> RecordFile:

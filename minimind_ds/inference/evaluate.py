@@ -25,8 +25,9 @@ from minimind_ds.config.run import PRECISIONS, RunConfig, read_yaml
 from minimind_ds.convert import export
 from minimind_ds.convert.weight_files import InMemory, Source
 from minimind_ds.data.conversation import notes as data_notes
+from minimind_ds.data.files import passed_over
 from minimind_ds.data.packing import PackedBatch
-from minimind_ds.data.sources import passed_over, what_is_lost
+from minimind_ds.data.sources import what_is_lost
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.deepspeed_compat import choose_accelerator
 from minimind_ds.distributed.world import World, read_world
@@ -37,6 +38,7 @@ from minimind_ds.model import lora
 from minimind_ds.model.decoder import MiniMindForCausalLM, kernel_requirements
 from minimind_ds.paths import cache_folder
 from minimind_ds.terminal import columns, wrap
+from minimind_ds.training.kept_weights import BEST
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.loop import user_error
 from minimind_ds.training.prepare import PreparedRun, open_data, split_by_source
@@ -117,7 +119,11 @@ def prepare(args: argparse.Namespace, world: World) -> tuple[PreparedRun, MiniMi
 def settings_of(args: argparse.Namespace, weight: Source, pretrained: bool) -> tuple[RunConfig, str, list[str]]:
     """What the flags say, else the run.yaml beside the weights, else the training's defaults; and a note of these."""
     folder = weight.path.parent.parent if isinstance(weight, InMemory) else Path(weight)
-    beside, found = (folder if folder.is_dir() else folder.parent) / "run.yaml", {}
+    folder = folder if folder.is_dir() else folder.parent
+    beside, found = folder / "run.yaml", {}
+    if folder.name == BEST and not beside.exists():
+        # A run's best weights lie in a folder of it.
+        beside = folder.parent / "run.yaml"
     if beside.is_file():
         values, _ = read_yaml(str(beside))
         found = {name: values[name] for name in OF_RUN if name in values}

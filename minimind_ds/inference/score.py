@@ -26,8 +26,8 @@ from minimind_ds.config import program_flags
 from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.data.conversation import Conversation, DataError, read_records
+from minimind_ds.data.files import expand, passed_over
 from minimind_ds.data.sample import prompt_ids, render
-from minimind_ds.data.sources import expand, passed_over
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.inference import arguments
 from minimind_ds.inference.chat import Sampling, device_of, load_model, visible

@@ -68,7 +68,8 @@ def main(argv: list[str]) -> int:
         memory = device_memory(options) * GIB
         plans = {name: plan(s, memory) for name, s in settings.items()}
         advice = recommend(settings, plans, run, options, memory)
-        for line in [*table(settings, plans, memory), advice["line"],
+        assumed = not (options.memory or options.gpu or torch.cuda.is_available())
+        for line in [*table(settings, plans, memory, assumed), advice["line"],
                      *time_report.lines_of(settings, plans, run, options)]:
             print(wrap(line))
         measured = compare_with_run(files, rest, options.ranks) if options.measure else {}
@@ -181,7 +182,7 @@ def because(name: str, settings: dict, plans: dict, options: argparse.Namespace)
                    f"{device_memory(options):.0f}, and stage 3 sends {more:.1f} x the bytes")
 
 
-def table(settings: dict, plans: dict, memory: float) -> list[str]:
+def table(settings: dict, plans: dict, memory: float, assumed: bool) -> list[str]:
     s = next(iter(settings.values()))
     kind = "experts" if s.config.use_moe else "mlp"
     size = sum(part.total for part in memory_model.trained_parts(s)) + sum(memory_model.frozen(s))
@@ -196,7 +197,8 @@ def table(settings: dict, plans: dict, memory: float) -> list[str]:
             row.append(cell)
     return [f"model: {size / 1e6:.1f} M parameters, {s.dtype}, {count(s.ranks, 'rank')}",
             f"micro-batch: {s.rows} x {s.row_len} tokens, {s.labelled:.0%} labelled",
-            f"memory: {memory / GIB:.1f} GiB a device, {SPARE:.0%} kept free; in GiB a rank:",
+            f"memory: {memory / GIB:.1f} GiB a device{', assumed (--memory)' * assumed}, {SPARE:.0%} kept free; "
+            "in GiB a rank:",
             *columns(list(plans), rows.items())]
 
 

@@ -14,6 +14,7 @@ from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import RunConfig
 from minimind_ds.data import IGNORE
 from minimind_ds.data.loader import EpochPlan, epoch_plan
+from minimind_ds.data.readers import unit_of
 from minimind_ds.data.sources import Mixture
 from minimind_ds.data.tokenizer import Tokenizer, load_tokenizer
 from minimind_ds.report.folder import RunFolder
@@ -141,7 +142,7 @@ def row_of(opened: Opened, indices: np.ndarray) -> Row:
 
 def where(store: Mixture, index: int) -> str:
     source = store.sources[int(store.source_of([index])[0])]
-    return f"line {store.lines[index]} of {source.path.name}"
+    return f"{unit_of(source.path)} {store.lines[index]} of {source.path.name}"
 
 
 def shown_samples(opened: Opened) -> list[Shown]:

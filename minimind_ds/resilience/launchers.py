@@ -12,8 +12,9 @@ import os
 
 import psutil
 
-MODULES = {"deepspeed.launcher.runner": "DeepSpeed's launcher", "deepspeed.launcher.launch":
-           "DeepSpeed's launcher of this machine", "torch.distributed.run": "torchrun"}
+MODULES = {"deepspeed.launcher.runner": "DeepSpeed's launcher", "minimind_ds.distributed.launcher":
+           "DeepSpeed's launcher", "deepspeed.launcher.launch": "DeepSpeed's launcher of this machine",
+           "torch.distributed.run": "torchrun"}
 SCRIPTS = {"deepspeed": "deepspeed.launcher.runner", "deepspeed.pt": "deepspeed.launcher.runner", "ds":
            "deepspeed.launcher.runner", "torchrun": "torch.distributed.run"}
 

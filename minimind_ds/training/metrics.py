@@ -135,7 +135,8 @@ class Metrics:
         if self.bar:
             self.bar.set_description_str(said, refresh=False)
             self.bar.update(line["step"] - self.bar.n)
-        if line["step"] % self.run.log_interval == 0 or line["step"] == self.total_steps:
+        # The first step of a start, too, which says how long the next line may take.
+        if line["step"] % self.run.log_interval == 0 or line["step"] == self.total_steps or self.steps == 1:
             (self.log if self.bar else self.say)(f"step {line['step']}/{self.total_steps}  {said}")
 
     def say(self, text: str) -> None:

@@ -28,9 +28,10 @@ from minimind_ds.config.run_flags import KINDS, PROGRAMS
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.data import loader, sources
 from minimind_ds.data.conversation import notes as data_notes
+from minimind_ds.data.files import Source, expand, passed_over
 from minimind_ds.data.hf_folder import template_notes
 from minimind_ds.data.sample import POLICIES
-from minimind_ds.data.sources import Mixture, Source, expand, mix, whole_passes
+from minimind_ds.data.sources import Mixture, mix, whole_passes
 from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.distributed import sequence_parallel
@@ -312,7 +313,7 @@ def read_data(program: str, run: RunConfig, tokenizer: Tokenizer, *,
     stores, held_out = open_data(KINDS[program], run, tokenizer, progress=progress)
     notes = template_notes(tokenizer.name, tokenizer.own_template) if program == "sft" else []
     notes += data_notes(stores[0].stats, run.text_markers) + sources.notes(stores, held_out)
-    return stores, held_out, notes + sources.passed_over(run.data_path)
+    return stores, held_out, notes + passed_over(run.data_path)
 
 
 def open_data(kind: str, run: RunConfig, tokenizer: Tokenizer, *, progress: bool = False,

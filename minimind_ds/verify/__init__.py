@@ -24,7 +24,7 @@ from minimind_ds.config import program_flags
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import parse_run_config
 from minimind_ds.data.conversation import file_kind
-from minimind_ds.data.sources import expand
+from minimind_ds.data.files import expand
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import World, read_world
 from minimind_ds.io import write_file

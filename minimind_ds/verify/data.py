@@ -16,6 +16,7 @@ import numpy as np
 from minimind_ds.data import IGNORE
 from minimind_ds.data.conversation import SILENT, Conversation, notes, only_last, read_records
 from minimind_ds.data.packing import permutation
+from minimind_ds.data.readers import unit_of
 from minimind_ds.data.sources import Mixture, what_is_lost
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.training.prepare import PreparedRun
@@ -218,8 +219,10 @@ def show(prepared: PreparedRun, count: int, *, color: bool) -> list[str]:
     before, after = (GREEN, PLAIN) if color else ("[", "]")
     for index in some(store, count, prepared.run.seed):
         ids, labels = store.read([int(index)])
-        of = f" of {store.sources[int(store.source_of([index])[0])].path}" if len(store.sources) > 1 else ""
-        lines.append(f"--- line {store.lines[index]}{of}: {len(ids)} tokens, {(labels != IGNORE).sum()} labelled")
+        path = store.sources[int(store.source_of([index])[0])].path
+        of = f" of {path}" if len(store.sources) > 1 else ""
+        lines.append(f"--- {unit_of(path)} {store.lines[index]}{of}: {len(ids)} tokens, "
+                     f"{(labels != IGNORE).sum()} labelled")
         told, text = learnt(labels), ""
         bounds = [0, *(np.flatnonzero(np.diff(told.astype(np.int8))) + 1).tolist(), len(ids)]
         for first, end in zip(bounds, bounds[1:]):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minimind_ds import checkpoint, kernels
+from minimind_ds import checkpoint, kernels, terminal
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.data import IGNORE
 from minimind_ds.data.packing import collate
@@ -98,7 +98,8 @@ def gradients_law(b: ReducedRun) -> list[Check]:
     lines, ours = trained(prepared, 1)
     samples = [sample for row in b.rows() for sample in row]
     loss, theirs = plain_gradients(b.model("reference", torch.float32), samples)
-    how = f"{len(samples)} samples in {b.row_len}-token rows, {prepared.world.size} ranks x 2 micro-batches"
+    ranks = terminal.count(prepared.world.size, "rank")
+    how = f"{len(samples)} samples in {b.row_len}-token rows, {ranks} x 2 micro-batches"
     found = [Check("gradients", f"fp32 loss against a plain loop's, {how}", apart(lines[0]["loss"], loss), FP32),
              Check("gradients", "fp32 gradients against the plain loop's", gradients_apart(ours, theirs), FP32)]
     dtype = b.prepared.run.dtype
@@ -123,7 +124,7 @@ def layout_law(b: ReducedRun) -> list[Check]:
     for lines, _ in runs.values():
         for key in worst:
             worst[key] = max([worst[key], *(apart(a[key], c[key]) for a, c in zip(lines, control))])
-    how = f"{ranks} ranks x {', '.join(map(str, SPLITS))} micro-batches"
+    how = f"{terminal.count(ranks, 'rank')} x {', '.join(map(str, SPLITS))} micro-batches"
     moved = max(gradients_apart(other, grads) for _, other in runs.values())
     found = [Check("layout", f"fp32 losses of {CURVE} steps, {how}", worst["loss"], FP32),
              Check("layout", "fp32 gradient norms of these steps", worst["grad_norm"], FP32),

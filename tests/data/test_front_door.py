@@ -12,7 +12,7 @@ import pytest
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import parse_run_config
-from minimind_ds.data import sources
+from minimind_ds.data import files, sources
 from minimind_ds.data.conversation import DataError, notes, read_records
 from minimind_ds.data.json_text import parse
 from minimind_ds.data.shapes import parse_conversation
@@ -220,13 +220,13 @@ def test_folders_tell_what_they_pass_over_and_links_back_end(tmp_path):
         (tmp_path / name).write_text("x")
     for name in ("up", "again", "sub/upper"):
         (tmp_path / name).symlink_to(tmp_path)
-    assert [source.path.name for source in sources.expand(str(tmp_path))] == ["a.jsonl", "d.jsonl"]
-    [line] = sources.passed_over([{"path": str(tmp_path), "share": 2}, str(tmp_path / "a.jsonl")])
+    assert [source.path.name for source in files.expand(str(tmp_path))] == ["a.jsonl", "d.jsonl"]
+    [line] = files.passed_over([{"path": str(tmp_path), "share": 2}, str(tmp_path / "a.jsonl")])
     assert f"the folder {tmp_path} holds 2 files that are not read" in line and line.endswith(": b.csv, c.jsonl.zst")
     with pytest.raises(DataError, match=r"matches no file; in a pattern, \[\[\] stands for \["):
-        sources.expand(f"{tmp_path}/[x]/*.jsonl")
+        files.expand(f"{tmp_path}/[x]/*.jsonl")
     with pytest.raises(DataError, match="a data path is empty"):
-        sources.expand([""])
+        files.expand([""])
 
 
 def test_a_run_says_what_it_never_sees_and_what_it_sees_twice(tmp_path):

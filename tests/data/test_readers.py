@@ -103,6 +103,12 @@ def test_a_bad_record_of_an_array_can_be_skipped_and_a_broken_array_cannot(tmp_p
         items(path, on_bad_record="skip")
 
 
+def test_numbers_of_an_array_count_records_those_of_lines_lines(tmp_path):
+    for name, text in (("a.json", pretty(RECORDS)), ("b.jsonl", FORMS["JSON lines"])):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert [readers.unit_of(tmp_path / name) for name in ("a.json", "b.jsonl", "gone")] == ["record", "line", "record"]
+
+
 def test_a_broken_first_line_leaves_json_lines_what_they_are(tmp_path):
     path = tmp_path / "data.jsonl"
     rest = "\n" + "\n".join(map(json.dumps, RECORDS))

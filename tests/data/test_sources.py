@@ -14,8 +14,9 @@ import pytest
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.run import of_paths, parse_run_config
 from minimind_ds.data.conversation import DataError
+from minimind_ds.data.files import expand, short_names
 from minimind_ds.data.loader import epoch_plan, load_micro_batch
-from minimind_ds.data.sources import content_change, deal, expand, mix, short_names, what_is_lost
+from minimind_ds.data.sources import content_change, deal, mix, what_is_lost
 from minimind_ds.data.store import open_or_build
 from minimind_ds.data.tokenizer import load_tokenizer
 from tests.data.test_store import talk, write_lines

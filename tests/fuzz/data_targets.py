@@ -11,7 +11,7 @@ import pathlib
 import random
 
 from minimind_ds.data.conversation import file_kind, notes, read_records
-from minimind_ds.data.sources import expand, passed_over
+from minimind_ds.data.files import expand, passed_over
 from minimind_ds.data.tokenise import Encoder
 from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.inference.score import read_questions, said

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import shutil
 
 import pytest
 import torch
@@ -84,6 +85,14 @@ def test_alone_with_adapters_beside_their_base_they_are_the_training_s_to_1e_6(o
     # Without them it is another model.
     base = run("--weight", out / "base", "--data_path", *held(out), "--max_seq_len", "128")[1]
     assert abs(losses(base)[0] - losses(result)[0]) > 1e-2
+
+
+def test_the_best_weights_of_a_run_are_evaluated_as_the_run_s(out, run, tmp_path):
+    shutil.copytree(out / "whole", tmp_path / "best", ignore=shutil.ignore_patterns("checkpoints", "run.yaml"))
+    shutil.copy(out / "whole" / "run.yaml", tmp_path)
+    best, last = (run("--weight", folder, "--data_path", held(out)[0])[1]
+                  for folder in (tmp_path / "best", out / "whole"))
+    assert (best["dtype"], best["pack_len"]) == ("bf16", 256) and losses(best) == losses(last)
 
 
 def test_weights_say_the_same_in_any_form_packed_or_not(out, run, tmp_path):

@@ -92,11 +92,14 @@ finally:
     print("torch" in sys.modules, "numpy" in sys.modules, sys.argv[1])
 """
     done = subprocess.run([sys.executable, "-S", "-c", code, "x"], cwd=ROOT, text=True, capture_output=True,
-                          env=environment(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, sys.path)])))
+                          env=environment(COLUMNS="80",
+                                          PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, sys.path)])))
     assert done.returncode == 0, done.stderr
     file = "tokenize_data" if name == "tokenize" else name
     first = (ROOT / "launch" / f"{file}.py").read_text().splitlines()[0].removeprefix('"""')
-    assert first in done.stdout and done.stdout.endswith("False False x\n"), done.stdout
+    assert done.stdout.endswith("False False x\n"), done.stdout
+    assert " ".join(first.split()) in " ".join(done.stdout.split()), done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.splitlines()), done.stdout
 
 
 def test_every_flag_of_a_training_stands_in_one_group_and_twelve_come_first():
@@ -120,14 +123,28 @@ def test_a_shell_script_s_help_is_its_head_and_starts_nothing(script, tmp_path):
 
 @pytest.mark.parametrize("words, said", [
     (["stf"], "has no program stf; did you mean sft?"), (["sft", "--gpus", "two"], "--gpus"),
-    (["sft", "--epochs", "many"], "--epochs"), (["score"], "--data_path"), (["chat", "--top_k", "x"], "--top_k")])
-def test_a_mistake_ends_before_a_launcher_or_torch(words, said, capsys):
+    (["sft", "--epochs", "many"], "--epochs"), (["score"], "--data_path"), (["chat", "--top_k", "x"], "--top_k"),
+    (["sft", "--datapath", "x"], "did you mean --data_path?"), (["chat", "--wieght", "x"], "did you mean --weight?"),
+    (["sft", "--max_seq_len", "5000"], "raise pack_len"), (["pretrain", "--data_path", "no.x"], "no.x does not exist"),
+    (["sft", "--config", "no.yaml"], "no.yaml"), (["sft", "--lr", "1", "--learning_rate", "1"], "give it once"),
+    (["plan", "--presett", "debug"], "did you mean --preset?"), (["verify", "--dtype", "bf"], "--dtype"),
+    (["tokenize", "--foo"], "--foo"), (["benchmark", "--steps", "2", "--foo"], "--foo")])
+def test_a_mistake_ends_before_a_launcher_or_torch(words, said, capsys, monkeypatch):
+    monkeypatch.setattr(programs, "launch", None)
+    monkeypatch.setattr(programs.importlib, "import_module", None)
     try:
         code = programs.command(words)
     except SystemExit as end:
         code = end.code
     err = capsys.readouterr().err
     assert code == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1, err
+
+
+def test_a_python_without_the_libraries_is_told_where_they_are():
+    done = subprocess.run([sys.executable, "-S", "launch/chat.py"], cwd=ROOT, text=True, capture_output=True,
+                          env=environment(PYTHONPATH=""))
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {sys.executable} has no "), done.stderr
+    assert "source .venv/bin/activate" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_launcher_flags_are_the_launcher_s_and_the_others_keep_their_order():

@@ -12,13 +12,15 @@ import sys
 
 import pytest
 
-from minimind_ds import build_sample, load_tokenizer
+from minimind_ds import build_sample, load_tokenizer, programs
+from minimind_ds.config.run import parse_run_config
 from minimind_ds.data.conversation import read_records
 from minimind_ds.inference.score import read_questions
 from tests.conftest import ROOT
 from tests.distributed.ranks.examples import ORDER
 
 EXAMPLES = ROOT / "examples"
+DATA = [f"examples/{path.name}" for path in EXAMPLES.glob("*.jsonl")]
 
 
 def load_program():
@@ -171,7 +173,12 @@ def test_every_yaml_trains(tmp_path, deepspeed):
 
 
 @pytest.mark.parametrize("name", [*ORDER, "quickstart"])
-def test_a_yaml_begins_with_the_command_that_takes_it(name):
+def test_a_yaml_begins_with_the_command_that_takes_it_and_finds_its_files(name, monkeypatch):
     comment = [line for line in (EXAMPLES / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
     command = f"launch/{'pretrain' if name == 'pretrain' else 'sft'}.py --config examples/{name}.yaml"
     assert name == "quickstart" or any(command in line for line in comment)
+    monkeypatch.chdir(ROOT)
+    words = ["--config", f"examples/{name}.yaml", "--from_weight", "out/sft"]
+    programs.check_flags("pretrain" if name == "pretrain" else "sft", words)
+    run = parse_run_config(words, "sft", {})
+    assert run.save_dir.startswith("out") and run.data_path in (None, *DATA)

@@ -1,5 +1,6 @@
 """Ranks whose launcher is killed stop with a checkpoint, and outlive the shell that started it."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ PYTHON = "/opt/venv/bin/python3.11"
 
 @pytest.mark.parametrize("words, module", [
     ([PYTHON, "/opt/venv/bin/deepspeed", "--num_gpus", "2", "launch/sft.py"], "deepspeed.launcher.runner"),
+    ([PYTHON, "-m", "minimind_ds.distributed.launcher", "launch/sft.py"], "minimind_ds.distributed.launcher"),
     ([PYTHON, "-u", "-m", "deepspeed.launcher.launch", "--world_info=e30="], "deepspeed.launcher.launch"),
     ([f"{PYTHON} -u -m deepspeed.launcher.launch --world_info=e30="], "deepspeed.launcher.launch"),
     ([PYTHON, "/opt/venv/bin/torchrun", "--standalone"], "torch.distributed.run"),
@@ -115,3 +117,36 @@ def test_devices_that_are_named_reach_the_ranks_and_no_others(tmp_path, flags, v
     ranks = len(reaches.split(","))
     assert sorted(line for line in done.stdout.splitlines() if line.startswith("here")) == [
         f"here {rank} {ranks} {rank} {ranks} {reaches}" for rank in range(ranks)], done.stdout + done.stderr
+
+
+WAITS = """
+import signal, sys, time
+from pathlib import Path
+out = Path(sys.argv[-1])
+signal.signal(signal.SIGINT, lambda *_: None)
+signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), out.with_name("saved").touch(), sys.exit(75)))
+out.touch()
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.slow
+def test_at_ctrl_c_the_command_s_launcher_waits_for_the_ranks_without_a_traceback(tmp_path):
+    (tmp_path / "rank.py").write_text(WAITS)
+    log, there = tmp_path / "log", tmp_path / "there"
+    command = [sys.executable, "-m", "minimind_ds.distributed.launcher", "--log_level", "warning", "--num_gpus", "1"]
+    process = subprocess.Popen([*command, str(tmp_path / "rank.py"), str(there)], env=environment(), cwd=ROOT,
+                               stdout=log.open("w"), stderr=subprocess.STDOUT, start_new_session=True)
+    until(there.exists, "the rank", [process], log)
+    # DeepSpeed's second process hears signals a moment after it has started its ranks.
+    [second] = psutil.Process(process.pid).children()
+    until(lambda: caught(second.pid, signal.SIGINT), "the launcher's handler", [process], log)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(HANG_S) == 130 and (tmp_path / "saved").exists()
+    assert "Traceback" not in log.read_text(), log.read_text()
+
+
+def caught(pid: int, number: int) -> bool:
+    line = next(line for line in open(f"/proc/{pid}/status") if line.startswith("SigCgt"))
+    return bool(int(line.split()[1], 16) >> (number - 1) & 1)

@@ -81,6 +81,8 @@ def test_a_run_says_a_fact_a_line_within_80_columns_and_ends_with_what_to_do_nex
         assert sum(line.startswith(f"{label}: ") for line in lines) == 1, (label, lines)
     assert re.fullmatch(r"step 4/4  loss \d\.\d{4}  lr \S+  [\d,]+ tokens/s  epoch \d\.\d\d/2  0:00 left", next(
         line for line in lines if line.startswith("step 4/4")))
+    # The first, and every second.
+    assert [line.split()[1] for line in lines if line.startswith("step ")] == ["1/4", "2/4", "2:", "4/4", "4:"]
     finished, best, *_ = lines[lines.index("weights: run/sft_48.safetensors") - 2:]
     assert re.fullmatch(r"finished after step 4: 4 steps in \d+:\d\d, [\d,]+ tokens/s on average", finished)
     assert re.fullmatch(r"evaluation: loss \S+ \(perplexity \S+\) after step 4", best)

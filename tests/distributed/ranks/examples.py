@@ -40,7 +40,7 @@ def smaller(name: str, out: pathlib.Path) -> dict:
     values |= {"preset": kind, "model": {**small, **values.get("model", {})}, "max_seq_len": 128, "pack_len": 256,
                "batch_size": 2, "max_steps": 2, "dtype": "fp32", "save_dir": str(out / name), "cache_dir":
                str(out / "cache")}
-    values |= {key: str(EXAMPLES / values[key]) for key in ("data_path", "eval_path") if key in values}
+    values |= {key: str(ROOT / values[key]) for key in ("data_path", "eval_path") if key in values}
     if name in FROM_WEIGHTS:
         values["from_weight"] = str(out / "pretrain")
     # The other run of the pair stops half-way and has twice the rows in a micro-batch.
