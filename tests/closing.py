@@ -27,7 +27,7 @@ NEEDS = {
     "chromium": ("a browser", f"{BY_APT} chromium && python -m pytest tests/report"),
     "libaio": ("libaio", f"{BY_APT} libaio-dev && python -m pytest tests/distributed/test_zero_files.py"),
     "g++": ("a C++ compiler", f"{BY_APT} g++ && {ALL}"),
-    "triton": ("Triton", f"pip install triton && {ALL}"),
+    "triton": ("Triton", f"pip install -c constraints.txt triton && {ALL}"),
     "matplotlib": ("matplotlib", "pip install -e .[plot] && python -m pytest tests/bench/test_benchmark.py"),
     "pyarrow": ("pyarrow", "pip install -e .[parquet] && python -m pytest tests/data/test_readers.py"),
     "trl": ("TRL", "pip install -e .[trl] && python -m pytest tests/bench/test_benchmark.py"),

@@ -32,7 +32,8 @@ class LinearCrossEntropy(Function):
             rows = slice(start, start + CHUNK)
             logits_nV = F.linear(hidden_NC[rows], weight_VC)
             losses_n, dlogits_nV = kernels.token_losses(logits_nV, labels_N[rows], backend=backend)
-            total += losses_n.sum()
+            # Not in place: not every torch.compile takes a result that was added to for one with a gradient.
+            total = total + losses_n.sum()
             if train:
                 torch.mm(dlogits_nV, weight_VC, out=dhidden_NC[rows])
                 if train_weight:

@@ -22,7 +22,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     ('{"a": [' + "0," * 200_000 + "0]}", "more than 100000 values"),
     ("[1]", "it holds a list, not a JSON object"),
     ('"' + "x" * 1000 + '"', "..., not a JSON object"),
-    ('{\n"a": 1,\n}', "it line 3: not valid JSON"),
+    ('{\n"a": 1,\n"b"}', "it line 3: not valid JSON"),
     ("", "line 1: not valid JSON"),
 ])
 def test_json_that_is_not_plain_is_one_line(text, said):

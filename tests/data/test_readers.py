@@ -183,7 +183,7 @@ def test_what_is_no_file_is_named_at_once(tmp_path):
     for path, why in [(pipe, "is a pipe, not a file"), (sock, "is a socket, not a file"), (loop, "cannot be read: "),
                       ("/dev/zero", "is a device, not a file"), ("/dev/null", "is a device"),
                       (tmp_path, "is a folder, not a file of records"),
-                      (tmp_path / "a\0b", "cannot be read: embedded"),
+                      (tmp_path / "a\0b", "cannot be read: .*embedded null"),
                       (tmp_path / ("x" * 300), "cannot be read: File name too long")]:
         for open_it in (lambda path: read_records(path, "text"), file_kind):
             with pytest.raises(DataError, match=why) as caught:

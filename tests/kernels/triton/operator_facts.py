@@ -83,8 +83,6 @@ def test_torch_compile_takes_a_layer_whole_both_ways(preset, dtype):
         assert (eager - compiled).norm() <= BOUNDS[dtype] * eager.norm()
 
 
-@pytest.mark.skipif(torch.__version__ < (2, 13), reason="torch 2.11 traces the loss's Function to gradients of zero; "
-                                                        "nothing compiles the head")
 @pytest.mark.parametrize("frozen", [False, True])
 def test_torch_compile_takes_the_head_and_its_loss_whole(frozen):
     head = Head(32, 40).requires_grad_(not frozen)
