@@ -14,6 +14,10 @@ from minimind_ds.distributed import sequence_parallel
 
 pytestmark = pytest.mark.numeric
 
+# Of a mixture; a token that stands between two experts goes to either, by its last digit, and takes a curve with it:
+# the more steps, the more such tokens.
+STEPS = 2
+
 # The control of a case is its model's.
 CASES = {f"experts, stage {stage}": dict(model="moe", stage=stage, experts=2) for stage in (1, 2, 3)}
 CASES |= {f"rows, stage {stage}": dict(model="dense", stage=stage, accumulation=2, sequence=2) for stage in (0, 2, 3)}
@@ -41,7 +45,8 @@ LONG = dict(model="dense", steps=1, fields={"max_position_embeddings": 16384})
 
 
 def start(deepspeed, ranks: int, out, cases: dict):
-    listed = [{"name": name, **case} for name, case in cases.items()]
+    listed = [{"name": name, **({"steps": STEPS} if case["model"] == "moe" else {}), **case}
+              for name, case in cases.items()]
     deepspeed(ranks, "tests/distributed/ranks/parallel.py", str(out), json.dumps(listed))
     return out, json.loads((out / "cases.json").read_text())
 
@@ -77,6 +82,8 @@ def found_on_four(tmp_path_factory, deepspeed):
 
 def assert_same(name: str, control, found, control_name: str):
     (folder, ours), (control_folder, theirs) = found, control
+    # Rounding moves logits by a hundredth of that.
+    assert theirs[control_name]["gap"] is None or theirs[control_name]["gap"] > 2e-5, "take other samples"
     for kind in ("grad", "weights"):
         a = load_file(folder / f"{name}_{kind}.safetensors")
         b = load_file(control_folder / f"{control_name}_{kind}.safetensors")

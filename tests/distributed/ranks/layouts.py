@@ -58,13 +58,13 @@ def make_run(world, out: pathlib.Path, model: str, stage: int, accumulation: int
                            str(accumulation), *constant, *extra], world)
 
 
-def few(out: pathlib.Path, rank: int) -> pathlib.Path:
-    """Some of the bundled samples; the first rank to come writes them, none sees half of them."""
+def few(out: pathlib.Path, rank: int, first: int = 0) -> pathlib.Path:
+    """Some of the bundled samples, from a line on; the first rank to come writes them, none sees half of them."""
     path = out / "few.jsonl"
     if not path.exists():
         lines = (ROOT / "examples" / "sft_train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         mine = out / f"few_{rank}.jsonl"
-        mine.write_text("".join(lines[:FEW]), encoding="utf-8")
+        mine.write_text("".join(lines[first:first + FEW]), encoding="utf-8")
         with contextlib.suppress(FileExistsError):
             os.link(mine, path)
     return path

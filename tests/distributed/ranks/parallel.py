@@ -8,6 +8,7 @@ to OUT_DIR/<name>_grad.safetensors, the last weights to OUT_DIR/<name>_weights.s
 OUT_DIR/cases.json.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -20,12 +21,15 @@ from safetensors.torch import save_file
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
+from minimind_ds import kernels  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
 from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.training.live import LiveRun  # noqa: E402
 from minimind_ds.training.step import Position, evaluate, fetch, train_step  # noqa: E402
-from tests.distributed.ranks.layouts import fresh_engine, full_gradients, make_run, watched_gradients  # noqa: E402
+from tests.distributed.ranks.layouts import few, fresh_engine, full_gradients, make_run, watched_gradients  # noqa: E402
 
+# Of the samples whose tokens, in the first steps, all stand clear of a second expert.
+FIRST = 1200
 DEFAULTS = {"accumulation": 1, "sequence": 1, "experts": 1, "flags": ["--eval_fraction", "0.02"], "fields": {},
             "keys": {}, "file": None, "steps": 10}
 
@@ -48,8 +52,27 @@ def whole_gradients(ds_engine, case: dict) -> dict:
     return grads
 
 
+@contextlib.contextmanager
+def watched_routes():
+    """A list: of each call, the least that an expert that was chosen stood above one that was not, in logits."""
+    route, gaps = kernels.route, []
+
+    def watched(logits_TE, k, *args, **options):
+        best_TK = logits_TE.detach().float().topk(k + 1).values
+        gaps.append((best_TK[:, -2] - best_TK[:, -1]).min().item())
+        return route(logits_TE, k, *args, **options)
+
+    kernels.route = watched
+    try:
+        yield gaps
+    finally:
+        kernels.route = route
+
+
 def run_case(world, out: pathlib.Path, case: dict) -> dict:
     flags = case["flags"]
+    if "--data_path" not in flags:
+        flags = [*flags, "--data_path", str(few(out, world.rank, FIRST))]
     if case["file"]:
         path = out / f"file_{world.rank}.json"
         path.write_text(json.dumps(case["file"]))
@@ -59,13 +82,14 @@ def run_case(world, out: pathlib.Path, case: dict) -> dict:
     assert prepared.stage == case["stage"]
     live, plan = LiveRun(engine=fresh_engine(prepared)), prepared.first_plan
     batches = fetch(prepared, 0, plan, range(case["steps"]))
-    with watched_gradients(functools.partial(whole_gradients, case=case)) as grads:
+    with watched_gradients(functools.partial(whole_gradients, case=case)) as grads, watched_routes() as gaps:
         lines = [train_step(prepared, live, plan, Position(step + 1, 0, step), batches).line()
                  for step in range(case["steps"])]
     if world.rank == 0:
         save_file(grads, out / f"{case['name']}_grad.safetensors")
     found = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
-             "norm": [line["grad_norm"] for line in lines], "labelled": [line["labelled_tokens"] for line in lines]}
+             "norm": [line["grad_norm"] for line in lines], "labelled": [line["labelled_tokens"] for line in lines],
+             "gap": min(gaps, default=None)}
     if prepared.eval_sets:
         found["eval"] = evaluate(prepared, live)["eval_loss"]
     final = engine.full_weights(live.engine, prepared.stage)
