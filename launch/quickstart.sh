@@ -6,7 +6,7 @@ case ${1:-} in -h | --help) sed -n '2,${/^##*SBATCH/q;/^[^#]/q;s/^# \{0,1\}//p}'
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh" ""
 
 out=${1:-out/quickstart}
-# For so small a model on a CPU a second thread is slower, and many times so on a busy machine.
+# For so small a model a second thread gains a third on a CPU that is idle, and on a busy one it is many times slower.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 say "pretraining on examples/pretrain.jsonl"
