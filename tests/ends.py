@@ -34,7 +34,7 @@ def flags_for(folder: pathlib.Path, steps: int = 3) -> list[str]:
             "--pack_len", "96", "--max_steps", str(steps), "--save_interval", "2"]
 
 
-def fork_rank(rank: int, port: int, folder: pathlib.Path, steps: int) -> int:
+def fork_rank(rank: int, port: int, folder: pathlib.Path, flags: list[str]) -> int:
     """The child's pid, or 0 in the child, which is now a rank and has its own log."""
     if pid := os.fork():
         return pid
@@ -43,7 +43,7 @@ def fork_rank(rank: int, port: int, folder: pathlib.Path, steps: int) -> int:
     log = os.open(folder / f"{rank}.log", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    sys.argv = ["launch/sft.py", *flags_for(folder, steps)]
+    sys.argv = ["launch/sft.py", *flags]
     return 0
 
 
@@ -83,9 +83,10 @@ def main() -> int:
     busy = [fork_busy() for _ in range(args.busy)]
     for number in range(args.ends):
         folder, port, pids = root / str(number), free_port(), []
-        folder.mkdir()
+        # Before the fork, so that no rank reads what the other is writing.
+        flags = flags_for(folder, 100_000 if args.stop else 3)
         for rank in range(2):
-            pids.append(fork_rank(rank, port, folder, 100_000 if args.stop else 3))
+            pids.append(fork_rank(rank, port, folder, flags))
             if pids[-1] == 0:
                 return loop.main("sft", sys.argv[1:])
         if args.stop:
