@@ -41,6 +41,8 @@ def own_model(run: RunConfig, weights: Source | None, note: str) -> tuple[RunCon
     if config is None:
         return run, note
     free = {*weight_files.FREE_FIELDS, "vocab_size", *(() if config.use_moe else weight_files.MOE_FIELDS)}
+    # Other weights may have been made for shorter texts; these say how long theirs are.
+    free.remove("max_position_embeddings")
     changes = {preset: {name: value for name, value in config.to_dict().items()
                         if name not in free and value != getattr(base, name)} for preset, base in PRESETS.items()}
     preset = min(changes, key=lambda preset: len(changes[preset]))

@@ -66,6 +66,15 @@ def test_a_run_that_names_no_model_has_the_weights_own(weight, weights_of, tmp_p
         prepare("sft", [*flags, "--preset", "debug"], alone)
 
 
+@pytest.mark.parametrize("longest", [64, 32768])
+def test_weights_say_how_long_their_texts_may_be(longest, tmp_path):
+    config = ModelConfig(**SIZES, vocab_size=330, max_position_embeddings=longest)
+    weight_files.save_safetensors(tmp_path / "own.safetensors", weights(config), config)
+    run = parse_run_config(["--from_weight", str(tmp_path / "own.safetensors")], "sft", {})
+    run, _ = starting_weights.own_model(*starting_weights.open_weights(run)[:2], "")
+    assert run.model_config(330).to_dict() == config.to_dict()
+
+
 @pytest.mark.parametrize("weight", ["run", "moved", "hf"])
 def test_the_same_tokenizer_in_another_form_is_taken_without_a_word(weight, weights_of, tmp_path):
     for named in ("same", weights_of["run"] / "tokenizer"):
