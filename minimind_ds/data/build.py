@@ -21,7 +21,9 @@ import numpy as np
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.data.conversation import DataError
-from minimind_ds.data.tokenise import FILES, JOURNAL, Encoder, Part, Progress, write_chunks
+from minimind_ds.data.journal import FILES, JOURNAL, Part
+from minimind_ds.data.readers import RecordFile
+from minimind_ds.data.tokenise import Encoder, Progress, write_chunks
 from minimind_ds.io import fsync, report
 
 # Tokens are hashed in blocks of this many bytes.
@@ -125,7 +127,7 @@ def build(folder: Path, part: Path | None, write: Callable[[Path], None]) -> Non
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_store(aside: Path, records, encode: Encoder, key: str, workers: int, bar: Progress, *,
+def write_store(aside: Path, source: RecordFile, encode: Encoder, key: str, workers: int, bar: Progress, *,
                 lasting: bool) -> None:
     """All files of a store, durable.
 
@@ -134,9 +136,9 @@ def write_store(aside: Path, records, encode: Encoder, key: str, workers: int, b
     Raises:
         DataError: the data is bad, or nothing in it is to be learnt.
     """
-    stats = write_chunks(Part(aside, lasting=lasting), records, encode, workers, bar)
+    stats = write_chunks(Part(aside, lasting=lasting), source, encode, workers, bar)
     if not stats["labelled"]:
-        raise DataError(f"{records.path} has not one labelled token: {stats['unlabelled']} samples have no label, "
+        raise DataError(f"{source.path} has not one labelled token: {stats['unlabelled']} samples have no label, "
                         f"{stats['dropped']} are longer than {encode.max_seq_len} tokens and dropped")
     (aside / JOURNAL).unlink()
     (aside / "blocks.bin").write_bytes(hash_blocks(aside / "tokens.bin"))

@@ -30,46 +30,31 @@ __all__ = ["MAX_LINE_BYTES", "Conversation", "DataError", "Message", "Records", 
 IGNORED, SPELLED, SILENT, EMPTY = "ignored key ", "spelled ", "answers not to be learnt", "empty"
 
 
-class Records:
-    """Iterate (number, Conversation or text) over a data file; made by read_records.
+class Parser:
+    """A raw record -> a Conversation or a text, counting what a run says of a file besides its samples.
 
-    The number is the line in JSON lines, the record's own from 1 elsewhere.
-
-    Attributes, complete at the end of an iteration: read and skipped (counts), first_skipped (the message of the first
-    bad record, or ""), shapes (records of each), ignored_keys (how often keys stood there that mean nothing, those of
-    turns as "turn.name"), spelled (how often pretraining text spells each of the markers),
-    silent (assistant turns that the file does not let be learnt), empty (texts, or answers to be learnt, that hold
-    not one word).  record: the raw record of
-    the item that was last given.  position: bytes of the file that are read, about.
+    Attributes: shapes (records of each), ignored_keys (how often keys stood there that mean nothing, those of turns as
+    "turn.name"), spelled (how often pretraining text spells each of the markers), silent (assistant turns that the
+    file does not let be learnt), empty (texts, or answers to be learnt, that hold not one word).  record: the raw
+    record of the item that was last parsed.
     """
 
-    def __init__(self, source: RecordFile, kind: str, skip: bool, markers: Iterable[str]):
-        self.source, self.kind, self.skip = source, kind, skip
-        self.path, self.form = source.path, source.form
-        self.markers = marker_pattern(markers)
+    def __init__(self, kind: str, markers: Iterable[str]):
+        self.kind, self.markers = kind, marker_pattern(markers)
         self.record: dict = {}
-        self._reset()
+        self.forget()
 
-    def _reset(self):
-        self.read, self.skipped, self.first_skipped = 0, 0, ""
+    def forget(self) -> None:
+        """Counts from nothing again."""
         self.silent = self.empty = 0
         self.shapes, self.ignored_keys, self.spelled = Counter(), Counter(), Counter()
 
-    def __iter__(self) -> Iterator[tuple[int, Any]]:
-        self._reset()
-        for number, line, raw in self.source:
-            try:
-                item = self._parse(raw)
-            except UserError as err:
-                self._bad(self.source.place(number, line), err)
-                continue
-            self.read += 1
-            yield number, item
-        if not self.read:
-            why = f": all {self.skipped} are bad; {self.first_skipped}" if self.skipped else ""
-            raise DataError(f"{self.path} holds no record{why}")
+    def parse(self, raw: Any) -> Conversation | str:
+        """raw: what readers.RecordFile gives.
 
-    def _parse(self, raw: Any) -> Any:
+        Raises:
+            UserError: what is wrong with the record, without file and line.
+        """
         self.record = decode_line(raw) if isinstance(raw, bytes) else raw
         if self.kind == "text":
             item = parse_text(self.record, self.ignored_keys, self.shapes)
@@ -83,22 +68,50 @@ class Records:
                 message.tool_calls or message.content.strip() or message.reasoning) for message in item.messages])
         return item
 
-    @property
-    def position(self) -> int:
-        return self.source.position
-
     def counts(self) -> dict[str, int]:
-        """What a run says of the file besides its samples, as numbers that can be added up over files (see notes)."""
+        """The counts as numbers that can be added up over files (see notes)."""
         return {SILENT: self.silent, EMPTY: self.empty,
                 **{IGNORED + name: count for name, count in sorted(self.ignored_keys.items())},
                 **{SPELLED + name: count for name, count in sorted(self.spelled.items())}}
 
-    def _bad(self, place: str, err: ValueError) -> None:
-        message = f"{place}: {err}"
-        if not self.skip:
-            raise DataError(message) from None
-        self.skipped += 1
-        self.first_skipped = self.first_skipped or message
+
+class Records(Parser):
+    """Iterate (number, Conversation or text) over a data file; made by read_records.
+
+    The number is the line in JSON lines, the record's own from 1 elsewhere.
+
+    Attributes besides the Parser's, complete at the end of an iteration: read and skipped (counts), first_skipped (the
+    message of the first bad record, or "").
+    """
+
+    def __init__(self, source: RecordFile, kind: str, skip: bool, markers: Iterable[str]):
+        super().__init__(kind, markers)
+        self.source, self.skip = source, skip
+        self.path, self.form = source.path, source.form
+        self.read, self.skipped, self.first_skipped = 0, 0, ""
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        self.forget()
+        self.read, self.skipped, self.first_skipped = 0, 0, ""
+        for number, line, raw in self.source:
+            try:
+                item = self.parse(raw)
+            except UserError as err:
+                message = f"{self.source.place(number, line)}: {err}"
+                if not self.skip:
+                    raise DataError(message) from None
+                self.skipped += 1
+                self.first_skipped = self.first_skipped or message
+                continue
+            self.read += 1
+            yield number, item
+        if not self.read:
+            raise no_record(self.path, self.skipped, self.first_skipped)
+
+
+def no_record(path: Path, skipped: int, first: str) -> DataError:
+    """What a file without one good record is refused with; first: the message of its first bad one."""
+    return DataError(f"{path} holds no record" + f": all {skipped} are bad; {first}" * (skipped > 0))
 
 
 def marker_pattern(markers: Iterable[str]) -> re.Pattern | None:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
 # Part of the key of anything that keeps samples: raise it when ids or labels of the same record change.
-RENDERING = 3
+RENDERING = 4
 # What became of a record: kept whole, cut at max_len, too long and dropped, left without a single label, or too long
 # and kept whole as several samples (pieces_of).
 FATES = ("whole", "cut", "dropped", "unlabelled", "split")
@@ -139,7 +139,7 @@ def build_sample(record: dict | Conversation, tok: Tokenizer, max_len: int, *, p
     Raises:
         ValueError: a bad record (what is wrong, without file and line), policy or max_len.
     """
-    return _as_sample(build_samples([record], tok, max_len, policy=policy, augment=augment, first_index=index)[0])
+    return _as_sample(build_samples([record], tok, max_len, policy=policy, augment=augment, indices=[index])[0])
 
 
 def build_text_sample(text: str, tok: Tokenizer, max_len: int, *, policy: str = "cut") -> Sample:
@@ -154,7 +154,7 @@ def build_text_sample(text: str, tok: Tokenizer, max_len: int, *, policy: str = 
 
 
 def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, max_len: int, *, policy: str = "cut",
-                  augment: Augment | None = None, first_index: int = 0,
+                  augment: Augment | None = None, indices: Iterable[int] | None = None,
                   encode_batch: Callable[[list[str]], list[list[int]]] | None = None) -> list[Encoded]:
     """build_sample for conversations and build_text_sample for strings, with one call into the tokenizer library.
 
@@ -162,6 +162,7 @@ def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, ma
     the input.  The policy "split", for texts only, keeps a long one whole for pieces_of to take apart.
 
     Args:
+        indices: the items' places in the data set, for `augment`; counted from 0 if there are none.
         encode_batch: does the work of tok.encode_batch.
 
     Raises:
@@ -176,7 +177,7 @@ def build_samples(items: Iterable[dict | Conversation | str], tok: Tokenizer, ma
     place: dict[str, int] = {}
     markers = marker_pattern(tok.specials) if augment is not None and augment.text_markers == "control" else None
     spelled: dict[str, list[str]] = {}
-    for index, item in enumerate(items, first_index):
+    for index, item in zip(itertools.count() if indices is None else indices, items):
         if isinstance(item, str):
             rendered.append(item)
             # Text and control tokens by turns.

@@ -33,10 +33,11 @@ from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
 from minimind_ds.data import IGNORE
 from minimind_ds.data.build import BLOCK_BYTES, build, hash_files, locked, remove_forgotten, seal_of, write_store
-from minimind_ds.data.conversation import DataError, read_records
+from minimind_ds.data.conversation import DataError, Parser, read_records
+from minimind_ds.data.journal import FILES, plain_counts, position_of
 from minimind_ds.data.packing import random_keys
 from minimind_ds.data.sample import POLICIES, RENDERING, Augment, Sample
-from minimind_ds.data.tokenise import FILES, Encoder, Progress, plain_counts, position_of, worker_count
+from minimind_ds.data.tokenise import Encoder, Progress, worker_count
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.paths import cache_folder
 
@@ -216,10 +217,10 @@ def open_or_build(path: str | Path, tok: Tokenizer, *, kind: str, max_seq_len: i
                     print(f"the token cache {folder} is damaged; building it again", file=sys.stderr)
                     shutil.rmtree(folder)
                 remove_forgotten(Path(cache_dir), but=part)
-                encode = Encoder(tok, max_seq_len, policy, augment)
+                encode = Encoder(tok, max_seq_len, policy, augment, Parser(kind, tok.specials), records.skip)
                 workers = worker_count(size) if workers is None else workers
                 build(folder, part if alone else None,
-                      lambda aside: write_store(aside, records, encode, key, workers, bar, lasting=alone))
+                      lambda aside: write_store(aside, records.source, encode, key, workers, bar, lasting=alone))
                 if not _is(path, identity, key):
                     shutil.rmtree(folder)
                     raise DataError(f"{path} changed while it was being read; start again")

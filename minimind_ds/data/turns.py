@@ -51,7 +51,7 @@ MEANT = {
     "media": (r"^(image|img|picture|audio|video)s?(_(path|url|file)s?)?$",
               "is not supported: the model reads text only")}
 # Distinct names kept of keys that mean nothing; the rest of a hostile file's are counted together.
-MOST_NAMES = 100
+MOST_NAMES, OTHERS = 100, "(others)"
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def check_unknown(holder: dict, known: frozenset, prefix: str, ignored: Counter 
             raise UserError(f"{where}{name!r} {MEANT[kind][1]}")
         if ignored is not None:
             name = prefix + name
-            ignored[name if name in ignored or len(ignored) < MOST_NAMES else "(others)"] += 1
+            ignored[name if name in ignored or len(ignored) < MOST_NAMES else OTHERS] += 1
 
 
 @functools.lru_cache(maxsize=1024)

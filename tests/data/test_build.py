@@ -4,6 +4,7 @@
 """
 
 import fcntl
+import gzip
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,10 +22,14 @@ from minimind_ds.config.errors import UserError
 from minimind_ds.data import build as build_module
 from minimind_ds.data import store as store_module
 from minimind_ds.data import tokenise
-from minimind_ds.data.conversation import DataError
+from minimind_ds.data.conversation import IGNORED, DataError
+from minimind_ds.data.journal import JOURNAL, Part, position_of
+from minimind_ds.data.readers import RecordFile
+from minimind_ds.data.sample import Augment, build_sample
 from minimind_ds.data.store import open_or_build
-from minimind_ds.data.tokenise import Encoder, Part, Progress, usable_cores, worker_count
+from minimind_ds.data.tokenise import Encoder, Progress, usable_cores, worker_count
 from minimind_ds.data.tokenizer import load_tokenizer
+from minimind_ds.data.turns import MOST_NAMES
 from tests.conftest import ROOT, environment
 from tests.data.test_store import flip_bit, talk, write_lines
 
@@ -57,11 +63,11 @@ def interrupted(monkeypatch, small, build, tmp_path):
     """interrupted(): the part folder of a build that was interrupted after five chunks; and the calls since."""
     calls, firsts, encode = [], [], Encoder.__call__
 
-    def counted(self, items, first_index):
+    def counted(self, raws, first_index, are_lines):
         calls.append(first_index)
         if len(calls) == 6 and not firsts:
             raise KeyboardInterrupt
-        return encode(self, items, first_index)
+        return encode(self, raws, first_index, are_lines)
     path = write_lines(tmp_path / "talks.jsonl", map(talk, range(400)))
     whole = build(path, cache_dir=tmp_path / "other").content
     monkeypatch.setattr(Encoder, "__call__", counted)
@@ -74,11 +80,11 @@ def interrupted(monkeypatch, small, build, tmp_path):
 
 def test_an_interrupted_build_goes_on_after_its_last_whole_chunk_to_the_same_bytes(interrupted, build, capsys):
     path, part, firsts, calls, whole = interrupted
-    assert len(Part(part).stats) and len((part / tokenise.JOURNAL).read_text().splitlines()) == 5
+    assert len(Part(part).stats) and len((part / JOURNAL).read_text().splitlines()) == 5
     store = build(path)
     assert calls[0] == firsts[5] and f"going on after {firsts[5]:,} records" in capsys.readouterr().err
     assert store.content == whole and len(store) == 400 and store.stats["records"] == 400
-    assert not part.exists() and not (store.folder / tokenise.JOURNAL).exists()
+    assert not part.exists() and not (store.folder / JOURNAL).exists()
     store.verify()
 
 
@@ -86,8 +92,8 @@ def test_an_interrupted_build_goes_on_after_its_last_whole_chunk_to_the_same_byt
     (lambda part: os.truncate(part / "tokens.bin", (part / "tokens.bin").stat().st_size - 1), 4),
     (lambda part: flip_bit(part / "tokens.bin", 5), 0),
     (lambda part: flip_bit(part / "lines.bin", -1), 4),
-    (lambda part: os.truncate(part / tokenise.JOURNAL, (part / tokenise.JOURNAL).stat().st_size - 9), 4),
-    (lambda part: (part / tokenise.JOURNAL).unlink(), 0),
+    (lambda part: os.truncate(part / JOURNAL, (part / JOURNAL).stat().st_size - 9), 4),
+    (lambda part: (part / JOURNAL).unlink(), 0),
     (lambda part: (part / "tokens.bin").open("ab").write(b"more than the journal knows of"), 5),
 ], ids=["tokens_cut", "token", "line", "journal_torn", "journal_gone", "chunk_without_its_line"])
 def test_only_chunks_whose_hash_is_right_are_kept(interrupted, build, damage, whole_chunks):
@@ -101,11 +107,11 @@ def test_only_chunks_whose_hash_is_right_are_kept(interrupted, build, damage, wh
 def test_a_worker_that_is_killed_costs_nothing_of_what_was_tokenised(monkeypatch, small, build, tmp_path):
     calls, encode, outcome = [], Encoder.__call__, tmp_path / "outcome"
 
-    def killed(self, items, first_index):
+    def killed(self, raws, first_index, are_lines):
         calls.append(first_index)
         if len(calls) == 4:
             raise BrokenProcessPool("as when a worker ends")
-        return encode(self, items, first_index)
+        return encode(self, raws, first_index, are_lines)
     monkeypatch.setattr(Encoder, "__call__", killed)
     monkeypatch.setenv("MINIMIND_DS_OUTCOME", str(outcome))
     path = write_lines(tmp_path / "talks.jsonl", map(talk, range(400)))
@@ -156,6 +162,58 @@ def test_a_file_that_changed_after_the_interruption_is_tokenised_from_its_start(
     calls.append(None)
     build(path)
     assert calls[1] == 0
+
+
+def bad_here_and_there(numbers):
+    """Records with keys that mean nothing, some of them bad."""
+    return [{"text": "for pretraining"} if n % 7 == 3 else {**talk(n), f"key{n}": 1} for n in numbers]
+
+
+@pytest.mark.parametrize("container", ["lines", "array"])
+def test_bad_records_are_named_and_counted_alike_however_many_processes_parse_them(container, monkeypatch, build, tok,
+                                                                                     tmp_path):
+    monkeypatch.setattr(tokenise, "CHUNK_RECORDS", 50)
+    records, options = bad_here_and_there(range(400)), {"random_system_ratio": 0.5, "seed": 1}
+    path = tmp_path / "data.json"
+    path.write_text("\n".join(map(json.dumps, records)) if container == "lines" else json.dumps(records, indent=1))
+    stores = []
+    for workers in (0, 2):
+        folder = tmp_path / f"{workers}"
+        with pytest.raises(DataError, match="line 4: " if container == "lines" else "record 4 .line [0-9]+.: "):
+            build(path, workers=workers, cache_dir=folder)
+        assert all(left.name.endswith(".lock") for left in folder.iterdir())
+        stores.append(build(path, workers=workers, cache_dir=folder, on_bad_record="skip", options=options,
+                            max_seq_len=256))
+    one, two = stores
+    assert one.content == two.content and one.stats == two.stats and (one.lines == two.lines).all()
+    assert (one.stats["records"], one.stats["skipped"], one.stats["lines"]) == (343, 57, 400)
+    kept = [n for n in range(400) if n % 7 != 3]
+    assert one.lines.tolist() == [n + 1 for n in kept]
+    # The random touches are of a record's place in the file.
+    for i, n in enumerate(kept):
+        assert one[i].input_ids.tolist() == build_sample(talk(n), tok, 256, augment=Augment(1, 0, 0.5, 0), index=n
+                                                         ).input_ids.tolist()
+    ignored = {name: count for name, count in one.stats.items() if name.startswith(IGNORED)}
+    assert len(ignored) == MOST_NAMES + 1 and sum(ignored.values()) == 343
+
+
+def test_what_is_wrong_first_is_said_though_the_file_breaks_off_later(build, tmp_path):
+    lines = "".join(json.dumps(record) + "\n" for record in bad_here_and_there(range(60))).encode()
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(lines)[:-20])
+    for policy, said in (("stop", "line 4: "), ("skip", "is damaged or cut off")):
+        with pytest.raises(DataError, match=said):
+            build(path, on_bad_record=policy)
+
+
+def test_a_file_without_one_good_record_is_refused_with_the_first_bad_one(build, tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", [{"text": "a"}] * 5)
+    with pytest.raises(DataError, match="holds no record: all 5 are bad; .*data.jsonl line 1: "):
+        build(path, on_bad_record="skip")
+    nested = tmp_path / "nested.json"
+    nested.write_text('[{"conversations": ' + "[" * 900 + "]" * 900 + "}]")
+    with pytest.raises(DataError, match="record 1"):
+        build(nested)
 
 
 # Verified
@@ -266,10 +324,12 @@ def test_the_cores_a_process_may_use_are_counted(tmp_path, monkeypatch):
 
 
 def test_chunks_are_bounded_by_their_text_and_not_only_by_their_records(small):
-    sizes = [batch.size for batch in tokenise.batches((i, "x" * n) for i, n in enumerate([10] * 500 + [5000, 3]))]
+    def batches(raws):
+        return list(tokenise.batches(RecordFile(Path("any"), "", "line", lambda _: ((i, i, raw) for i, raw in raws))))
+    sizes = [batch.size for batch in batches((i, b"x" * n) for i, n in enumerate([10] * 500 + [5000, 3]))]
     assert all(2000 <= size < 2010 for size in sizes[:2]) and sizes[-2] >= 5000 and sizes[-1] == 3
-    many = list(tokenise.batches((i, "") for i in range(tokenise.CHUNK_RECORDS + 1)))
-    assert [(batch.first_index, len(batch.items)) for batch in many] == [(0, 2000), (2000, 1)]
+    many = batches((i, b"") for i in range(tokenise.CHUNK_RECORDS + 1))
+    assert [(batch.first_index, len(batch.raws)) for batch in many] == [(0, 2000), (2000, 1)]
 
 
 def test_lines_of_a_megabyte_are_tokenised_in_bounded_memory(tmp_path, tok):
@@ -315,6 +375,6 @@ def test_without_a_terminal_progress_is_a_line_now_and_then(monkeypatch, capsys)
 
 def test_a_process_that_waits_for_the_builder_tells_how_far_it_is(interrupted):
     _, part, *_ = interrupted
-    entry = json.loads((part / tokenise.JOURNAL).read_text().splitlines()[-1])
-    assert tokenise.position_of(part) == entry["stats"]["position"] > 0
-    assert tokenise.position_of(part / "nowhere") == 0
+    entry = json.loads((part / JOURNAL).read_text().splitlines()[-1])
+    assert position_of(part) == entry["stats"]["position"] > 0
+    assert position_of(part / "nowhere") == 0

@@ -239,7 +239,7 @@ def test_many_samples_at_once_equal_each_alone(tok):
              for _ in range(300)]
     for policy in ("cut", "drop"):
         for augment in (None, Augment(seed=1, epoch=2)):
-            many = build_samples(items, tok, 40, policy=policy, augment=augment, first_index=17)
+            many = build_samples(items, tok, 40, policy=policy, augment=augment, indices=range(17, 17 + len(items)))
             for i, (item, got) in enumerate(zip(items, many, strict=True)):
                 alone = (build_text_sample(item, tok, 40, policy=policy) if isinstance(item, str) else
                          build_sample(item, tok, 40, policy=policy, augment=augment, index=17 + i))

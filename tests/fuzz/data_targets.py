@@ -10,9 +10,9 @@ import os
 import pathlib
 import random
 
-from minimind_ds.data.conversation import file_kind, notes, read_records
+from minimind_ds.data.conversation import Parser, file_kind, notes, read_records
 from minimind_ds.data.files import expand, passed_over
-from minimind_ds.data.tokenise import Encoder
+from minimind_ds.data.tokenise import Encoder, batches
 from minimind_ds.data.tokenizer import load_tokenizer
 from minimind_ds.inference.score import read_questions, said
 from tests.fuzz import mutate
@@ -70,11 +70,13 @@ def read_lines(case: tuple[bytes, str, str], folder: pathlib.Path, name: str = "
     path, tok = folder / name, tokenizer()
     path.write_bytes(content)
     records = read_records(path, kind, on_bad_record, tok.specials)
-    encode = Encoder(tok, 256, "cut", None)
-    for number, item in records:
-        assert number >= 1
-        chunk = encode([item], 0)
-        assert len(chunk.lengths) <= 1 and all(0 < n <= 256 for n in chunk.lengths)
+    encode = Encoder(tok, 256, "cut", None, Parser(kind, tok.specials), skip=True)
+    chunks = [encode(batch.raws, batch.first_index, records.source.unit == "line")
+              for batch in batches(records.source)]
+    assert all(0 < n <= 256 for chunk in chunks for n in chunk.lengths)
+    assert all(number >= 1 for number, _ in records)
+    assert sum(chunk.counts["records"] for chunk in chunks) == records.read
+    assert sum(chunk.counts["skipped"] for chunk in chunks) == records.skipped
     notes(records.counts())
     file_kind(path)
 

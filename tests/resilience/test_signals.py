@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from minimind_ds.data.tokenise import Part
+from minimind_ds.data.journal import Part
 from minimind_ds.resilience import restarts
 from minimind_ds.resilience.signals import SAME_REQUEST_SECONDS, STOPPED, Stopped, StopRequest
 from tests.checkpoint.test_resume import STEPS, Run, curve, weights
