@@ -168,6 +168,8 @@ def test_a_resume_must_keep_what_the_files_optimizer_says_besides_the_flags(tmp_
         refuse_changes(sgd(momentum=0.9), sgd(momentum=0.5), "step_00000004")
     # Checkpoints of earlier releases do not say.
     refuse_changes({}, sgd(momentum=0.5), "step_00000004")
+    with pytest.raises(UserError, match="rows per step is 2, this run's is 1 .*: raise --accumulation_steps on fewer"):
+        refuse_changes({"rows per step": 2}, {"rows per step": 1}, "step_00000004")
 
 
 @pytest.mark.parametrize("stage, key, value", [(2, "round_robin_gradients", True), (3, "sub_group_size", 1000)])
