@@ -129,7 +129,9 @@ def check_flags(name: str, argv: list[str], *, here: bool = True) -> None:
             return
         _, rest = program.flags().parse_known_args(argv)
         if program.more == "sft":
-            run.parser("sft", {}).parse_args(spellings.translate(rest)[0])
+            training = run.parser("sft", {})
+            training.others = program.flags().known()
+            training.parse_args(spellings.translate(rest)[0])
         elif not program.more:
             program.flags().parse_args(argv)
     except UserError as error:

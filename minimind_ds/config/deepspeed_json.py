@@ -42,6 +42,7 @@ from minimind_ds.config.deepspeed_optimizer import (
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.run import RunConfig
+from minimind_ds.paths import DS_CONFIGS
 
 __all__ = ["builds_optimizer", "check_keys", "describe", "keeps_checkpoints", "notes", "offloads_optimizer",
            "optimizer_device", "own_settings", "read", "read_json", "resolve", "stage_of"]
@@ -82,7 +83,9 @@ def read_json(path: str) -> dict:
             data = file.read(MOST_BYTES + 1)
         text = data.decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"cannot read the DeepSpeed file {path}: {error.strerror}") from None
+        bare = isinstance(error, FileNotFoundError) and not pathlib.PurePath(path).suffix
+        shipped = f"; shipped ones are {', '.join(sorted(f.stem for f in DS_CONFIGS.glob('*.json')))}" if bare else ""
+        raise UserError(f"cannot read the DeepSpeed file {path}: {error.strerror}{shipped}") from None
     except UnicodeDecodeError:
         raise UserError(f"the DeepSpeed file {path} is not UTF-8") from None
     if len(data) > MOST_BYTES:

@@ -144,7 +144,8 @@ def report() -> OneLineParser:
 
 def train_tokenizer() -> OneLineParser:
     p = program_parser("train_tokenizer")
-    p.add_argument("--data_path", nargs="+", required=True, help="data files (docs/DATA.md), one or more")
+    p.add_argument("--data_path", nargs="+", required=True, metavar="PATH",
+                   help="data files (docs/DATA.md), one or more")
     p.add_argument("--out", required=True, help="the .model file to write")
     p.add_argument("--vocab_size", type=int, default=6400, help="pieces, control tokens included (default: 6400)")
     p.add_argument("--on_bad_record", choices=("stop", "skip"), default="stop",

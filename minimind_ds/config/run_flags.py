@@ -38,7 +38,6 @@ GROUPS = {
     "faults": ("on_spike", "on_non_finite", "hang_minutes"),
     "logging": ("log_interval", "use_wandb", "wandb_project", "use_tensorboard"),
 }
-METAVARS = {int: "N", float: "X", str: "TEXT", bool: "0|1"}
 
 
 def parser(program: str, fields: Iterable[tuple[dataclasses.Field, type]], defaults: dict) -> OneLineParser:
@@ -63,7 +62,7 @@ def parser(program: str, fields: Iterable[tuple[dataclasses.Field, type]], defau
 
 def add(group, f: dataclasses.Field, kind: type, defaults: dict) -> None:
     """One field as a flag, its default told in the help; not given, it is None."""
-    default, extra = defaults.get(f.name, f.default), {"metavar": METAVARS[kind]}
+    default, extra = defaults.get(f.name, f.default), {"metavar": spellings.METAVARS[kind]}
     shown = f.metadata["help"]
     if default is not None and "default:" not in shown:
         shown += f" (default: {int(default) if kind is bool else default})"

@@ -85,6 +85,18 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, *args, hints: dict[str, str] | None = None, same: dict[str, str] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.hints, self.same = hints or {}, same or {}
+        # Names of flags that are taken elsewhere on the same command line.
+        self.others: list[str] = []
+
+    def add_argument(self, *names, **options):
+        if names[0].startswith("--") and not options.keys() & {"action", "choices", "metavar"}:
+            options["metavar"] = METAVARS.get(options.get("type", str), "TEXT")
+        return super().add_argument(*names, **options)
+
+    def known(self) -> list[str]:
+        """All flags, where --help has a shorter line."""
+        self.usage = None
+        return re.findall(r"--(\w+)", self.format_usage())
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
@@ -98,9 +110,7 @@ class OneLineParser(argparse.ArgumentParser):
         parsed, rest = self.parse_known_args(args, namespace)
         if rest:
             flags = [found[1] for found in map(FLAG.fullmatch, rest) if found]
-            # All flags, where --help has a shorter line.
-            self.usage = None
-            known = re.findall(r"--(\w+)", self.format_usage())
+            known = [*self.others, *self.known()]
             said = instead(flags[0].replace("-", "_"), known, self.hints, self.same) if flags else ""
             self.error(f"unrecognized arguments: {' '.join(rest)}{said}")
         return parsed
@@ -268,6 +278,10 @@ def to_bool(text: str) -> bool:
     if text.lower() in ("0", "false", "no", "off"):
         return False
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+# What --help calls a value of each type.
+METAVARS = {int: "N", float: "X", number: "X", str: "TEXT", bool: "0|1", to_bool: "0|1", pathlib.Path: "PATH"}
 
 
 # MiniMind's flags for a model's shape -> fields of ModelConfig.

@@ -129,7 +129,8 @@ def find(path: Source) -> list[Path | InMemory]:
         return files
     if not files:
         under_way = path / "checkpoints"
-        also = f"; its run goes on, or has stopped: {under_way} names its newest checkpoint" * under_way.is_dir()
+        best = f", {path / 'best'} its best weights so far" * (path / "best.json").is_file()
+        also = f"; its run goes on, or has stopped: {under_way} names its newest checkpoint{best}" * under_way.is_dir()
         raise UserError(f"{path}: holds no .safetensors file{also}")
     if len(files) > 1:
         raise UserError(f"{path}: holds several weights ({', '.join(f.name for f in files)}); name one of them")

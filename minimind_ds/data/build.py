@@ -138,8 +138,11 @@ def write_store(aside: Path, source: RecordFile, encode: Encoder, key: str, work
     """
     stats = write_chunks(Part(aside, lasting=lasting), source, encode, workers, bar)
     if not stats["labelled"]:
-        raise DataError(f"{source.path} has not one labelled token: {stats['unlabelled']} samples have no label, "
-                        f"{stats['dropped']} are longer than {encode.max_seq_len} tokens and dropped")
+        cut = stats["too_long"] - stats["dropped"]
+        what = [f"{stats['unlabelled']:,} samples have no label" + f", of which {cut:,} were cut" * bool(cut),
+                f"{stats['dropped']:,} are longer than {encode.max_seq_len} tokens and dropped"]
+        keeps = f"; --max_seq_len {stats['longest']} keeps all of them whole" * bool(stats["too_long"])
+        raise DataError(f"{source.path} has not one labelled token: {', '.join(what)}{keeps}")
     (aside / JOURNAL).unlink()
     (aside / "blocks.bin").write_bytes(hash_blocks(aside / "tokens.bin"))
     small = ("offsets.bin", "labelled.bin", "lines.bin", "blocks.bin")

@@ -8,6 +8,7 @@ Without torch, so that a path that leads nowhere is told at once.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import glob
 import itertools
 import os
@@ -79,10 +80,18 @@ def find(path: str) -> list[Path]:
         parts = [part.strip() for part in path.split(",")]
         hint = "; several files are separated by spaces" if len(parts) > 1 and all(map(os.path.exists, parts)) else ""
         where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
+        hint = hint or like(Path(path))
         raise DataError(f"{untrusted.shown_path(path)} does not exist{where}{hint}")
     if stat.S_ISDIR(mode) and not (found := in_folder(Path(path))):
         raise DataError(f"the folder {path} holds no data file ({', '.join(DATA_ENDINGS)})")
     return found if stat.S_ISDIR(mode) else [Path(path)]
+
+
+def like(path: Path) -> str:
+    """'; did you mean data/sft.jsonl?', of the data files beside a path that is not there, or nothing."""
+    beside = [name for name in os.listdir(path.parent) if name.endswith(DATA_ENDINGS)] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside[:MOST_MATCHES], n=1)
+    return f"; did you mean {untrusted.shown_path(str(path.parent / close[0]))}?" if close else ""
 
 
 def mode_of(path: Path) -> int | None:

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     import torch
 
 # Part of the key of anything that keeps samples: raise it when ids or labels of the same record change.
-RENDERING = 4
+RENDERING = 5
 # What became of a record: kept whole, cut at max_len, too long and dropped, left without a single label, or too long
 # and kept whole as several samples (pieces_of).
 FATES = ("whole", "cut", "dropped", "unlabelled", "split")

@@ -81,6 +81,11 @@ class Mixture:
         """Which source each of these samples is from."""
         return np.searchsorted(self.bounds, np.asarray(indices, dtype=np.int64), side="right") - 1
 
+    def place_of(self, index: int) -> tuple[int, int]:
+        """A sample's source and its number there, the same each time that it is seen."""
+        [source] = self.source_of([index])
+        return int(source), int(self.picks[source][index - self.bounds[source]])
+
     def __getitem__(self, index: int) -> Sample:
         input_ids, labels = self.read([index])
         return Sample(torch.from_numpy(input_ids), torch.from_numpy(labels))

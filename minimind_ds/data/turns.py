@@ -9,9 +9,10 @@ absent key; what is left over is counted (docs/DATA.md lists it all).
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from minimind_ds.config.errors import UserError
@@ -33,8 +34,8 @@ MEDIA_KEYS = ("images", "image", "videos", "video", "audios", "audio")
 SPAN_KEYS = ("train_detail", "training_detail", "mask", "masks", "loss_mask", "loss_scale", "assistant_masks",
              "completion_mask")
 PLAIN_KEYS = frozenset(("role", "content"))
-TURN_KEYS = frozenset(("role", "from", "content", "value", *REASONING_KEYS, *CALL_KEYS, *TOOL_KEYS, *LEARN_KEYS,
-                       *MEDIA_KEYS, *SPAN_KEYS))
+TURN_KEYS = frozenset(("role", "from", "content", "value", "tool_call_id", *REASONING_KEYS, *CALL_KEYS, *TOOL_KEYS,
+                       *LEARN_KEYS, *MEDIA_KEYS, *SPAN_KEYS))
 PART_KEYS = frozenset(("type", "text"))
 CALL_PARTS = frozenset(("id", "type", "index", "function", "name", "arguments", "parameters"))
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -56,10 +57,11 @@ MOST_NAMES, OTHERS = 100, "(others)"
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call the assistant makes; `arguments` is the JSON text as it will be rendered."""
+    """A call the assistant makes; `arguments` is the JSON text as it will be rendered; results name its `id`."""
 
     name: str
     arguments: str
+    id: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -120,9 +122,41 @@ def parse_messages(turns: list, tools: Any = None, *, for_training: bool = True,
                                     "the two")
             check_unknown(turn, TURN_KEYS, "turn.", ignored, f"turn {number} ({message.role}): ")
         messages.append(message)
+    if any("tool_call_id" in turn for turn in turns):
+        messages = in_call_order(messages, [turn.get("tool_call_id") for turn in turns])
     if for_training and not any(message.role == "assistant" for message in messages):
         raise UserError("there is no assistant turn to learn from")
     return Conversation(tuple(messages), tool_texts)
+
+
+def in_call_order(messages: list[Message], named: list) -> list[Message]:
+    """Results of tools in the order of the calls that they name (`named`: by turn), since the text shows no ids.
+
+    Nothing is moved or looked at where a call, or a result beside it, has no id.
+
+    Raises:
+        UserError: an id that is no call's of the turns just before, or that another result has named.
+    """
+    for number, (message, name) in enumerate(zip(messages, named), 1):
+        if not empty(name) and message.role != "tool":
+            raise UserError(f"turn {number} ({message.role}): 'tool_call_id' belongs to a tool turn, not to "
+                            f"{message.role!r}")
+    ordered, start, calls = [], 0, []
+    for role, run in itertools.groupby(messages, key=lambda message: message.role):
+        run = list(run)
+        names, first, start = list(map(_id, named[start:start + len(run)])), start + 1, start + len(run)
+        if role == "tool" and calls and all(calls) and all(names):
+            place = {call: n for n, call in enumerate(calls)}
+            for n, name in enumerate(names):
+                if place.get(name) is None:
+                    used = "is named by two results" if name in place else (
+                        "names no call of the turn before, whose calls are " + ", ".join(map(quoted, calls[:8])))
+                    raise UserError(f"turn {first + n} (tool): tool_call_id {quoted(name)} {used}")
+                names[n], place[name] = place[name], None
+            run = [message for _, message in sorted(zip(names, run), key=lambda pair: pair[0])]
+        calls = [call.id for message in run for call in message.tool_calls]
+        ordered += run
+    return ordered
 
 
 def only_last(conversation: Conversation) -> Conversation:
@@ -311,7 +345,13 @@ def _call(call: Any, where: str, ignored: Counter | None) -> ToolCall:
         raise UserError(f"{what} are JSON text within JSON text; write them as JSON once")
     if isinstance(value, (int, float)):
         raise UserError(f"{what} are {kind_of(value)}, not an object")
-    return ToolCall(name, string(arguments if isinstance(arguments, str) else dump(value, what), where + "arguments"))
+    return ToolCall(name, string(arguments if isinstance(arguments, str) else dump(value, what), where + "arguments"),
+                    _id(outer.get("id")))
+
+
+def _id(value: Any) -> str:
+    """An id as text; anything but text and whole numbers is none."""
+    return str(value) if isinstance(value, (str, int)) else ""
 
 
 def _may_be_learnt(turn: dict, role: str, where: str, context: bool) -> bool:

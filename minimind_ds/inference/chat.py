@@ -326,19 +326,25 @@ def answer(chat: Chat, question: str):
 COMMANDS = """/reset  forgets the conversation
 /help   shows this
 /exit   leaves, as Ctrl-D does; Ctrl-C stops an answer"""
+LEAVE = "[Ctrl-C once more, Ctrl-D or /exit leaves]"
 
 
 def converse(chat: Chat, lines: Callable[[str], str] = input):
-    """Questions from the terminal until /exit or Ctrl-D; /reset (or /clear) forgets what was said."""
+    """Questions from the terminal until /exit, Ctrl-D or Ctrl-C twice; /reset (or /clear) forgets what was said."""
     print(COMMANDS, file=sys.stderr)
+    warned = False
     while True:
         try:
             question = lines("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             return
         except KeyboardInterrupt:
-            print(file=sys.stderr)
+            print("" if warned else f"\n{LEAVE}", file=sys.stderr)
+            if warned:
+                return
+            warned = True
             continue
+        warned = False
         if question == "/exit":
             return
         if question in ("/reset", "/clear"):

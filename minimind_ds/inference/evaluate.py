@@ -140,8 +140,14 @@ def settings_of(args: argparse.Namespace, weight: Source, pretrained: bool) -> t
         **{name: f"{name} in {beside}" for name in found}, **{name: f"--{name}" for name in told}},
         data_path=args.data_path, epochs=1)
     kind = args.kind or ("text" if pretrained or found.get("too_long") == "split" else "conversations")
-    said = ", ".join(f"{name} {untrusted.shown(value)}" for name, value in found.items() if name not in told)
+    said = ", ".join(f"{name} {spelt(value)}" for name, value in found.items() if name not in told)
     return run, kind, [f"as in {beside}: {said}"] if said else []
+
+
+def spelt(value: object) -> str:
+    """A setting as a flag gives it."""
+    return untrusted.shown(value).strip("'") if isinstance(value, str) else f"{value:d}" if value in (
+        True, False) else untrusted.shown(value)
 
 
 def build(state: dict, config: ModelConfig, adapters: Source | None, spec: str) -> MiniMindForCausalLM:

@@ -169,7 +169,7 @@ def recommend(settings: dict, plans: dict, run: RunConfig, options: argparse.Nam
 def because(name: str, settings: dict, plans: dict, options: argparse.Namespace) -> str:
     chosen, rows = plans[name], plans[name]["most_rows"]
     tokens = rows * settings[name].row_len
-    line = f"recommended: ds_configs/{name}.json: {rows} rows a micro-batch fit ({tokens:,} tokens)"
+    line = f"recommended: ds_configs/{name}.json: {rows:,} rows a micro-batch fit ({tokens:,} tokens)"
     if options.ranks == 1:
         return line + "; on one rank there is nothing to shard"
     if name != "zero0":

@@ -242,7 +242,11 @@ def settings(config: RunConfig | None) -> list[tuple[str, str, bool]]:
 
 
 def value_of(value: object) -> str:
-    if isinstance(value, (list, dict)):
+    if isinstance(value, list):
+        # Sources of data, those with a share as {path, share}.
+        return ", ".join(f"{entry.get('path')} (share {entry.get('share', 1)})" if isinstance(entry, dict)
+                         else str(entry) for entry in value)[:2000]
+    if isinstance(value, dict):
         return str(value)[:2000]
     return "–" if value is None else str(value)
 

@@ -155,9 +155,11 @@ class StopRequest(Signals):
     def receive(self, number: signal.Signals) -> None:
         """Note a signal; does not return from the one that ends the process."""
         now = time.monotonic()
-        # SIGUSR1 is a batch system's warning, followed by SIGTERM: it does not count as the first of two.
+        # SIGUSR1 is a batch system's warning, followed by SIGTERM: it does not count as the first of two.  Nor SIGHUP
+        # as the second: a terminal closes when all that it ran, DeepSpeed's launcher, has ended by Ctrl-C.
         if number != signal.SIGUSR1:
-            if self.first is not None and now - self.first > SAME_REQUEST_SECONDS:
+            again = number != signal.SIGHUP and self.first is not None
+            if again and now - self.first > SAME_REQUEST_SECONDS:
                 print(f"{number.name} again: ending at once", file=sys.stderr, flush=True)
                 os._exit(128 + number)
             self.first = self.first or now

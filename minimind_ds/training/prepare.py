@@ -312,6 +312,10 @@ def check_inputs(run: RunConfig, final: pathlib.Path) -> None:
         if os.path.realpath(path) in own and os.path.isfile(path):
             raise UserError(f"{shown_path(path)} is a file that the run itself writes: it would be lost; move it, or "
                             "name another --save_dir")
+    # Every start leaves its notes beside the weights, before there are any.
+    if final.exists() and not any(os.path.exists(os.path.join(folder, name)) for name in (*OWN_FILES, *OWN_NOTES)):
+        raise UserError(f"{final} is not of a run in this folder, and would be lost: move it, or name another "
+                        f"{run.place('save_dir')}")
 
 
 def check_writable(folder: pathlib.Path) -> None:

@@ -265,9 +265,11 @@ def refuse_changes(then: dict, now: dict, path) -> None:
             raise UserError(f"cannot resume from {path}: its tokenizer is another one; name it with --tokenizer, as "
                             "it lies in the run folder; --from_resume none starts over, another --save_dir keeps both")
         if then.get(name) != now[name]:
+            means = (" (--batch_size x --accumulation_steps x ranks: raise --accumulation_steps on fewer ranks, lower "
+                     "it on more)" if name == "rows per step" else "")
             raise UserError(f"cannot resume from {path}: its {name.removeprefix('model.')} is "
-                            f"{then.get(name)!r:.100}, this run's is {now[name]!r:.100}; --from_resume none starts "
-                            "over, another --save_dir keeps both")
+                            f"{then.get(name)!r:.100}, this run's is {now[name]!r:.100}{means}; --from_resume none "
+                            "starts over, another --save_dir keeps both")
 
 
 def share_start(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:

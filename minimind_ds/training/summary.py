@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import pathlib
 import shlex
 
 from minimind_ds import terminal
@@ -83,10 +84,12 @@ def ending(prepared: PreparedRun, live: LiveRun, step: int, taken: str) -> list[
         lines.append(f"evaluation: {loss_of(best)}" + ("" if last == best else " is the lowest"))
     if last and last != best:
         lines.append(f"evaluation: {loss_of(last)} is the last")
+    folder = pathlib.Path(prepared.run.save_dir)
     if prepared.run.keep_best and best:
         lines.append(f"best weights: {terminal.shorter(kept_weights.path_of(prepared, kept_weights.BEST))}")
+        folder = folder if best == last else folder / kept_weights.BEST
     return [*lines, f"weights: {terminal.shorter(kept_weights.path_of(prepared, kept_weights.LAST))}",
-            f"next: {chat_command(prepared)}"]
+            f"next: {chat_command(prepared, str(folder))}"]
 
 
 def loss_of(evaluation: tuple[int, float | None]) -> str:
@@ -96,10 +99,9 @@ def loss_of(evaluation: tuple[int, float | None]) -> str:
             + (f" (perplexity {means:.4g})" if means else "") + f" after step {step:,}")
 
 
-def chat_command(prepared: PreparedRun) -> str:
-    """What talks to a run's weights."""
+def chat_command(prepared: PreparedRun, folder: str) -> str:
+    """What talks to a run's weights, the last or the best, in `folder`."""
     # A wheel has the programs inside the package, and the command on the PATH.
     words = ["minimind-ds", "chat"] if LAUNCH.is_relative_to(PACKAGE) else ["python", str(LAUNCH / "chat.py")]
-    flags = {"--weight": prepared.run.from_weight if prepared.lora else prepared.run.save_dir,
-             **({"--lora": prepared.run.save_dir} if prepared.lora else {})}
+    flags = {"--weight": prepared.run.from_weight, "--lora": folder} if prepared.lora else {"--weight": folder}
     return shlex.join(map(terminal.shorter, [*words, *(word for pair in flags.items() for word in pair)]))

@@ -134,17 +134,21 @@ def statistics(prepared: PreparedRun, kind: str) -> dict:
     store, plan = prepared.stores[0], prepared.first_plan
     lengths, stats = store.lengths, store.stats
     indices = some(store, MOST_SAMPLES, prepared.run.seed)
-    seen, twice, unstopped, cut_answers = set(), 0, 0, 0
+    seen, places, twice, unstopped, cut_answers = set(), set(), 0, 0, 0
     stop = prepared.tokenizer.special_id("<|im_end|>") if kind == "conversations" else prepared.tokenizer.eos_id
     for index in indices:
         ids, labels = store.read([int(index)])
-        twice += ids.tobytes() in seen
+        # What a share above 1 shows again is no duplicate.
+        if (place := store.place_of(int(index))) not in places:
+            twice += ids.tobytes() in seen
+        places.add(place)
         seen.add(ids.tobytes())
         unstopped += stop not in labels
         # Cut while the assistant was speaking: the last token is learnt and does not end an answer.
         full = len(ids) >= prepared.run.max_seq_len and len(ids) > 1
         cut_answers += bool(full and kind == "conversations" and answer_is_open(ids, prepared.tokenizer))
-    return {"path": str(prepared.run.data_path), "samples": len(store), "tokens": int(lengths.sum()),
+    return {"path": ", ".join(row["path"] for row in store.table()), "samples": len(store),
+            "tokens": int(lengths.sum()),
             "labelled_share": float(store.labelled.sum() / max(lengths.sum(), 1)),
             "length": {"min": int(lengths.min()), "median": float(np.median(lengths)), "mean": float(lengths.mean()),
                        "p95": float(np.percentile(lengths, 95)), "max": int(lengths.max())},

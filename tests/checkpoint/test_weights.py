@@ -125,6 +125,9 @@ def test_what_is_not_there_or_not_whole_is_one_line(out, tmp_path):
         opened(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match="holds no .safetensors file; its run goes on, .* names its newest"):
         weight_files.find(tmp_path)
+    (tmp_path / "best.json").write_text("{}")
+    with pytest.raises(ValueError, match="newest checkpoint, .*/best its best weights so far$"):
+        weight_files.find(tmp_path)
     torn = shutil.copytree(home / STEP, tmp_path / "torn")
     file = next((torn / "state").glob("*optim_states.pt"))
     file.write_bytes(file.read_bytes()[:-1] + b"x")

@@ -168,6 +168,15 @@ def test_a_resume_must_keep_what_the_files_optimizer_says_besides_the_flags(tmp_
         refuse_changes(sgd(momentum=0.9), sgd(momentum=0.5), "step_00000004")
     # Checkpoints of earlier releases do not say.
     refuse_changes({}, sgd(momentum=0.5), "step_00000004")
+    with pytest.raises(UserError, match="rows per step is 2, this run's is 1 .*: raise --accumulation_steps on fewer"):
+        refuse_changes({"rows per step": 2}, {"rows per step": 1}, "step_00000004")
+
+
+def test_a_name_that_no_shipped_file_has_is_answered_with_theirs(tmp_path):
+    with pytest.raises(UserError, match="No such file or directory; shipped ones are .*, zero0, zero1, zero2"):
+        read_json("zero9")
+    with pytest.raises(UserError, match="No such file or directory$"):
+        read_json(str(tmp_path / "zero9.json"))
 
 
 @pytest.mark.parametrize("stage, key, value", [(2, "round_robin_gradients", True), (3, "sub_group_size", 1000)])

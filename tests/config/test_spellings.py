@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from minimind_ds import programs
 from minimind_ds.config import spellings
 from minimind_ds.config.model import PRESETS, ModelConfig
 from minimind_ds.config.run import FLAGS, NUMBERS, parse_run_config
@@ -28,6 +29,23 @@ def test_the_table_leads_to_flags_and_hides_none():
     assert set(spellings.SAME.values()) <= OURS and set(spellings.VALUES) <= OURS
     others = [*spellings.SAME, *spellings.HINTS, *spellings.SHAPE]
     assert len(set(others)) == len(others) and not OURS & set(others)
+
+
+def test_a_guess_knows_the_program_s_own_flags_and_the_training_s(capsys):
+    for flag, meant in (("--warmup", "--warm_up"), ("--leraning_rate", "--learning_rate")):
+        with pytest.raises(SystemExit):
+            programs.check_flags("benchmark", [flag, "1"])
+        assert f"unrecognized arguments: {flag} 1; did you mean {meant}?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", programs.PROGRAMS)
+def test_help_names_values_shortly(name, capsys):
+    with pytest.raises(SystemExit):
+        programs.check_flags(name, ["--help"])
+    told = re.findall(r"^ +--(\w+) \[?([A-Z_]+)", capsys.readouterr().out, re.MULTILINE)
+    # Those that take hardly a flag of their own.
+    assert told or name in ("report", "tokenize")
+    assert not [flag for flag, value in told if value == flag.upper() and len(value) > 6]
 
 
 def test_minimind_s_own_command_lines_parse_and_mean_the_same():

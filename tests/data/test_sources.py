@@ -77,8 +77,17 @@ def test_what_is_no_file_is_one_line_at_once(tmp_path):
         assert len(str(error.value).splitlines()) == 1
     with pytest.raises(DataError, match="several files are separated by spaces"):
         expand(f"{tmp_path}/a.jsonl,{tmp_path}/a.jsonl")
+    with pytest.raises(DataError, match=r"/sft_trian.jsonl does not exist; did you mean .*/sft_train.jsonl\?$"):
+        (tmp_path / "sft_train.jsonl").write_text("x")
+        expand(f"{tmp_path}/sft_trian.jsonl")
     with pytest.raises(DataError, match="named twice; a share of 2"):
         expand([f"{tmp_path}/a.jsonl", f"{tmp_path}/a.json*"])
+
+
+def test_a_sample_seen_again_is_the_same_sample(mixture):
+    places = [[made.place_of(i) for i in range(len(made))] for made in (mixture((2, 1, 1)), mixture((1, 1, 1)))]
+    assert len(places[0]) == 20 + len(places[1]) and set(places[0]) == set(places[1])
+    assert len(set(places[1])) == len(places[1])
 
 
 def test_names_are_short_and_no_two_are_alike(tmp_path):

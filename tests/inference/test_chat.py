@@ -205,6 +205,21 @@ def test_conversation_commands(tok, loaded, capsys):
     assert out.count("\n") >= 2
 
 
+def test_ctrl_c_at_the_prompt_says_how_to_leave_and_leaves_the_second_time(tok, loaded, capsys):
+    talk = chat.Chat(loaded, tok, chat.Sampling(temperature=0, max_new_tokens=4))
+    lines = iter([None, "hot?", None, None, "late?"])
+
+    def read(prompt):
+        line = next(lines)
+        if line is None:
+            raise KeyboardInterrupt
+        return line
+
+    chat.converse(talk, read)
+    assert [q for q, _ in talk.turns] == ["hot?"] and next(lines) == "late?"
+    assert capsys.readouterr().err.count(f"\n{chat.LEAVE}\n") == 2
+
+
 def test_the_same_seed_draws_the_same_answer(tok, loaded):
     texts = []
     for seed in (1, 1, 2):

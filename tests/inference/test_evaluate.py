@@ -72,7 +72,7 @@ def test_on_the_run_s_ranks_the_numbers_are_the_training_s_to_the_last_digit(out
     assert result["all"]["labelled_tokens"] == trained(out / "whole")["eval_tokens"]
     assert (result["ranks"], result["dtype"], result["pack_len"], result["batch_size"]) == (2, "bf16", 256, 2)
     said = (out / "said").read_text()
-    assert f"as in {out / 'whole' / 'run.yaml'}: max_seq_len 128" in said
+    assert f"as in {out / 'whole' / 'run.yaml'}: max_seq_len 128, too_long cut, " in said and "packing 1, " in said
     head, *rows = said[said.index("token accuracy"):].splitlines()[:4]
     assert head == "token accuracy  labelled tokens" and [row.split()[0] for row in rows] == ["one", "other", "all"]
 

@@ -167,6 +167,8 @@ def test_starting_weights_in_the_place_of_the_final_ones_are_kept(sft, tmp_path)
     (tmp_path / "a.jsonl").write_bytes(lines(GOOD))
     check(*sft("--data_path", tmp_path / "a.jsonl", "--from_weight", run / "sft_256.safetensors", "--from_resume",
                "none"), "sft_256.safetensors", "would be lost")
+    # Nor are another run's best weights, or any that no run in the folder has written.
+    check(*sft("--data_path", tmp_path / "a.jsonl"), "sft_256.safetensors is not of a run in this folder")
 
 
 @pytest.mark.parametrize("name, make", [

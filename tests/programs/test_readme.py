@@ -31,12 +31,27 @@ def commands(page):
     """Each command of a page's bash blocks, as words; `a && b` is two."""
     text = (ROOT / page).read_text(encoding="utf-8")
     for block in re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
-        for line in block.replace("\\\n", " ").splitlines():
+        for line in joined(block):
             words = shlex.split(line, comments=True)
             while words:
                 end = words.index("&&") if "&&" in words else len(words)
                 yield words[:end]
                 words = words[end + 1:]
+
+
+def joined(block):
+    """A block's lines, each as long as its quotes and backslashes say."""
+    line = ""
+    for part in block.replace("\\\n", " ").splitlines():
+        line += part
+        try:
+            shlex.split(line, comments=True)
+        except ValueError:
+            line += "\n"
+            continue
+        yield line
+        line = ""
+    assert not line, line
 
 
 def program_of(words):

@@ -258,6 +258,7 @@ def test_several_runs_stand_beside_each_other_with_what_differs(trained, copied,
     assert capsys.readouterr().out == f"report: {out}\n"
     found = harmless(out.read_text())
     assert "Settings in which the runs differ" in found.text and found.text.count("Exit") == 1
+    assert tables.value_of(["a.jsonl", {"path": "b.jsonl", "share": 2}]) == "a.jsonl, b.jsonl (share 2)"
     rows = tables.differing([report.of_folder(trained[0]), report.of_folder(copied)])
     assert ["warmup_steps", "0", "7"] in rows and len(rows) == 1
     for chart in curves.charts([folder.read(trained[0]), folder.read(copied)]):

@@ -80,6 +80,23 @@ def test_a_closed_terminal_stops_a_run_but_not_under_nohup(ignored):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_terminal_that_closes_after_ctrl_c_is_no_second_request():
+    """As `ssh host deepspeed …` has it: at Ctrl-C the launcher ends, and with it the terminal's session."""
+    code = """
+import os, signal, time
+from minimind_ds.resilience.signals import SAME_REQUEST_SECONDS, StopRequest
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGINT)
+    while stop.first is None:
+        time.sleep(0.01)
+    stop.first -= 2 * SAME_REQUEST_SECONDS
+    os.kill(os.getpid(), signal.SIGHUP)
+print(stop.asked)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "SIGINT\n"), done
+
+
 @pytest.mark.by_exec("Ctrl-C reaches the launcher's whole process group")
 def test_ctrl_c_under_the_launcher_writes_a_checkpoint(tmp_path):
     """The terminal's Ctrl-C reaches launcher and ranks; the launcher passes it on to the ranks once more."""

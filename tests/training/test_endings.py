@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minimind_ds import terminal
 from minimind_ds.config.run import parse_run_config
 from minimind_ds.distributed.world import World
 from minimind_ds.training.evaluations import Evaluations, perplexity, recorded
@@ -155,6 +156,8 @@ def test_a_run_without_progress_ends_early_on_all_ranks_and_a_kill_changes_nothi
     assert [step for step, *_ in curve(folder)] == list(range(1, 10)) and best(folder)[0]["step"] == 3
     said = folder.with_suffix(".log").read_text()
     assert said.count("ends early, after step 9: 2 evaluations in a row without a lower loss (--patience)") == 1
+    # The best weights are not the last ones, so they are what to talk to.
+    assert f" --weight {terminal.shorter(folder / 'best')}\n" in " ".join(said.split("\n    ")), said[-800:]
     assert (folder / "DONE").exists() and (folder / "checkpoints" / "step_00000009").is_dir()
     done = point(folder, home, **flags)
     assert done.finished and "of 9 steps, the last 2 evaluations without a lower loss; a larger" in done.notes[0]
