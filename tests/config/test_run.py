@@ -58,6 +58,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_may_stand(tmp_path, monkeypa
     ("a: [1\n", "line 2: not valid YAML"),
     ("- 1\n", "holds a list, not `key: value` lines"),
     ("batch_size: 0\n", "batch_size in .*run.yaml is 0; it must be at least 1"),
+    ("hang_minutes: 1.0e-9\n", "hang_minutes in .*run.yaml is 1e-09; it must be at least 0.01"),
     ("pack_len: 100\nmax_seq_len: 200\n", "raise pack_len or lower max_seq_len"),
     ("model: 3\n", "model is not a block"),
 ])
