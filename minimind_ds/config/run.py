@@ -308,6 +308,7 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
         values[name] = of_paths(os.path.expanduser, values[name])
     spellings.choose_model({name: value for name, value in shape.items() if value is not None}, values, given)
     run = RunConfig(**{**defaults, **values}, given=given)
+    run_checks.check_config(run, yaml_path)
     if run.learning_rate is None:
         run = run.replace(learning_rate=rates.usual(program, run.from_weight, run.lora_rank))
     return run

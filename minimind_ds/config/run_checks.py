@@ -6,7 +6,11 @@
 from __future__ import annotations
 
 import math
+import os
 
+import yaml
+
+from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
 
 # Of a micro-batch: their logits alone would take more than a terabyte.
@@ -26,6 +30,16 @@ def check(run) -> None:
     if not run.eval_path and not run.eval_fraction:
         without(run, {"keep_best": False, "patience": 0},
                 "and nothing is held out to evaluate: name --eval_path or --eval_fraction")
+
+
+def check_config(run, path: str | None) -> None:
+    """Raises UserError where the run's own run.yaml would take the place of the --config that somebody wrote."""
+    if path is None or os.path.realpath(path) != os.path.realpath(os.path.join(run.save_dir, "run.yaml")):
+        return
+    text = untrusted.read_text(path)
+    if yaml.safe_dump(untrusted.yaml_mapping(text, path), sort_keys=False, allow_unicode=True) != text:
+        raise UserError(f"{path} is a file that the run itself writes: its comments would be lost; move it, or name "
+                        "another --save_dir")
 
 
 def check_step(run, ranks: int, rows: int) -> None:
