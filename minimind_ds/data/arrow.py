@@ -100,7 +100,8 @@ def _as_json(value: Any) -> Any:
         # Text of writers that do not mark it as such; of a picture, which is no UTF-8, nothing is read.
         return value.decode("utf-8", "surrogateescape")
     if isinstance(value, Decimal):
-        return int(value) if value == int(value) else float(value)
+        number = float(value)
+        return int(value) if number.is_integer() and abs(number) < 1 << 53 else number
     # An interval, a UUID, a date within a turn.
     return value.item() if hasattr(value, "item") else str(value)
 

@@ -331,6 +331,19 @@ def test_what_only_columns_have_counts_as_what_json_has_in_its_place(tmp_path):
 
 
 @needs_pyarrow
+def test_a_decimal_that_python_cannot_have_is_named(tmp_path):
+    import pyarrow
+
+    one = pyarrow.py_buffer((1).to_bytes(16, "little"))
+    table = pyarrow.table({"text": ["a"], "weight": pyarrow.Array.from_buffers(pyarrow.decimal128(5, 10**9), 1,
+                                                                               [None, one])})
+    with pyarrow.ipc.new_stream(tmp_path / "a.arrow", table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(DataError, match="holds what cannot be read, after record 0: .*decimal"):
+        list(read_records(tmp_path / "a.arrow", "text"))
+
+
+@needs_pyarrow
 def test_a_record_of_columns_is_as_long_as_a_line_may_be(tmp_path, monkeypatch):
     import pyarrow
 
