@@ -29,7 +29,8 @@ children = pathlib.Path(f"/proc/self/task/{os.getpid()}/children")
 def kill():
     while True:
         for child in children.read_text().split():
-            if b"spawn_main" in pathlib.Path(f"/proc/{child}/cmdline").read_bytes():
+            # Not this program's own, which another child has for a moment, too.
+            if pathlib.Path(f"/proc/{child}/cmdline").read_bytes().endswith(b"--multiprocessing-fork\\0"):
                 time.sleep(later)
                 return os.kill(int(child), signal.SIGKILL)
 
