@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import resource
 import sys
 import threading
 from collections.abc import Callable
@@ -60,6 +61,8 @@ def trainer(name: str, about: str) -> Program:
 REPORT_S = 30
 # transformers must not look for anything on the network.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# A rank of two holds some 40; kernels that are compiled, workers and evaluations more.
+OPEN_FILES = 256
 # A node that does not answer is preflight's to name; PyTorch would add its C++ stacks.
 QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
 PROGRAMS = {
@@ -100,6 +103,7 @@ def run_program(name: str, argv: list[str]) -> int:
     """What start does, once signals are heard."""
     program = PROGRAMS[name]
     check_flags(name, argv)
+    allow_files()
     for variable, value in program.environment.items():
         os.environ.setdefault(variable, value)
     # A log of ranks begins with it; where a program's output is read by another, it would be noise.
@@ -113,6 +117,22 @@ def run_program(name: str, argv: list[str]) -> int:
         raise UserError(f"PyTorch cannot be loaded: {' '.join(str(error).split())[:200]}") from None
     more = {"at_end": write_report} if program.trains else {}
     return importlib.import_module(f"minimind_ds.{program.module}").main(*program.arguments, argv, **more)
+
+
+def allow_files() -> None:
+    """As many open files as the programs need, where the system lets them; else ranks would look for each other until
+    they give up.
+
+    Raises:
+        UserError: it does not.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # The system's own number for no limit is below all.
+    if 0 <= soft < OPEN_FILES:
+        if 0 <= hard < OPEN_FILES:
+            raise UserError(f"only {hard} files may be open at once here (ulimit -n), and {OPEN_FILES} are needed: "
+                            f"ulimit -n {OPEN_FILES}, or whoever runs the machine, raises it")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
 
 
 def check_flags(name: str, argv: list[str], *, here: bool = True) -> None:

@@ -157,7 +157,8 @@ class RunConfig:
                 raise UserError(f"{self.place(name)} is {untrusted.shown(value)}; it must be {what}")
         at_least = dict(max_seq_len=2, pack_len=2, batch_size=1, accumulation_steps=1, max_steps=0, keep=1,
                         log_interval=1, save_interval=0, eval_interval=0, num_workers=0, grad_clip=0, weight_decay=0,
-                        learning_rate=0, seed=0, lora_rank=0, grow_vocab=0, warmup_steps=0, patience=0, stop_after=0)
+                        learning_rate=0, seed=0, lora_rank=0, grow_vocab=0, warmup_steps=0, patience=0, stop_after=0,
+                        hang_minutes=0.01)
         for name, least in at_least.items():
             if getattr(self, name) is not None and not getattr(self, name) >= least:
                 raise UserError(f"{self.place(name)} is {untrusted.shown(getattr(self, name))}; it must be at least "
@@ -307,6 +308,7 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
         values[name] = of_paths(at_home, values[name])
     spellings.choose_model({name: value for name, value in shape.items() if value is not None}, values, given)
     run = RunConfig(**{**defaults, **values}, given=given)
+    run_checks.check_config(run, yaml_path)
     if run.learning_rate is None:
         run = run.replace(learning_rate=rates.usual(program, run.from_weight, run.lora_rank))
     return run

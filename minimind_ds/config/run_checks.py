@@ -5,10 +5,18 @@
 
 from __future__ import annotations
 
+import math
+import os
+
+import yaml
+
+from minimind_ds.config import untrusted
 from minimind_ds.config.errors import UserError
 
 # Of a micro-batch: their logits alone would take more than a terabyte.
 MOST_TOKENS = 2**26
+# Micro-batches that may be empty for all that: a small file is tried with a large one's flags.
+MOST_SMALL = 64
 
 
 def check(run) -> None:
@@ -22,6 +30,24 @@ def check(run) -> None:
     if not run.eval_path and not run.eval_fraction:
         without(run, {"keep_best": False, "patience": 0},
                 "and nothing is held out to evaluate: name --eval_path or --eval_fraction")
+
+
+def check_config(run, path: str | None) -> None:
+    """Raises UserError where the run's own run.yaml would take the place of the --config that somebody wrote."""
+    if path is None or os.path.realpath(path) != os.path.realpath(os.path.join(run.save_dir, "run.yaml")):
+        return
+    text = untrusted.read_text(path)
+    if yaml.safe_dump(untrusted.yaml_mapping(text, path), sort_keys=False, allow_unicode=True) != text:
+        raise UserError(f"{path} is a file that the run itself writes: its comments would be lost; move it, or name "
+                        "another --save_dir")
+
+
+def check_step(run, ranks: int, rows: int) -> None:
+    """Raises UserError where most micro-batches of a step would be empty, an epoch having so few rows."""
+    needed = math.ceil(rows / (ranks * run.batch_size))
+    if run.accumulation_steps >= max(2 * needed, MOST_SMALL):
+        raise UserError(f"{run.place('accumulation_steps')} is {run.accumulation_steps:,}, and an epoch has {rows:,} "
+                        f"rows, {needed:,} micro-batches a rank: the others of each step would be empty; lower it")
 
 
 def without(run, names: dict, why: str) -> None:

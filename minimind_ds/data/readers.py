@@ -55,6 +55,7 @@ NO_DATA = {
     b"\x89HDF": ("an HDF5 file", "write its records as JSON lines"),
     b"\x93NUMPY": ("a NumPy array", "write its records as JSON lines"),
     b"SQLite format 3": ("an SQLite database", "write its records as JSON lines"),
+    b"PARE": ("encrypted Parquet", "write it again without encryption"),
     b"FEA1": ("Feather of the old kind", "write it again with pyarrow.feather.write_feather"),
     **dict.fromkeys((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
                     ("a pickle", "it is not opened, since it may run code; write its records as JSON lines")),
@@ -330,20 +331,21 @@ def _named(path: Path, window: Window, number: Callable[[], int]) -> Iterator[No
 
 def _folder(path: Path) -> RecordFile:
     """What `datasets` saved to disk; other folders hold files, each of which is read by itself."""
-    files = dataset_files(path)
+    files, shown = data_set(path)
     if not files:
         raise DataError(f"{path} is a folder, not a file of records")
     sources = [open_source(file) for file in files]
     if any(source.form != "Arrow" for source in sources):
         raise DataError(f"{path}: not all files that its state.json names are Arrow")
-    return RecordFile(path, "datasets", "record", lambda source: arrow.rows(files, source.count))
+    return RecordFile(path, "datasets", "record", lambda source: arrow.rows(files, source.count, shown))
 
 
-def dataset_files(folder: str | Path) -> list[Path]:
-    """The Arrow files of a folder that `datasets.Dataset.save_to_disk` wrote, in order; none if it is no such folder.
+def data_set(folder: str | Path) -> tuple[list[Path], list[str] | None]:
+    """The Arrow files of a folder that `datasets.Dataset.save_to_disk` wrote, in order, none if it is no such folder;
+    and the columns that the set shows, None: all.
 
     Raises:
-        DataError: one of several splits, or damaged.
+        DataError: one of several splits, damaged, or with an order of its own for the rows.
     """
     folder = Path(folder)
     with _readable(folder):
@@ -354,10 +356,20 @@ def dataset_files(folder: str | Path) -> list[Path]:
                 raise DataError(f"{folder} holds the splits {named}: name one, for example "
                                 f"{folder}/{untrusted.shown_path(splits[0])}")
             if not (folder / "state.json").is_file():
-                return []
+                return [], None
             state = parse((folder / "state.json").read_text("utf-8"), "it")
             # Names only: a file of this folder is meant, wherever the name points.
-            return [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+            names = [Path(entry["filename"]).name for entry in state["_data_files"]]
+            if {"", ".."} & set(names):
+                raise KeyError
+            # Which rows are chosen, and in which order.
+            if state.get("_indices_data_files") or state.get("_indices_files"):
+                raise DataError(f"{folder} has a choice of its rows beside them, which is not read: load it with "
+                                "datasets, flatten_indices() and save it again")
+            columns = None if state.get("_output_all_columns") else state.get("_format_columns")
+            if not (columns is None or isinstance(columns, list) and all(isinstance(name, str) for name in columns)):
+                raise KeyError
+            return [folder / name for name in names], columns
         except DataError:
             raise
         except (UserError, UnicodeDecodeError, KeyError, TypeError, IndexError):

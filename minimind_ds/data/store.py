@@ -41,7 +41,7 @@ from minimind_ds.data.tokenise import Encoder, Progress, worker_count
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.paths import cache_folder
 
-FORMAT = 2
+FORMAT = 3
 # 32 bytes for each block of tokens.
 MOST_OF_HASHES = 1 << 30
 # What is read of each end of a data file to tell it from another.

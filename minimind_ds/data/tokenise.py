@@ -15,14 +15,15 @@ import itertools
 import math
 import os
 import pickle
+import signal
 import sys
-import threading
 import time
+import traceback
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
+from concurrent.futures import BrokenExecutor
+from multiprocessing import connection, get_context, resource_tracker
 from pathlib import Path
 
 import numpy as np
@@ -165,45 +166,88 @@ def encoded_chunks(todo: Iterable[Batch], are_lines: bool, encode: Encoder,
         for batch in todo:
             yield batch, encode(batch.raws, batch.first_index, are_lines)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker,
-                             initargs=(encode,)) as pool:
-        waiting: deque[tuple[Batch, Future]] = deque()
-        try:
-            for batch in todo:
-                future = pool.submit(_work, batch.raws, batch.first_index, are_lines)
-                waiting.append((batch._replace(raws=[]), future))
-                while len(waiting) > 2 * workers or sum(b.size for b, _ in waiting) > WAITING_BYTES:
-                    batch, future = waiting.popleft()
-                    yield batch, future.result()
-            while waiting:
-                batch, future = waiting.popleft()
-                yield batch, future.result()
-        finally:
-            for _, future in waiting:
-                future.cancel()
+    with worker_pipes(workers) as pipes:
+        for pipe in pipes:
+            with _living():
+                pipe.send(encode)
+        idle, busy, done, given = pipes, {}, {}, 0
+        for number, batch in itertools.chain(enumerate(todo), [(-1, None)]):
+            while busy and (batch is None or not idle or len(busy) + len(done) > 2 * workers or sum(
+                    b.size for b, _ in (*busy.values(), *done.values())) > WAITING_BYTES):
+                for pipe in connection.wait(list(busy)):
+                    with _living():
+                        chunk = pipe.recv()
+                    if isinstance(chunk, Exception):
+                        raise chunk
+                    of, place = busy.pop(pipe)
+                    done[place] = of, chunk
+                    idle.append(pipe)
+                while given in done:
+                    yield done.pop(given)
+                    given += 1
+            if batch is not None:
+                pipe = idle.pop()
+                with _living():
+                    pipe.send((batch.raws, batch.first_index, are_lines))
+                busy[pipe] = batch._replace(raws=[]), number
 
 
-# A cache: what this worker process was started with.
-_worker_encode: Encoder | None = None
+@contextlib.contextmanager
+def worker_pipes(workers: int) -> Iterator[list[connection.Connection]]:
+    """Pipes to so many processes that tokenise, each of which takes an Encoder first.
+
+    A pipe breaks where its worker is killed, at any moment; Python's pool of processes may wait for ever then.
+    """
+    context, pipes, processes = get_context("spawn"), [], []
+    # It lets SIGINT through again when it is started.
+    resource_tracker.ensure_running()
+    # Ctrl-C is for this process, which ends the others.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        with _living():
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                pipes.append(ours)
+                with theirs:
+                    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+                    process.start()
+                processes.append(process)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield list(pipes)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for process in processes:
+            process.kill()
+            process.join()
+        for pipe in pipes:
+            pipe.close()
 
 
-def _start_worker(encode: Encoder):
-    global _worker_encode
-    _worker_encode = encode
+@contextlib.contextmanager
+def _living() -> Iterator[None]:
+    """Around what cannot be done where a worker was killed, or none can be started."""
+    try:
+        yield
+    except (EOFError, OSError) as err:
+        raise BrokenExecutor(str(err)) from None
+
+
+def _serve(pipe: connection.Connection):
     gc.set_threshold(*COLLECTION)
-    # Killed, a parent leaves its workers waiting for ever.
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     # One core each: the tokenizer library's threads would only get in each other's way.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def _end_with_parent():
-    parent_process().join()
-    os._exit(1)
-
-
-def _work(raws: list[bytes], first_index: int, are_lines: bool) -> Chunk:
-    return _worker_encode(raws, first_index, are_lines)
+    # The pipe ends with the process that began it, however that ends.
+    with contextlib.suppress(EOFError, OSError):
+        encode = pipe.recv()
+        while True:
+            raws, first_index, are_lines = pipe.recv()
+            try:
+                answer = encode(raws, first_index, are_lines)
+            except UserError as err:
+                answer = err
+            except Exception as err:
+                answer = RuntimeError(f"{type(err).__name__}: {err}\n{traceback.format_exc()}")
+            pipe.send(answer)
 
 
 @contextlib.contextmanager

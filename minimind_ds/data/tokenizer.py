@@ -28,6 +28,7 @@ from minimind_ds.data import hf_folder
 from minimind_ds.data.tokenizer_check import (
     META_SPACE,
     PROBE,
+    check_export,
     check_parts,
     check_text,
     control_ids,
@@ -284,7 +285,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _hf_spec(self) -> dict:
         added = hf_folder.added_tokens(self.specials, VISIBLE_TOKENS)
-        return hf_folder.sentencepiece_spec(self._sp, self._pieces, added, META_SPACE)
+        spec = hf_folder.sentencepiece_spec(self._sp, self._pieces, added, META_SPACE)
+        check_export(self, spec)
+        return spec
 
     def save(self, folder: str | Path) -> None:
         _write_files(folder, {"tokenizer.model": self._model})

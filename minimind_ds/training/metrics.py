@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-import re
-import secrets
 import statistics
 import sys
 import time
@@ -20,9 +18,9 @@ from tqdm import tqdm
 
 from minimind_ds import terminal
 from minimind_ds.config import untrusted
-from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig
 from minimind_ds.io import write_file
+from minimind_ds.training.boards import Boards
 
 BAR = "{n_fmt}/{total_fmt} |{bar}| {desc}"
 # Steps whose times say how long the rest takes.
@@ -82,16 +80,7 @@ class Metrics:
         self.total_steps, self.steps_an_epoch = total_steps, steps_an_epoch
         self.began, self.steps, self.tokens, self.step_seconds = time.monotonic(), 0, 0, 0.0
         self.recent: deque[float] = deque(maxlen=RECENT)
-        self.wandb = self.board = None
-        if run.use_wandb:
-            import wandb
-
-            self.wandb = wandb.init(project=run.wandb_project, dir=str(folder), config=resolved, resume="allow",
-                                    id=wandb_id(folder), name=folder.resolve().name)
-        if run.use_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.boards = Boards(folder, run, step=step, resolved=resolved, say=self.say)
 
     def begin(self) -> None:
         """The steps begin: from here on it is their time, and a terminal shows a bar."""
@@ -111,11 +100,7 @@ class Metrics:
         # To the operating system at once: a killed process loses no step it reported.
         self.file.flush()
         numbers = {k: v for k, v in line.items() if isinstance(v, (int, float)) and k != "step"}
-        if self.wandb:
-            self.wandb.log(numbers, step=line["step"])
-        if self.board:
-            for name, value in numbers.items():
-                self.board.add_scalar(name, value, line["step"])
+        self.boards.write(numbers, line["step"])
         if "eval_loss" in line:
             loss, perplexity = line["eval_loss"], line.get("eval_perplexity")
             self.say(f"step {line['step']}: eval loss {'not finite' if loss is None else f'{loss:.4f}'}"
@@ -167,22 +152,8 @@ class Metrics:
             return
         self.end_bar()
         self.file.close()
-        if self.wandb:
-            self.wandb.finish()
-        if self.board:
-            self.board.close()
+        self.boards.close()
 
 
 def rate(tokens_per_s: float) -> str:
     return f"{tokens_per_s:,.0f} tokens/s" if tokens_per_s < 1e5 else f"{tokens_per_s / 1e3:,.0f}k tokens/s"
-
-
-def wandb_id(folder: pathlib.Path) -> str:
-    """The run's id at Weights & Biases, kept in the run folder so that a resumed run continues its curves."""
-    path = folder / "wandb_id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(4), encoding="utf-8")
-    found = untrusted.read_text(path).strip()
-    if not re.fullmatch(r"[\w-]{1,64}", found):
-        raise UserError(f"{path} holds {untrusted.shown(found)}, which is no run's id at Weights & Biases: delete it")
-    return found

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 from minimind_ds import checkpoint, kernels
-from minimind_ds.config import deepspeed_check, deepspeed_json, rates
+from minimind_ds.config import deepspeed_check, deepspeed_json, rates, run_checks
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.precision import DTYPES
@@ -175,6 +175,7 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
     check_machine(run, ds, world, model_config)
     notes += disk.check(run, ds, model_config, lora, experts=dims.experts)
     plan = plan_epoch(stores[0], run, ranks, 0)
+    run_checks.check_step(run, ranks, plan.n_rows)
     notes += lr_schedule.notes(run, lr_schedule.total_steps(run, len(plan)))
     eval_sets = split_by_source(held_out, run, ranks)
     start_weights = starting_weights.load(run, model_config, weights)

@@ -34,6 +34,13 @@ def test_the_resolved_yaml_reads_back_as_the_same_run_from_any_folder(tmp_path, 
     assert again.to_yaml() == text and dataclasses.replace(again, **same) == dataclasses.replace(run, **same)
 
 
+def test_a_config_that_somebody_wrote_is_not_replaced_by_the_run_s_own(tmp_path):
+    with pytest.raises(ValueError, match="run.yaml is a file that the run itself writes: its comments would be lost"):
+        parsed(tmp_path, f"save_dir: {tmp_path}  # mine\n")
+    # The run's own loses nothing.
+    parsed(tmp_path, parsed(tmp_path, f"save_dir: {tmp_path}\n").to_yaml())
+
+
 def test_one_file_may_be_named_in_two_ways_in_two_places(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     run = parsed(tmp_path, "deepspeed: zero2\n", "--deepspeed", "ds_configs/zero2.json")
@@ -58,6 +65,7 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_may_stand(tmp_path, monkeypa
     ("a: [1\n", "line 2: not valid YAML"),
     ("- 1\n", "holds a list, not `key: value` lines"),
     ("batch_size: 0\n", "batch_size in .*run.yaml is 0; it must be at least 1"),
+    ("hang_minutes: 1.0e-9\n", "hang_minutes in .*run.yaml is 1e-09; it must be at least 0.01"),
     ("pack_len: 100\nmax_seq_len: 200\n", "raise pack_len or lower max_seq_len"),
     ("model: 3\n", "model is not a block"),
 ])

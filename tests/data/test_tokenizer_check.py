@@ -6,6 +6,7 @@ tests/fuzz/corpus.py has more that is refused.
 import json
 
 import pytest
+import sentencepiece
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.data import tokenizer_check
@@ -50,6 +51,21 @@ def test_what_was_checked_once_is_not_checked_again(tmp_path, monkeypatch):
     assert not checked
     load_tokenizer(folder_of(tmp_path / "other", merges=[["T", "h"], ["c", "l"], ["Th", "e"]]))
     assert checked
+
+
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_model_whose_export_would_have_other_ids_is_refused_before_it_is_trained_on(kind, tmp_path):
+    path = tmp_path / "own.model"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([TEXT, "the other theory, then there", "a cloth clothes the closest"] * 9),
+        model_prefix=str(path.with_suffix("")), model_type=kind, vocab_size=330, hard_vocab_limit=False,
+        byte_fallback=True, normalization_rule_name="identity", add_dummy_prefix=False, minloglevel=2,
+        remove_extra_whitespaces=False, control_symbols=["<|im_start|>", "<|im_end|>"])
+    if kind == "bpe":
+        load_tokenizer(path).save_hf(tmp_path / "exported")
+        return
+    with pytest.raises(UserError, match="is no BPE that can be exported: .* has other ids by `tokenizers`; train it"):
+        load_tokenizer(path)
 
 
 def test_dropout_does_not_reach_the_ids(tmp_path):

@@ -27,8 +27,9 @@ from minimind_ds.data.store import TokenStore, open_or_build
 from minimind_ds.distributed import deepspeed_compat
 from minimind_ds.resilience import restarts
 from minimind_ds.training import resume
+from minimind_ds.training.boards import wandb_id
 from minimind_ds.training.evaluations import Evaluations, recorded
-from minimind_ds.training.metrics import keep_until, wandb_id
+from minimind_ds.training.metrics import keep_until
 from minimind_ds.training.prepare import PreparedRun, check_writable
 from minimind_ds.training.spikes import SpikeDetector, taken_losses
 from tests.config.try_configs import prepared_with

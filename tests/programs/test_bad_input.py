@@ -91,6 +91,12 @@ def test_a_sample_longer_than_the_row_is_named(sft):
     check(*sft("--max_seq_len", 512, "--pack_len", 128), "512", "128", "pack_len")
 
 
+def test_a_step_of_mostly_empty_micro_batches_is_refused(sft, tmp_path):
+    (tmp_path / "data.jsonl").write_bytes(lines(GOOD, GOOD, GOOD))
+    code, err = sft("--data_path", tmp_path / "data.jsonl", "--accumulation_steps", 100_000)
+    check(code, err, "--accumulation_steps is 100,000", "an epoch has 1 rows, 1 micro-batches a rank", "lower it")
+
+
 def test_unknown_preset_tokenizer_weights_and_kernels(sft, tmp_path, capfd):
     with pytest.raises(SystemExit) as leaving:
         sft("--preset", "huge")

@@ -41,6 +41,17 @@ def test_what_is_wrong_with_the_machine_is_one_line_and_no_bug(error, code, said
     assert done.stderr.count("\n") == bool(said), done.stderr
 
 
+def test_too_few_open_files_are_raised_or_said():
+    code = ("import resource; from minimind_ds.config.errors import report_bugs; from minimind_ds import programs; "
+            "report_bugs(); programs.allow_files(); print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])")
+    for limit, said, error in (("-n 20", "", "error: only 20 files may be open at once here (ulimit -n), and 256 are"),
+                               ("-Sn 20", "256\n", ""), ("-Sn 300", "300\n", "")):
+        done = subprocess.run(["bash", "-c", f'ulimit {limit}; exec "$0" -c "$1"', sys.executable, code], cwd=ROOT,
+                              capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.stdout == said and done.stderr.startswith(error) and done.returncode == 2 * bool(error), done
+        assert done.stderr.count("\n") == bool(error)
+
+
 def test_an_unknown_error_is_still_a_bug_with_its_traceback():
     for error in ("OSError(5, 'Input/output error', 'x')", "RuntimeError('x')", "ModuleNotFoundError('x')"):
         done = python(f"from minimind_ds.config.errors import report_bugs; report_bugs(); raise {error}")

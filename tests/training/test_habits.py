@@ -14,8 +14,8 @@ from minimind_ds.config.model import ModelConfig
 from minimind_ds.config.run import parse_run_config
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.distributed.world import World
+from minimind_ds.training.boards import wandb_id
 from minimind_ds.training.loop import write_run_folder
-from minimind_ds.training.metrics import wandb_id
 from minimind_ds.training.prepare import choose, find_start_weights, prepare
 from minimind_ds.training.resume import ResumePoint, look_for_resume_point
 from tests.conftest import ROOT, cache_dir, environment
