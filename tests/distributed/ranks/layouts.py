@@ -2,7 +2,7 @@
 
     deepspeed --num_gpus 2 tests/distributed/ranks/layouts.py OUT_DIR ACCUMULATION [extra run flags]
 
-Runs every ZeRO stage on a small dense and a small MoE model: ten steps, and the gradients of the first one.
+Runs every ZeRO stage on a small dense and a small MoE model: a few steps, and the gradients of the first one.
 Rank 0 writes OUT_DIR/<model>_<stage>.safetensors (gradients) and OUT_DIR/losses.json.
 """
 
@@ -30,9 +30,10 @@ from minimind_ds.training.build import build_engine  # noqa: E402
 from minimind_ds.training.live import LiveRun  # noqa: E402
 from minimind_ds.training.prepare import prepare  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
+from tests.routes import watched_routes  # noqa: E402
 
 MODELS = {"dense": {}, "moe": {"use_moe": True, "moe_intermediate_size": 48}}
-STEPS = 10
+STEPS = 3
 # Of the bundled samples: planning rows for all of them, at every case, would take longer than the steps.
 FEW = 800
 
@@ -149,7 +150,8 @@ def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
             prepared = make_run(world, out, model, stage, accumulation, extra)
             live = LiveRun(engine=fresh_engine(prepared))
             batches = fetch(prepared, 0, prepared.first_plan, range(STEPS))
-            with watched_gradients(functools.partial(full_gradients, stage=stage)) as grads:
+            read = functools.partial(full_gradients, stage=stage)
+            with watched_gradients(read) as grads, watched_routes() as gaps:
                 lines = [train_step(prepared, live, prepared.first_plan, Position(step + 1, 0, step), batches).line()
                          for step in range(STEPS)]
             case = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
@@ -158,7 +160,9 @@ def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
                 torch.manual_seed(prepared.run.seed)
                 reference = MiniMindForCausalLM(prepared.model_config, balance="row")
                 tokens = tokens or constant_rows(reference)
-                case["idle_expert_error"] = idle_experts(prepared, fresh_engine(prepared), reference, tokens)
+                with watched_routes() as idle_gaps:
+                    case["idle_expert_error"] = idle_experts(prepared, fresh_engine(prepared), reference, tokens)
+                case["gaps"] = gaps + idle_gaps
             losses[f"{model}_{stage}"] = case
             if world.rank == 0:
                 save_file(grads, out / f"{model}_{stage}.safetensors")

@@ -25,7 +25,7 @@ from minimind_ds.training.live import LiveRun  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
 from tests.distributed.ranks.layouts import make_run  # noqa: E402
 
-STEPS = 5
+STEPS = 3
 # Without a type of its own DeepSpeed's FusedAdam updates (in C++ here), flat at stage 0.
 FUSED = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
 EXPERTS = {"expert_parallel": {"enabled": True, "autoep_size": 2, "preset_model": "qwen3_moe"}}
