@@ -1,9 +1,9 @@
 """Gradients and losses of the real training step on one layout, for tests/distributed/test_layouts.py.
 
-    deepspeed --num_gpus 2 tests/distributed/ranks/layouts.py OUT_DIR ACCUMULATION [extra run flags]
+    deepspeed --num_gpus 2 tests/distributed/ranks/layouts.py OUT_DIR ACCUMULATION STAGES
 
-Runs every ZeRO stage on a small dense and a small MoE model: a few steps, and the gradients of the first one.
-Rank 0 writes OUT_DIR/<model>_<stage>.safetensors (gradients) and OUT_DIR/losses.json.
+Runs every ZeRO stage of STAGES, a word such as 0123, on a small dense and a small MoE model: a few steps, and the
+gradients of the first one.  Rank 0 writes OUT_DIR/<model>_<stage>.safetensors (gradients) and OUT_DIR/losses.json.
 """
 
 import contextlib
@@ -141,13 +141,13 @@ def fresh_engine(prepared):
     return ds_engine
 
 
-def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
+def main(out: pathlib.Path, accumulation: int, stages: list[int]) -> None:
     world = read_world()
     engine.start(world)
     losses, tokens = {}, None
     for model in MODELS:
-        for stage in range(4):
-            prepared = make_run(world, out, model, stage, accumulation, extra)
+        for stage in stages:
+            prepared = make_run(world, out, model, stage, accumulation, [])
             live = LiveRun(engine=fresh_engine(prepared))
             batches = fetch(prepared, 0, prepared.first_plan, range(STEPS))
             read = functools.partial(full_gradients, stage=stage)
@@ -175,4 +175,4 @@ def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
 if __name__ == "__main__":
     # The launcher puts --local_rank somewhere among the arguments.
     args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    main(pathlib.Path(args[0]), int(args[1]), args[2:])
+    main(pathlib.Path(args[0]), int(args[1]), [int(stage) for stage in args[2]])
