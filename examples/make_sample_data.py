@@ -15,6 +15,7 @@ The output depends on the seed and nothing else: only random.random() is drawn o
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import random
@@ -86,6 +87,7 @@ class Question(NamedTuple):
         return self.fact.answer[self.language]
 
 
+@functools.cache
 def held_out(*key: str) -> bool:
     """Whether the pair with this name is kept from training, by a hash that never changes."""
     return hashlib.sha256("\n".join(key).encode()).digest()[0] % HELD_OUT_OF == 0

@@ -12,6 +12,15 @@ LAUNCH = ROOT / "launch"
 ASSETS = PACKAGE / "assets"
 
 
+def at_home(path: str) -> str:
+    """The path with the home folder for ~ or ~name; as it is where there is no such home."""
+    try:
+        return os.path.expanduser(path)
+    # Not a name that a user can have.
+    except ValueError:
+        return path
+
+
 def cache_folder() -> pathlib.Path:
     """The user's cache folder for this program, by the XDG rules."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

@@ -81,7 +81,12 @@ class AsyncSave:
         self.rank, self.ranks, self.wrong = dist.get_rank(), dist.get_world_size(), None
         self.store = default_store()
         # Every rank saves the same checkpoints in the same order.
-        self.key = f"saving/{self.store.add(f'saving/number of rank {self.rank}', 1)}"
+        number = self.store.add(f"saving/number of rank {self.rank}", 1)
+        self.key = f"saving/{number}"
+        if self.rank == 0:
+            # Who wrote the one before this had read the verdict on the one before that.
+            for name in (*range(self.ranks), "verdict"):
+                self.store.delete_key(f"saving/{number - 2}/{name}")
         self.thread = threading.Thread(target=self.run, name="saving", daemon=True)
         self.thread.start()
 

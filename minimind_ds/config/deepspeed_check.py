@@ -70,6 +70,16 @@ def check_keys(path: str, raw: dict) -> None:
             check_block(path, key, value)
 
 
+def check_numbers(path: str, value, key: str = "") -> None:
+    """Raises UserError on a number that is none, or that no counter holds, wherever it stands in a resolved file."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, part in inner:
+        check_numbers(path, part, f"{key}.{name}" if key else str(name))
+    odd = isinstance(value, (int, float)) and not abs(value) < LARGEST
+    if odd and not (value == math.inf and key in KEYS and fits(KEYS[key].kind, value)):
+        raise UserError(f"{path}: {key[:80]} is {show(value)}; it must be a finite number below 2^63 in size")
+
+
 def refuse_dots(path: str, key: str) -> None:
     """KEYS has inner keys with dots; a file has not."""
     if "." in key:
@@ -267,30 +277,33 @@ def check_whole(path: str, config: dict) -> None:
 def check_rules(path: str, config: dict, dtype: str) -> None:
     """What DeepSpeed finds out only when ranks run, or gets wrong: combinations of settings."""
     zero = config.get("zero_optimization", {})
-    stage, scatters = zero.get("stage", 0), zero.get("reduce_scatter", True)
+    stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage is {show(stage)}; it must be 0, 1, 2 or 3")
+    with quiet():
+        # Its values as DeepSpeed reads them: a file may have a number or a switch as text.
+        settled = schema_of("zero_optimization")(**zero)
     factor = config.get("gradient_predivide_factor", 1)
     if factor <= 0:
         raise UserError(f"{path}: gradient_predivide_factor is {factor}; it must be above 0")
     for key, odd in (("prescale_gradients", config.get("prescale_gradients", False)),
                      ("gradient_predivide_factor", factor != 1)):
-        if odd and stage >= 2 and scatters:
+        if odd and stage >= 2 and settled.reduce_scatter:
             raise UserError(f"{path}: DeepSpeed has no {key} at stage {stage} with reduce-scatter; leave it out, or "
                             "set zero_optimization.reduce_scatter to false")
     if factor != 1 and stage == 3:
         # Where the factor equals the ranks, DeepSpeed 0.19.8 leaves the division in: gradients are halved on two.
         raise UserError(f"{path}: gradient_predivide_factor is not supported at stage 3, where DeepSpeed reduces "
                         "gradients wrongly with some factors; leave it out")
-    if float(zero.get("allgather_bucket_size", 2)) % 2 and stage in (1, 2):
+    if settled.allgather_bucket_size % 2 and stage in (1, 2):
         raise UserError(f"{path}: zero_optimization.allgather_bucket_size is {zero['allgather_bucket_size']}; "
                         "DeepSpeed wants an even number")
-    if zero.get("zero_hpz_partition_size", 1) < 1:
+    if settled.zero_hpz_partition_size < 1:
         raise UserError(f"{path}: zero_optimization.zero_hpz_partition_size is 0; it must be at least 1")
-    if zero.get("compute_grad_norm") is False:
+    if not settled.compute_grad_norm:
         raise UserError(f"{path}: zero_optimization.compute_grad_norm false is not supported: metrics.jsonl and "
                         "clipping need the norm; leave it out")
-    if zero.get("load_from_fp32_weights") is False:
+    if not settled.load_from_fp32_weights:
         raise UserError(f"{path}: zero_optimization.load_from_fp32_weights false is not supported: a resume takes the "
                         "fp32 masters, to the last bit; leave it out")
     types = config.get("data_types", {})

@@ -17,6 +17,7 @@ import hjson
 
 from minimind_ds.config.deepspeed_check import (
     check_keys,
+    check_numbers,
     check_rules,
     check_schema,
     check_schemas,
@@ -195,6 +196,7 @@ def resolve(raw: dict, run: RunConfig, model: ModelConfig, *, ranks: int, total_
     config.setdefault("steps_per_print", 10**9)
     config.setdefault("wall_clock_breakdown", False)
     config.setdefault("zero_allow_untested_optimizer", True)
+    check_numbers(path, config)
     check_schemas(path, config)
     check_rules(path, config, run.dtype)
     check_muon(path, config, run)

@@ -26,7 +26,7 @@ from minimind_ds.config.deepspeed_keys import LARGEST
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
 from minimind_ds.config.spellings import OneLineParser
-from minimind_ds.paths import DS_CONFIGS
+from minimind_ds.paths import DS_CONFIGS, at_home
 
 # The keys of precision.DTYPES; this module does without torch, so that --help need not wait for it.
 PRECISIONS = ("bf16", "fp16", "fp32")
@@ -304,7 +304,7 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
     for name in (PATHS | {"from_weight", "from_resume"}) & values.keys():
         if not values[name]:
             raise UserError(f"{given[name]} is empty: name a path, or leave it out")
-        values[name] = of_paths(os.path.expanduser, values[name])
+        values[name] = of_paths(at_home, values[name])
     spellings.choose_model({name: value for name, value in shape.items() if value is not None}, values, given)
     run = RunConfig(**{**defaults, **values}, given=given)
     if run.learning_rate is None:
@@ -342,12 +342,12 @@ def read_yaml(path: str) -> tuple[dict, dict]:
     # A null leaves the choice to the program, as leaving the line out does.
     values = {name: value for name, value in read.items() if value is not None}
     given = {name: f"{name} in {path}" for name in values}
-    values |= {name: of_paths(os.path.expanduser, values[name])
+    values |= {name: of_paths(at_home, values[name])
                for name in values.keys() & {*PATHS, "from_weight", "from_resume"}}
     if isinstance(values.get("deepspeed"), dict):
         values |= {"deepspeed": given["deepspeed"], "deepspeed_block": values["deepspeed"]}
     elif "deepspeed" in values:
-        values["deepspeed"] = find_shipped(os.path.expanduser(values["deepspeed"]), pathlib.Path(path).parent)
+        values["deepspeed"] = find_shipped(at_home(values["deepspeed"]), pathlib.Path(path).parent)
     return values, given
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from minimind_ds import terminal
 from minimind_ds.config.errors import UserError, one_line
 from minimind_ds.config.model import PRESETS
-from minimind_ds.paths import LAUNCH
+from minimind_ds.paths import LAUNCH, at_home
 
 # Another spelling -> our flag of the same meaning.
 SAME = {
@@ -187,13 +187,13 @@ def translate(argv: list[str]) -> tuple[list[str], dict[str, str]]:
             raise UserError(f"{flag} is given twice; name all its files after one, separated by spaces")
         if ours(written.setdefault(name, flag)[2:], {}) != ours(flag[2:], {}):
             raise UserError(f"{written[name]} and {flag} are one flag: give it once")
-    return [at_home(respelt(word, SAME)) for word in argv], written
+    return [of_home(respelt(word, SAME)) for word in argv], written
 
 
-def at_home(word: str) -> str:
+def of_home(word: str) -> str:
     """--save_dir=~/x with the home folder in it: the shell puts it there only where a word begins with ~."""
     name, equals, value = word.partition("=")
-    return f"{name}={os.path.expanduser(value)}" if equals and value.startswith("~") and FLAG.fullmatch(word) else word
+    return f"{name}={at_home(value)}" if equals and value.startswith("~") and FLAG.fullmatch(word) else word
 
 
 def meant(name: str, value):

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from minimind_ds.config import untrusted
-from minimind_ds.config.errors import UserError
+from minimind_ds.config.errors import UserError, first_line
 from minimind_ds.config.model import LARGEST_SIZE, ModelConfig
 from minimind_ds.convert import minimind, weight_files
 from minimind_ds.io import write_file
@@ -228,7 +228,7 @@ def load_adapters(path: weight_files.Source,
             lora, theirs = read_facts(metadata["lora"]), ModelConfig.from_dict(
                 untrusted.json_object(metadata["config"], "its configuration"))
         except (KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{path}: what it says of its adapters is damaged: {error}") from None
+            raise UserError(f"{path}: what it says of its adapters is damaged: {first_line(error)}") from None
         weight_files.check_same_model(path, theirs, config or theirs)
         adapters, config = weight_files.read_safetensors(file), config or theirs
     return minimind.fit(adapters, shapes(config, lora), str(path)), lora, config

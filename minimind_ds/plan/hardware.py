@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from minimind_ds.config.errors import UserError
+from minimind_ds.config.untrusted import shown
 from minimind_ds.plan.work import BACKWARD, FORWARD, UPDATE
 
 NEVER = float("inf")
@@ -97,7 +98,7 @@ def sheet_of(name: str) -> tuple[Sheet, str]:
     for key, sheet in SHEETS.items():
         if key.lower() in name.lower():
             return sheet, key
-    raise UserError(f"--gpu {name}: there are {', '.join(SHEETS)}")
+    raise UserError(f"--gpu {shown(name)}: there are {', '.join(SHEETS)}")
 
 
 def gpu(name: str, dtype: str, network: float | None = None) -> Device:

@@ -84,6 +84,15 @@ def test_nothing_is_in_place_until_everything_is_on_disk(tmp_path, group):
     assert (tmp_path / "latest").read_text().strip() == final.name
 
 
+def test_a_long_run_s_saves_leave_nothing_in_the_store(tmp_path, group):
+    keys = []
+    for step in range(1, 9):
+        aside, _, commit = commit_to(tmp_path, step)
+        AsyncSave([(aside / "a.pt", lambda path: path.write_bytes(b"x"))], root=aside, commit=commit, what="").finish()
+        keys.append(dist.distributed_c10d._get_default_store().num_keys())
+    assert keys[2:] == [keys[2]] * 6
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 def test_a_full_or_broken_disk_is_named_and_leaves_the_checkpoint_before(tmp_path, group, number):
     aside, final, commit = commit_to(tmp_path, 1)

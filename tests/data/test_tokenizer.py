@@ -166,7 +166,7 @@ def test_export_gives_the_same_ids_in_transformers(tok, exported):
              if META_SPACE not in text and not any(token in text for token in SPECIAL_TOKENS)]
     for path in sorted([*(ROOT / "examples").glob("*.jsonl"), *(SHARED / "data").glob("*.jsonl")]):
         texts += texts_of(path)
-    texts = [text for text in dict.fromkeys(texts) if text]
+    texts = [text for text in dict.fromkeys(texts) if text][::4]
     for start in range(0, len(texts), 4096):
         batch = texts[start:start + 4096]
         ids = theirs(batch, add_special_tokens=False).input_ids
@@ -187,7 +187,7 @@ def test_original_ids_equal_the_library_and_its_folder_ships_through(tmp_path):
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=False)
     assert theirs.chat_template == json.loads((ORIGINAL / "tokenizer_config.json").read_bytes())["chat_template"]
     for path in sorted((SHARED / "data").glob("*.jsonl")):
-        texts = list(dict.fromkeys(texts_of(path)))
+        texts = list(dict.fromkeys(texts_of(path)))[::4]
         assert theirs(texts, add_special_tokens=False).input_ids == ours.encode_batch(texts)
 
 

@@ -162,10 +162,14 @@ CORPUS = {
                                                NO),
     "a row beyond memory": ("flags", ["--pack_len", "1000000000"], NO),
     "a seed beyond 64 bits": ("flags", ["--seed", "9" * 30], NO),
+    "the home of half a surrogate": ("flags", ["--num_hidden_layers=~\ud800"], NO),
+    "a GPU of 3,000 characters": ("flags of the other programs", ("plan", ["--gpu", "x" * 3000]), NO),
     "half a surrogate in YAML": ("run YAML", yaml('save_dir: "\\ud800"'), NO),
     # DeepSpeed.
     "a size that is text": ("DeepSpeed JSON",
                             (b'{"zero_optimization": {"stage": 1, "allgather_bucket_size": "500000000"}}', 1), YES),
+    "a partition that is text": ("DeepSpeed JSON",
+                                 (b'{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "1"}}', 1), YES),
     **{f"DeepSpeed: {text[:60]}": ("DeepSpeed JSON", (text.encode(), 1), NO) for text in (
         '{"gradient_clipping": NaN}', '{"gradient_clipping": -1}', '{"gradient_accumulation_steps": 1e400}', "[1]",
         "{" * 400, '{"a": ' * 400,
@@ -176,7 +180,10 @@ CORPUS = {
         '{"optimizer": {"type": "Adam", "params": {"lr": "x"}}}', '{"scheduler": {"type": 5}}',
         '{"scheduler": {"params": {}}}',
         '{"train_batch_size": 1, "train_batch_size": 2}', '{"train_batch_size": ' + "9" * 5000 + "}",
-        '{"flops_profiler": 5}',
+        '{"flops_profiler": 5}', '{"zero_optimization": {"stage": 1, "allgather_bucket_size": 1' + "0" * 400 + "}}",
+        '{"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": NaN}}}',
+        '{"zero_optimization": {"stage": 3, "zero_hpz_partition_size": "0"}}',
+        '{"zero_optimization": {"stage": 1, "load_from_fp32_weights": "false"}}',
         '{"wandb": {"enabled": "maybe"}}', '{"comms_logger": []}', "{a: 1 /*", "{'")},
     # Models.
     "a rope that is a list": ("model configuration", ("theirs", {"model_type": "llama", "rope_scaling": ["x"]}), NO),

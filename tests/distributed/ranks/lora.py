@@ -28,7 +28,7 @@ from tests.routes import watched_routes  # noqa: E402
 
 STEPS, HALF = 4, 2
 # Of the samples whose tokens, in these steps, all stand clear of a second expert.
-FIRST = 1400
+FIRST = 2400
 # The dense model's every projection; of the mixture of experts what the program chooses by itself.
 FLAGS = {"dense": ["--lora_rank", "4", "--lora_alpha", "8", "--lora_targets",
                    "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"],

@@ -28,7 +28,7 @@ from tests.distributed.ranks.layouts import few, fresh_engine, full_gradients, m
 from tests.routes import watched_routes  # noqa: E402
 
 # Of the samples whose tokens, in the first steps, all stand clear of a second expert.
-FIRST = 1200
+FIRST, COUNT = 1200, 800
 DEFAULTS = {"accumulation": 1, "sequence": 1, "experts": 1, "flags": ["--eval_fraction", "0.02"], "fields": {},
             "keys": {}, "file": None, "steps": 4}
 
@@ -54,7 +54,7 @@ def whole_gradients(ds_engine, case: dict) -> dict:
 def run_case(world, out: pathlib.Path, case: dict) -> dict:
     flags = case["flags"]
     if "--data_path" not in flags:
-        flags = [*flags, "--data_path", str(few(out, world.rank, FIRST))]
+        flags = [*flags, "--data_path", str(few(out, world.rank, FIRST, COUNT))]
     if case["file"]:
         path = out / f"file_{world.rank}.json"
         path.write_text(json.dumps(case["file"]))
