@@ -82,6 +82,19 @@ def cache_dir() -> str:
     return folder.name
 
 
+@pytest.fixture(autouse=True)
+def clear_routes(request):
+    """A numeric test's own process chooses no expert by rounding; ranks' programs say so themselves."""
+    if "numeric" not in request.keywords:
+        yield
+        return
+    from tests.routes import assert_clear, watched_routes
+
+    with watched_routes() as gaps:
+        yield
+    assert_clear(gaps)
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -22,7 +22,8 @@ import tempfile
 import time
 import xml.etree.ElementTree
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+from tests.conftest import CACHE, ROOT
+
 CPUINFO = pathlib.Path("/proc/cpuinfo")
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 # name: (variables, how fast bf16 is said to be: None leaves it to the machine).
@@ -74,13 +75,16 @@ def run(name: str, words: list[str]) -> dict:
     if why := why_not(bf16):
         return {"name": name, "ok": False, "why_not": why}
     print(f"{name}: {variables or ''} {bf16 or ''}", flush=True)
+    # torch takes from its cache what it generated for other instructions, which then does not compile.
+    cache = CACHE / f"inductor_{name.replace(' ', '_')}"
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "numeric",
                    f"--junitxml={report}", *words]
         done = subprocess.run(played(command, bf16, pathlib.Path(folder)), cwd=ROOT,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", **variables})
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache),
+                                   **variables})
         suite = next(xml.etree.ElementTree.parse(report).iter("testsuite")).attrib if report.exists() else {}
     failed = int(suite.get("failures", 0)) + int(suite.get("errors", 0))
     skipped = int(suite.get("skipped", 0))

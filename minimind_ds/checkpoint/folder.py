@@ -19,7 +19,7 @@ import pathlib
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 import torch.distributed as dist
@@ -102,7 +102,7 @@ def together(error: Exception | None, doing: str, kind: type = RuntimeError) -> 
             raise kind(f"{doing} failed on rank {rank}: {message}")
 
 
-def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> AsyncSave:
+def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int, passed_over: Collection[str] = ()) -> AsyncSave:
     """Begin a checkpoint; collective.  It is there when the result's `finish` has returned.
 
     Its state is DeepSpeed's own files; or the whole state (full_state.py), where experts are shared out.
@@ -111,6 +111,7 @@ def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> AsyncSave:
         engine: the DeepSpeed engine; it may train on as soon as this returns.
         facts: goes into the manifest: at least 'step', 'epoch', 'epoch_step', 'layout' and 'identity'.
         keep: how many of the newest checkpoints stay: the one just written and those before it.
+        passed_over: names of some that count for nothing and go.
 
     Raises:
         SaveFailed: on every rank, naming the one that failed.  Earlier checkpoints are untouched.
@@ -137,7 +138,7 @@ def save(engine, run_dir: pathlib.Path, *, facts: dict, keep: int) -> AsyncSave:
 
     def commit_and_retain(written: dict) -> None:
         commit(aside, final, facts, written)
-        retain(final, keep)
+        retain(final, keep, passed_over)
 
     return AsyncSave(files, root=aside, commit=commit_and_retain, what=f"writing {final}")
 
@@ -206,15 +207,17 @@ def discard(path: pathlib.Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
-def retain(newest: pathlib.Path, keep: int) -> None:
+def retain(newest: pathlib.Path, keep: int, passed_over: Collection[str] = ()) -> None:
     """Delete all but `newest`, which was just written, and the keep - 1 before it.
 
-    Those of later steps go too: this run passed them over, as damaged or because it was told to start from an earlier
-    one, and takes their steps again.  Counted among the newest they would push out whole ones.
+    Those of later steps go too, and those whose names are in `passed_over`: this run passed them over, as damaged or
+    because it was told to start from an earlier one, and takes their steps again.  Counted among the newest they would
+    push out whole ones.
     """
     home, kept = newest.parent, 0
     for path in listed(home):
-        if path.name <= newest.name and kept < keep:
+        counts = path.name < newest.name and path.name not in passed_over
+        if path == newest or counts and kept < keep:
             kept += 1
         else:
             discard(path)

@@ -21,7 +21,8 @@ class LiveRun:
     """The changing half of a run; PreparedRun is the other.
 
     engine: the DeepSpeed engine, None until it is built.  folder_lock: rank 0's hold on the run folder.  hosts: where
-    each rank runs.  forward_s: seconds that this rank's forward passes took in the step before.  log: adds a line to
+    each rank runs.  passed_over: names of the checkpoints after the one that this start went on from, until its first
+    is written.  forward_s: seconds that this rank's forward passes took in the step before.  log: adds a line to
     the run's log.
     """
 
@@ -33,6 +34,7 @@ class LiveRun:
     pending_save: AsyncSave | None = None
     folder_lock: Any = None
     hosts: list[str] = field(default_factory=list)
+    passed_over: list[str] = field(default_factory=list)
     forward_s: float = 0.0
     log: Callable[[str], None] = lambda line: None
 

@@ -174,6 +174,9 @@ def train(prepared: PreparedRun, live: LiveRun, start: ResumePoint) -> None:
     share_start(prepared, live, start)
     if world.rank == 0:
         write_run_folder(prepared, start)
+        after = checkpoint.name_of(start.step)
+        live.passed_over = [path.name for path in checkpoint.listed(checkpoint.folder_of(prepared.folder))
+                            if path.name > after]
     dist.barrier()
     metrics = Metrics(prepared.folder, step=start.step, total_steps=prepared.total_steps,
                       steps_an_epoch=len(prepared.first_plan), run=run, rank=world.rank,
@@ -321,4 +324,5 @@ def save(prepared: PreparedRun, live: LiveRun, to: Position, *, due: bool) -> No
         live.beat(f"step {to.step}: checkpoint")
         live.finish_save()
         live.pending_save = checkpoint.save(live.engine, prepared.folder, facts=manifest_facts(prepared, *to),
-                                            keep=prepared.run.keep)
+                                            keep=prepared.run.keep, passed_over=live.passed_over)
+        live.passed_over = []

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,7 +128,11 @@ def test_another_run_is_refused_and_of_damaged_checkpoints_the_newest_whole_one_
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
     (home / "latest").write_text("step_00009999\n")
-    Run(hurt, tmp_path, 2).finish()
+    # As where a signal came: this run writes none after that step.
+    between = shutil.copytree(newest, home / f"step_{int(newest.name[5:]) - 1:08}")
+    Run(hurt, tmp_path, 2, keep=9).finish()
+    # It is no more counted as kept than what comes after the newest.
+    assert older.exists() and newest.exists() and not between.exists()
     said = hurt.with_suffix(".log").read_text()
     assert f"{newest.name}" in said and "was altered" in said and f"resuming from {older}" in said
     assert curve(hurt) == curve(whole) and weights(hurt) == weights(whole)

@@ -135,13 +135,14 @@ def test_a_commit_that_fails_is_a_save_that_failed(tmp_path, group):
     assert not final.exists()
 
 
-@pytest.mark.parametrize("keep, stay", [(1, [14]), (2, [12, 14]), (9, [8, 12, 14])])
-def test_retention_counts_no_checkpoint_that_was_passed_over(tmp_path, group, keep, stay):
+@pytest.mark.parametrize("keep, passed_over, stay", [(1, [], [14]), (2, [], [12, 14]), (9, [], [8, 12, 14]),
+                                                     (2, [12, 14, 16], [8, 14])])
+def test_retention_counts_no_checkpoint_that_was_passed_over(tmp_path, group, keep, passed_over, stay):
     for step in (8, 12, 16, 20, 14):
         aside, final, commit = commit_to(tmp_path, step)
         AsyncSave([(aside / "a.pt", lambda path: path.write_bytes(b"x"))], root=aside, commit=commit, what="").finish()
     (tmp_path / ".writing_step_00000024").mkdir()
-    checkpoint.retain(final, keep)
+    checkpoint.retain(final, keep, list(map(checkpoint.name_of, passed_over)))
     assert sorted(path.name for path in tmp_path.glob("*step_*")) == [checkpoint.name_of(step) for step in stay]
     assert not list(tmp_path.glob(".*")) and checkpoint.verify(final)[1] is None
 

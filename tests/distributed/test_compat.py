@@ -68,6 +68,7 @@ def test_norms_and_updates_are_still_taken_parameter_by_parameter():
     upstream_mended("update_together", "_foreach" in unfused)
 
 
+@pytest.mark.numeric
 def test_an_update_with_one_wait_is_deepspeeds_own(tmp_path, deepspeed):
     deepspeed(2, "tests/distributed/ranks/updates.py", str(tmp_path))
     found = json.loads((tmp_path / "updates.json").read_text())

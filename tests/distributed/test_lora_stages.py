@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from minimind_ds.inference import chat, score
 from tests.conftest import ROOT
+from tests.routes import assert_clear
 
 pytestmark = pytest.mark.numeric
 
@@ -29,8 +30,9 @@ def runs(tmp_path_factory, deepspeed, request):
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_gives_the_curve_of_one_rank(runs, model, stage):
     control, case = runs[0][f"{model}_0"], runs[1][f"{model}_{stage}"]
-    assert len(control["loss"]) == 10 and control["loss"][-1] < control["loss"][0] - 0.5
-    # Law 3's, over ten steps.
+    assert_clear(control["gaps"])
+    assert control["loss"][-1] < control["loss"][0] - 0.1
+    # Law 3's.
     for key in ("loss", "aux", "norm"):
         assert case[key] == pytest.approx(control[key], rel=1e-5), key
 

@@ -1,9 +1,9 @@
 """Real faults at seeded random moments of real two-rank runs, each run compared bit for bit with an undisturbed one.
 
 Kills, signals, full and failing disks, damaged checkpoints, slow and hung ranks and second jobs are dealt to runs of
-the debug preset at ZeRO stages 0 to 3, dense and with experts, under the `deepspeed` launcher.  After each end a run
-is started again by the same command.  Exit code 0: every fault was injected and met as docs/RELIABILITY.md promises,
-and all final weights and curves are equal.
+the debug preset under the `deepspeed` launcher: at ZeRO stages 0 to 3, dense and with experts, of all weights or of
+adapters, with experts or rows shared by both ranks.  After each end a run is started again by the same command.  Exit
+code 0: every fault was injected and met as docs/RELIABILITY.md promises, and all final weights and curves are equal.
 
     python -m tests.faults
     python -m tests.faults --faults 24 --seed 3 --only zero2-dense --out faults.json    # some of a deal; goes on later
@@ -22,6 +22,7 @@ import sys
 import tempfile
 
 from minimind_ds.bench.machine import machine
+from minimind_ds.io import write_file
 from tests import starts
 from tests.conftest import environment
 from tests.faults import disk
@@ -55,8 +56,7 @@ def main(argv: list[str]) -> int:
                                       every=args.every, say=say)
         else:
             result = sweep(pathlib.Path(home), args, model)
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write(args.out, result)
     return 0 if result["ok"] else 1
 
 
@@ -80,6 +80,8 @@ def sweep(home: pathlib.Path, args, model: dict) -> dict:
         if configuration.name not in result["runs"] and (not args.only or configuration.name in args.only):
             result["runs"][configuration.name] = one(home / configuration.name, configuration, model,
                                                      hands[configuration.name], args.seed)
+            # It may be stopped before all are played.
+            write(args.out, result)
     runs = result["runs"].values()
     totals = {name: sum(run[name] for run in runs) for name in
               ("dealt", "injected", "recovered", "silently_corrupted", "hangs", "manual_steps", "starts",
@@ -127,6 +129,11 @@ def one(home: pathlib.Path, configuration: Configuration, model: dict, starts: l
             "wall_s": round(hurt.wall_s, 1), "goodput": goodput,
             "undisturbed": {"wall_s": round(whole.wall_s, 1), "goodput": round(whole.goodput(), 4)},
             "list": faults}
+
+
+def write(out: pathlib.Path | None, result: dict) -> None:
+    if out:
+        write_file(out, json.dumps(result, indent=1) + "\n")
 
 
 def show(result: dict) -> None:

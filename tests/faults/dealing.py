@@ -21,12 +21,24 @@ LEAST_STEPS, EVERY = 48, 4
 
 @dataclass(frozen=True)
 class Configuration:
+    """What is trained: all weights or adapters, with experts, or rows, whole on each rank or shared by both."""
+
     stage: int
     moe: bool
+    lora: bool = False
+    experts: bool = False
+    rows: bool = False
 
     @property
     def name(self) -> str:
-        return f"zero{self.stage}-{'moe' if self.moe else 'dense'}"
+        further = [word for word, has in (("lora", self.lora), ("experts", self.experts), ("rows", self.rows)) if has]
+        return "-".join([f"zero{self.stage}", "moe" if self.moe else "dense", *further])
+
+    @property
+    def keys(self) -> dict:
+        """Of the DeepSpeed JSON, beside the stage's."""
+        shared = {"expert_parallel": {"enabled": True, "autoep_size": 2, "preset_model": "qwen3_moe"}}
+        return {**(shared if self.experts else {}), **({"sequence_parallel_size": 2} if self.rows else {})}
 
     @property
     def dtype(self) -> str:
@@ -34,6 +46,10 @@ class Configuration:
 
 
 ALL = [Configuration(stage, moe) for stage in range(4) for moe in (False, True)]
+ALL += [Configuration(stage, moe, lora=True) for stage in (2, 3) for moe in (False, True)]
+ALL += [Configuration(stage, True, experts=True) for stage in (2, 3)]
+ALL += [Configuration(stage, False, rows=True) for stage in (0, 2, 3)]
+ALL += [Configuration(1, True, experts=True, rows=True)]
 
 
 @dataclass

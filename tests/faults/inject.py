@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 
+import psutil
+
 from minimind_ds.resilience.restarts import last_step
 from minimind_ds.resilience.signals import STOPPED
 from minimind_ds.resilience.watchdog import HUNG as HUNG_CODE
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, deepspeed_command, environment
 from tests.faults import disk
 from tests.faults.dealing import DAMAGES, HUNG, SLOW, Start
 from tests.faults.run import Ended, Hang, Run, damage, identity
@@ -96,21 +98,24 @@ def slow(run: Run, draw: random.Random) -> tuple[str, bool]:
 
 
 def second(run: Run) -> tuple[str, bool]:
-    """The same folder once more, as one rank; the first waits meanwhile, or it would be done too soon."""
+    """The same folder once more, as one rank if the layout has it; the first waits, or it would be done too soon."""
     ranks, step = run.ranks(), last_step(run.folder)
+    words = [str(ROOT / "launch" / "sft.py"), *run.flags]
     for process in ranks.values():
         process.suspend()
+    job = subprocess.Popen(deepspeed_command(2, *words) if run.configuration.keys else [sys.executable, *words],
+                           cwd=ROOT, text=True, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        done = subprocess.run([sys.executable, str(ROOT / "launch" / "sft.py"), *run.flags], cwd=ROOT, text=True,
-                              env=environment(), capture_output=True, timeout=run.limit_s)
+        said = job.communicate(timeout=run.limit_s)[0]
     except subprocess.TimeoutExpired:
+        run.kill([*psutil.Process(job.pid).children(recursive=True), job])
         raise Hang from None
     finally:
         for process in ranks.values():
             process.resume()
     run.wait_for(lambda: last_step(run.folder) > step)
-    met = done.returncode == 2 and f"is in use by process {ranks[0].pid} on" in done.stderr
-    return f"ended with {done.returncode}", met
+    met = job.returncode == 2 and f"is in use by process {ranks[0].pid} on" in said
+    return f"ended with {job.returncode}", met
 
 
 def end(run: Run, kind: str, draw: random.Random, failing: disk.FailingDisk, ballast) -> tuple[str, int, bool]:

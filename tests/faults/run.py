@@ -13,8 +13,12 @@ import time
 from collections.abc import Callable
 
 import psutil
+import torch
 from safetensors.torch import load_file
 
+from minimind_ds.config.model import PRESETS
+from minimind_ds.config.run import RunConfig
+from minimind_ds.convert import minimind, weight_files
 from minimind_ds.resilience.restarts import last_step
 from tests.conftest import ROOT, deepspeed_command, environment
 from tests.faults.dealing import EVERY, Configuration
@@ -53,16 +57,20 @@ class Run:
 
     def __init__(self, configuration: Configuration, folder: pathlib.Path, home: pathlib.Path, *, model: dict,
                  steps: int, every: int = EVERY, limit_s: float = LIMIT_S):
+        self.configuration = configuration
         self.folder, self.checkpoints, self.log = folder, folder / "checkpoints", home / f"{folder.name}.log"
         self.starts, self.offset, self.repeated, self.wall_s = 0, 0, 0, 0.0
         self.launcher, self.damaged, self.limit_s = None, set(), limit_s
-        config = home / f"{configuration.name}.yaml"
-        config.write_text("preset: debug\nmodel: " + json.dumps({**model, "use_moe": configuration.moe}))
+        fields = {**model, "use_moe": configuration.moe}
+        config, ds = home / f"{configuration.name}.yaml", home / f"{configuration.name}.json"
+        config.write_text("preset: debug\nmodel: " + json.dumps(fields))
+        zero = json.loads((ROOT / "ds_configs" / f"zero{configuration.stage}.json").read_text())
+        ds.write_text(json.dumps({**zero, **configuration.keys}))
+        adapters = ("--lora_rank", 4, "--from_weight", base(home, fields)) if configuration.lora else ()
         self.flags = [str(word) for word in (
-            "--config", config, "--deepspeed", ROOT / "ds_configs" / f"zero{configuration.stage}.json", "--save_dir",
-            folder, "--cache_dir", home, "--dtype", configuration.dtype, "--max_steps", steps, "--epochs", 1000,
-            "--save_interval", every, "--accumulation_steps", 2, "--max_seq_len", 96, "--pack_len", 96,
-            "--from_resume", "auto")]
+            "--config", config, "--deepspeed", ds, *adapters, "--save_dir", folder, "--cache_dir", home, "--dtype",
+            configuration.dtype, "--max_steps", steps, "--epochs", 1000, "--save_interval", every,
+            "--accumulation_steps", 2, "--max_seq_len", 96, "--pack_len", 96, "--from_resume", "auto")]
 
     def __enter__(self) -> Run:
         return self
@@ -174,6 +182,16 @@ class Run:
     def goodput(self) -> float:
         """Time of the steps that count, as a share of all the time."""
         return sum(row.get("step_s", 0) for row in self.rows()) / self.wall_s
+
+
+def base(home: pathlib.Path, fields: dict) -> pathlib.Path:
+    """Weights for adapters to train beside; the same file for all runs of a home."""
+    path = home / "base.safetensors"
+    if not path.exists():
+        config = RunConfig(preset="debug", model=fields).model_config(PRESETS["debug"].vocab_size)
+        torch.manual_seed(1)
+        weight_files.save_safetensors(path, dict(minimind.fresh(config)), config)
+    return path
 
 
 def runs(process: psutil.Process) -> bool:

@@ -28,7 +28,7 @@ def check(result: dict, faults: int) -> None:
 
 
 def test_half_a_dozen_faults_leave_weights_and_curves_as_they_would_have_been(tmp_path):
-    check(injected(tmp_path, "--faults", "6", "--seed", "9", "--over", "zero1-moe", "zero3-dense",
+    check(injected(tmp_path, "--faults", "6", "--seed", "9", "--over", "zero1-moe-experts-rows",
                    timeout=4 * HANG_S), 6)
 
 

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 pytest.importorskip("deepspeed")
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 def test_facts_hold_in_the_honest_interpreter(request):
     hold("deepspeed", slow=request.config.getoption("--slow"))

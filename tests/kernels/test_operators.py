@@ -16,6 +16,7 @@ from .triton import hold
 pytest.importorskip("triton")
 
 
+@pytest.mark.numeric
 def test_operators_keep_their_facts(request):
     hold("operator", slow=request.config.getoption("--slow"))
 

@@ -13,6 +13,7 @@ from .triton.attention_cases import BOUNDS, CASES, SLOW, cu_seqlens, errors, exa
 pytest.importorskip("triton")
 
 
+@pytest.mark.numeric
 def test_attention_kernels_keep_their_facts(request):
     hold("attention", slow=request.config.getoption("--slow"))
 

@@ -8,10 +8,12 @@ from .triton import hold
 pytest.importorskip("triton", reason="triton is not installed")
 
 
+@pytest.mark.numeric
 def test_models_on_triton_keep_their_facts(request):
     hold("model", slow=request.config.getoption("--slow"))
 
 
+@pytest.mark.numeric
 def test_elementwise_kernels_keep_their_facts(request):
     hold("elementwise", slow=request.config.getoption("--slow"))
 

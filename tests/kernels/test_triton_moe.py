@@ -19,6 +19,7 @@ SHARED = {80: 101_376, 90: 232_448}
 
 
 # Forms that nothing runs yet are for a GPU to choose from.
+@pytest.mark.numeric
 @pytest.mark.parametrize("facts", ["moe", pytest.param("form", marks=pytest.mark.slow), "router"])
 def test_facts_hold_in_the_honest_interpreter(facts, request):
     hold(facts, slow=request.config.getoption("--slow"))

@@ -11,6 +11,7 @@ from .triton import hold
 pytest.importorskip("triton")
 
 
+@pytest.mark.numeric
 def test_rope_kernels_keep_their_facts(request):
     hold("rope", slow=request.config.getoption("--slow"))
 

@@ -1,9 +1,9 @@
 """Gradients and losses of the real training step on one layout, for tests/distributed/test_layouts.py.
 
-    deepspeed --num_gpus 2 tests/distributed/ranks/layouts.py OUT_DIR ACCUMULATION [extra run flags]
+    deepspeed --num_gpus 2 tests/distributed/ranks/layouts.py OUT_DIR ACCUMULATION STAGES
 
-Runs every ZeRO stage on a small dense and a small MoE model: ten steps, and the gradients of the first one.
-Rank 0 writes OUT_DIR/<model>_<stage>.safetensors (gradients) and OUT_DIR/losses.json.
+Runs every ZeRO stage of STAGES, a word such as 0123, on a small dense and a small MoE model: a few steps, and the
+gradients of the first one.  Rank 0 writes OUT_DIR/<model>_<stage>.safetensors (gradients) and OUT_DIR/losses.json.
 """
 
 import contextlib
@@ -30,9 +30,10 @@ from minimind_ds.training.build import build_engine  # noqa: E402
 from minimind_ds.training.live import LiveRun  # noqa: E402
 from minimind_ds.training.prepare import prepare  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
+from tests.routes import watched_routes  # noqa: E402
 
 MODELS = {"dense": {}, "moe": {"use_moe": True, "moe_intermediate_size": 48}}
-STEPS = 10
+STEPS = 3
 # Of the bundled samples; rows of twice as many, which fit worse, are sought for half a second at every case.
 FEW = 400
 
@@ -140,16 +141,17 @@ def fresh_engine(prepared):
     return ds_engine
 
 
-def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
+def main(out: pathlib.Path, accumulation: int, stages: list[int]) -> None:
     world = read_world()
     engine.start(world)
     losses, tokens = {}, None
     for model in MODELS:
-        for stage in range(4):
-            prepared = make_run(world, out, model, stage, accumulation, extra)
+        for stage in stages:
+            prepared = make_run(world, out, model, stage, accumulation, [])
             live = LiveRun(engine=fresh_engine(prepared))
             batches = fetch(prepared, 0, prepared.first_plan, range(STEPS))
-            with watched_gradients(functools.partial(full_gradients, stage=stage)) as grads:
+            read = functools.partial(full_gradients, stage=stage)
+            with watched_gradients(read) as grads, watched_routes() as gaps:
                 lines = [train_step(prepared, live, prepared.first_plan, Position(step + 1, 0, step), batches).line()
                          for step in range(STEPS)]
             case = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
@@ -158,7 +160,9 @@ def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
                 torch.manual_seed(prepared.run.seed)
                 reference = MiniMindForCausalLM(prepared.model_config, balance="row")
                 tokens = tokens or constant_rows(reference)
-                case["idle_expert_error"] = idle_experts(prepared, fresh_engine(prepared), reference, tokens)
+                with watched_routes() as idle_gaps:
+                    case["idle_expert_error"] = idle_experts(prepared, fresh_engine(prepared), reference, tokens)
+                case["gaps"] = gaps + idle_gaps
             losses[f"{model}_{stage}"] = case
             if world.rank == 0:
                 save_file(grads, out / f"{model}_{stage}.safetensors")
@@ -171,4 +175,4 @@ def main(out: pathlib.Path, accumulation: int, extra: list[str]) -> None:
 if __name__ == "__main__":
     # The launcher puts --local_rank somewhere among the arguments.
     args = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    main(pathlib.Path(args[0]), int(args[1]), args[2:])
+    main(pathlib.Path(args[0]), int(args[1]), [int(stage) for stage in args[2]])

@@ -23,9 +23,12 @@ from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.training import loop, resume  # noqa: E402
 from minimind_ds.training.live import LiveRun  # noqa: E402
 from minimind_ds.training.step import Position, fetch, train_step  # noqa: E402
-from tests.distributed.ranks.layouts import MODELS, fresh_engine, make_run  # noqa: E402
+from tests.distributed.ranks.layouts import MODELS, few, fresh_engine, make_run  # noqa: E402
+from tests.routes import watched_routes  # noqa: E402
 
-STEPS, HALF = 10, 5
+STEPS, HALF = 4, 2
+# Of the samples whose tokens, in these steps, all stand clear of a second expert.
+FIRST = 2400
 # The dense model's every projection; of the mixture of experts what the program chooses by itself.
 FLAGS = {"dense": ["--lora_rank", "4", "--lora_alpha", "8", "--lora_targets",
                    "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"],
@@ -117,12 +120,16 @@ def refusals(world, out: pathlib.Path, flags: list[str]) -> list[str]:
 def main(out: pathlib.Path, accumulation: int, stages: list[int]) -> None:
     world = read_world()
     engine.start(world)
+    # make_run takes them.
+    few(out, world.rank, FIRST)
     facts = {}
     for model in MODELS:
         flags = write_base(world, out, model)
         for stage in stages:
             prepared = make_run(world, out, model, stage, accumulation, flags)
-            facts[f"{model}_{stage}"] = case(prepared, out, resume=world.size > 1)
+            with watched_routes() as gaps:
+                found = case(prepared, out, resume=world.size > 1)
+            facts[f"{model}_{stage}"] = {**found, "gaps": gaps}
         if world.size > 1 and model == "dense":
             for stage in stages:
                 prepared = make_run(world, out, model, stage, accumulation, flags, dtype="bf16")

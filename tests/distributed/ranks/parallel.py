@@ -8,7 +8,6 @@ to OUT_DIR/<name>_grad.safetensors, the last weights to OUT_DIR/<name>_weights.s
 OUT_DIR/cases.json.
 """
 
-import contextlib
 import functools
 import json
 import pathlib
@@ -21,17 +20,17 @@ from safetensors.torch import save_file
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from minimind_ds import kernels  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
 from minimind_ds.distributed.world import read_world  # noqa: E402
 from minimind_ds.training.live import LiveRun  # noqa: E402
 from minimind_ds.training.step import Position, evaluate, fetch, train_step  # noqa: E402
 from tests.distributed.ranks.layouts import few, fresh_engine, full_gradients, make_run, watched_gradients  # noqa: E402
+from tests.routes import watched_routes  # noqa: E402
 
 # Of the samples whose tokens, in the first steps, all stand clear of a second expert.
 FIRST, COUNT = 1200, 800
 DEFAULTS = {"accumulation": 1, "sequence": 1, "experts": 1, "flags": ["--eval_fraction", "0.02"], "fields": {},
-            "keys": {}, "file": None, "steps": 10}
+            "keys": {}, "file": None, "steps": 4}
 
 
 def keys_of(case: dict) -> dict:
@@ -50,23 +49,6 @@ def whole_gradients(ds_engine, case: dict) -> dict:
 
         grads = {name: whole(p, grads[name]) for name, p in ds_engine.module.named_parameters()}
     return grads
-
-
-@contextlib.contextmanager
-def watched_routes():
-    """A list: of each call, the least that an expert that was chosen stood above one that was not, in logits."""
-    route, gaps = kernels.route, []
-
-    def watched(logits_TE, k, *args, **options):
-        best_TK = logits_TE.detach().float().topk(k + 1).values
-        gaps.append((best_TK[:, -2] - best_TK[:, -1]).min().item())
-        return route(logits_TE, k, *args, **options)
-
-    kernels.route = watched
-    try:
-        yield gaps
-    finally:
-        kernels.route = route
 
 
 def run_case(world, out: pathlib.Path, case: dict) -> dict:
@@ -89,7 +71,7 @@ def run_case(world, out: pathlib.Path, case: dict) -> dict:
         save_file(grads, out / f"{case['name']}_grad.safetensors")
     found = {"loss": [line["loss"] for line in lines], "aux": [line["aux_loss"] for line in lines],
              "norm": [line["grad_norm"] for line in lines], "labelled": [line["labelled_tokens"] for line in lines],
-             "gap": min(gaps, default=None)}
+             "gaps": gaps}
     if prepared.eval_sets:
         found["eval"] = evaluate(prepared, live)["eval_loss"]
     final = engine.full_weights(live.engine, prepared.stage)
