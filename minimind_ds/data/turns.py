@@ -132,7 +132,7 @@ def parse_messages(turns: list, tools: Any = None, *, for_training: bool = True,
 def in_call_order(messages: list[Message], named: list) -> list[Message]:
     """Results of tools in the order of the calls that they name (`named`: by turn), since the text shows no ids.
 
-    Nothing is moved or looked at where a call, or a result beside it, has no id.
+    Nothing is moved or looked at where a call, or a result beside it, has no id of its own.
 
     Raises:
         UserError: an id that is no call's of the turns just before, or that another result has named.
@@ -145,7 +145,7 @@ def in_call_order(messages: list[Message], named: list) -> list[Message]:
     for role, run in itertools.groupby(messages, key=lambda message: message.role):
         run = list(run)
         names, first, start = list(map(_id, named[start:start + len(run)])), start + 1, start + len(run)
-        if role == "tool" and calls and all(calls) and all(names):
+        if role == "tool" and calls and all(calls) and all(names) and len(set(calls)) == len(calls):
             place = {call: n for n, call in enumerate(calls)}
             for n, name in enumerate(names):
                 if place.get(name) is None:

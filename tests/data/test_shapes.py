@@ -215,6 +215,8 @@ def test_results_of_tools_stand_in_the_order_of_the_calls_that_they_name():
     assert results(call("a", "b"), named("b")) == ["rb"]
     assert results(call("a", "b"), named("b"), result("a")) == results(call("a", None), named("b"), named("a")) == [
         "rb", "ra"]
+    # Ids of a file that gives the same to all.
+    assert results(call("a", "a"), {**named("a"), "content": "2"}, {**named("a"), "content": "1"}) == ["2", "1"]
     for between, said in (([call("a", "b"), named("b"), named("b")], "turn 4 .tool.: tool_call_id 'b' is named by"),
                           ([call("a"), named("x")], "turn 3 .tool.: tool_call_id 'x' names no call .* are 'a'"),
                           ([{**ASK, "tool_call_id": "a"}], "turn 2 .user.: 'tool_call_id' belongs to a tool turn")):
