@@ -14,11 +14,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from minimind_ds import kernels
-from minimind_ds.config.precision import DTYPES
-from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.model.loss import scaled_loss
 from minimind_ds.plan import counted, memory_model
+from minimind_ds.training import memory
 from minimind_ds.training.build import build_engine
 from minimind_ds.training.prepare import PreparedRun
 from minimind_ds.training.step import fetch
@@ -26,15 +24,8 @@ from minimind_ds.training.step import fetch
 
 def setting(prepared: PreparedRun, labelled: float) -> memory_model.Setting:
     """What a prepared run is to the planner.  labelled: the share of its micro-batch's tokens that have a label."""
-    run = prepared.run
-    choice = kernels.resolve(run.kernels, prepared.world.device, DTYPES[run.dtype],
-                             kernel_requirements(prepared.model_config))
-    return memory_model.Setting(config=prepared.model_config, ds=prepared.ds, dtype=run.dtype,
-                                ranks=prepared.world.size,
-                           row_len=run.row_len, rows=run.batch_size, accumulation=run.accumulation_steps,
-                           labelled=labelled, activations=choice.activations.itemsize,
-                           on_cpu=prepared.world.device.type == "cpu", dims=prepared.dims, adapters=prepared.lora,
-                           recompute=run.gradient_checkpointing)
+    return memory.setting(prepared.run, prepared.ds, prepared.world, prepared.model_config, prepared.dims,
+                          prepared.lora, prepared.kernels, labelled)
 
 
 @contextlib.contextmanager

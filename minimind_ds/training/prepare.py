@@ -8,14 +8,12 @@ code 2 instead of a hang.
 
 from __future__ import annotations
 
-import math
 import os
 import pathlib
 import shutil
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from minimind_ds import checkpoint, kernels
@@ -26,7 +24,7 @@ from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import RunConfig, parse_run_config
 from minimind_ds.config.run_flags import KINDS, PROGRAMS
 from minimind_ds.config.untrusted import shown_path
-from minimind_ds.convert import minimind, weight_files
+from minimind_ds.convert import weight_files
 from minimind_ds.data import loader, sources
 from minimind_ds.data.conversation import notes as data_notes
 from minimind_ds.data.files import Source, expand, passed_over
@@ -43,7 +41,7 @@ from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.model.lora import Lora, find_targets, fingerprint
 from minimind_ds.paths import cache_folder
 from minimind_ds.resilience import restarts
-from minimind_ds.training import disk, lr_schedule, starting_weights
+from minimind_ds.training import disk, lr_schedule, memory, starting_weights
 
 # What a run writes into its folder, besides weights and checkpoints.
 OWN_FILES = ("metrics.jsonl", "attempts.json", "DONE", "run.yaml", "ds_config.json", "last.json", "best.json",
@@ -173,6 +171,9 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
     spec = kernels.with_compiled(run.kernels) if run.compile else run.kernels
     selection = kernels.resolve(spec, world.device, DTYPES[run.dtype], kernel_requirements(model_config))
     check_machine(run, ds, world, model_config)
+    # Without labels there are no logits either: the least that it can be.
+    least = memory.setting(run, ds, world, model_config, dims, lora, selection, labelled=0)
+    notes += memory.check(least, memory.of_a_rank(world))
     notes += disk.check(run, ds, model_config, lora, experts=dims.experts)
     plan = plan_epoch(stores[0], run, ranks, 0)
     run_checks.check_step(run, ranks, plan.n_rows)
@@ -194,9 +195,9 @@ def choose(run: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
     """Fill in what the user left to the program; the notes say what was chosen and why."""
     notes, cuda = [], world.device.type == "cuda"
     if run.preset is None:
-        memory = torch.cuda.get_device_properties(world.device).total_memory / 2**30 if cuda else 0
-        run = run.replace(preset="minimind-3" if memory >= 12 else "debug")
-        why = f"{memory:.0f} GiB of GPU memory" if cuda else "no GPU"
+        room = memory.of_a_rank(world) / 2**30 if cuda else 0
+        run = run.replace(preset="minimind-3" if room >= 12 else "debug")
+        why = f"{room:.0f} GiB of GPU memory" if cuda else "no GPU"
         notes.append(f"preset {run.preset}, chosen for this machine ({why}); --preset names another")
     if run.dtype is None:
         if cuda:
@@ -243,19 +244,10 @@ def fp16_runs() -> bool:
     return get_accelerator().is_fp16_supported()
 
 
-def check_size(config: ModelConfig) -> None:
-    """Raises ValueError for a model of which not even the weights come near this machine's memory."""
-    n_bytes = 4 * sum(math.prod(shape) for shape in minimind.expected_shapes(config).values())
-    memory = psutil.virtual_memory().total
-    if n_bytes > 2 * memory:
-        raise UserError(f"the model's weights alone take {n_bytes / 2**30:,.0f} GiB in fp32, and this machine has "
-                        f"{memory / 2**30:,.0f} GiB of memory: choose smaller sizes, or see launch/plan.py")
-
-
 def check_machine(run: RunConfig, ds: dict, world: World, config: ModelConfig) -> None:
     """Raises ValueError for what the DeepSpeed file asks for and this machine has not."""
     path, zero = run.deepspeed, ds.get("zero_optimization", {})
-    check_size(config)
+    memory.check_size(config)
     if run.dtype == "fp16" and not fp16_runs():
         raise UserError(f"fp16 ({run.place('dtype')}): DeepSpeed has no fp16 on this machine's processor; use bf16 "
                          "or fp32")

@@ -25,7 +25,8 @@ from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.paths import DS_CONFIGS
 from minimind_ds.plan import report
 from minimind_ds.resilience import restarts
-from minimind_ds.training.prepare import PROGRAMS, check_size, choose_lora
+from minimind_ds.training.memory import check_size
+from minimind_ds.training.prepare import PROGRAMS, choose_lora
 from tests.fuzz import mutate
 from tests.fuzz.harness import Target
 

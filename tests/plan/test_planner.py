@@ -12,9 +12,11 @@ from dataclasses import replace
 import pytest
 
 from minimind_ds.config.deepspeed_json import read_json
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
 from minimind_ds.plan import memory_model
 from minimind_ds.plan.measure import compare
+from minimind_ds.training import memory
 from tests.conftest import ROOT, environment
 
 pytestmark = pytest.mark.numeric
@@ -109,11 +111,20 @@ def setting(**changes) -> memory_model.Setting:
 
 
 def test_the_most_rows_fit_and_one_more_does_not():
-    for memory in (3e9, 20e9, 80e9):
+    for room in (3e9, 20e9, 80e9):
         s = setting()
-        rows = memory_model.most_rows(s, memory)
-        assert memory_model.peak(replace(s, rows=rows)) <= memory < memory_model.peak(replace(s, rows=rows + 1))
+        rows = memory_model.most_rows(s, room)
+        assert memory_model.peak(replace(s, rows=rows)) <= room < memory_model.peak(replace(s, rows=rows + 1))
     assert memory_model.most_rows(setting(), 1e8) == 0
+
+
+def test_what_fits_is_silent_what_may_not_is_warned_of_and_what_cannot_is_refused():
+    s = setting()
+    needed = memory_model.peak(s)
+    assert memory.check(s, int(needed) + 1) == []
+    assert "it may run out of memory" in memory.check(s, int(needed / 1.9))[0]
+    with pytest.raises(UserError, match="1 x 4,096 tokens a micro-batch .* choose smaller sizes, --pack_len or"):
+        memory.check(s, int(needed / 2.1))
 
 
 def test_bytes_sent_are_those_of_the_papers():

@@ -97,6 +97,11 @@ def test_a_step_of_mostly_empty_micro_batches_is_refused(sft, tmp_path):
     check(code, err, "--accumulation_steps is 100,000", "an epoch has 1 rows, 1 micro-batches a rank", "lower it")
 
 
+def test_a_run_far_beyond_any_memory_is_refused_before_anything_is_built(sft):
+    check(*sft("--batch_size", "1024", "--pack_len", "65536", "--max_seq_len", "64"), "1,024 x 65,536 tokens",
+          "planner's arithmetic", "--pack_len")
+
+
 def test_unknown_preset_tokenizer_weights_and_kernels(sft, tmp_path, capfd):
     with pytest.raises(SystemExit) as leaving:
         sft("--preset", "huge")
