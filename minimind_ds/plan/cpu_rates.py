@@ -28,10 +28,10 @@ from minimind_ds import kernels
 from minimind_ds.config.model import ParallelDims
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.kernels import KernelSelection
+from minimind_ds.model.memory_model import Setting, trained_parts
 from minimind_ds.model.product import chained_product
 from minimind_ds.plan import work
 from minimind_ds.plan.hardware import NEVER, Device, Rate
-from minimind_ds.plan.memory_model import Setting, trained_parts
 from minimind_ds.plan.work import BACKWARD, FORWARD, UPDATE
 
 # Tokens of the products measured, and of what moves memory, which is faster while it fits a cache.

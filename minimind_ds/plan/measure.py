@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from minimind_ds.model import memory_model
 from minimind_ds.model.loss import scaled_loss
-from minimind_ds.plan import counted, memory_model
+from minimind_ds.plan import counted
 from minimind_ds.training import memory
 from minimind_ds.training.build import build_engine
 from minimind_ds.training.prepare import PreparedRun

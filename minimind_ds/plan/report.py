@@ -25,10 +25,11 @@ from minimind_ds.distributed import sequence_parallel
 from minimind_ds.distributed.deepspeed_compat import choose_accelerator
 from minimind_ds.distributed.engine import start, stop
 from minimind_ds.distributed.world import alone, free_port, read_world
+from minimind_ds.model import memory_model
 from minimind_ds.model.decoder import kernel_requirements
+from minimind_ds.model.memory_model import GIB, Setting
 from minimind_ds.paths import DS_CONFIGS, LAUNCH
-from minimind_ds.plan import hardware, measure, memory_model, time_report
-from minimind_ds.plan.memory_model import GIB, Setting
+from minimind_ds.plan import hardware, measure, time_report
 from minimind_ds.terminal import columns, count, wrap
 from minimind_ds.training import starting_weights
 from minimind_ds.training.prepare import PROGRAMS, choose, choose_lora, prepare

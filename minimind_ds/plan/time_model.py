@@ -9,9 +9,10 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from minimind_ds.config.deepspeed_json import optimizer_device
-from minimind_ds.plan import memory_model, work
+from minimind_ds.model import memory_model
+from minimind_ds.model.memory_model import Setting
+from minimind_ds.plan import work
 from minimind_ds.plan.hardware import Device
-from minimind_ds.plan.memory_model import Setting
 
 # Mean tokens of a document where the data is not asked.
 DOCUMENT = 300

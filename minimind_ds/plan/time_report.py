@@ -16,9 +16,9 @@ from minimind_ds.config.errors import UserError
 from minimind_ds.config.precision import DTYPES
 from minimind_ds.config.run import RunConfig
 from minimind_ds.model.decoder import kernel_requirements
+from minimind_ds.model.memory_model import GIB, Setting
 from minimind_ds.plan import cpu_rates, hardware, time_model, work
 from minimind_ds.plan.hardware import Device
-from minimind_ds.plan.memory_model import GIB, Setting
 from minimind_ds.terminal import columns, count
 
 # How far off: runs on one H200, with the kernels and launches of their code, dense and with experts; runs on a CPU

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from minimind_ds.convert import minimind
 from minimind_ds.model.loss import CHUNK
-from minimind_ds.plan.memory_model import Setting, trained_parts
+from minimind_ds.model.memory_model import Setting, trained_parts
 
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 # What stage 3 costs the host for each parameter that it cuts, against stage 1, in launches: on one rank, and on many,

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import ModelConfig, ParallelDims
+from minimind_ds.model import memory_model
 from minimind_ds.model.lora import Lora
-from minimind_ds.plan import memory_model
 from minimind_ds.report.folder import RunFolder, number_of
 
 

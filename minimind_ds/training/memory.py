@@ -16,9 +16,9 @@ from minimind_ds.config.model import ModelConfig, ParallelDims
 from minimind_ds.config.run import RunConfig
 from minimind_ds.convert import minimind
 from minimind_ds.distributed.world import World
+from minimind_ds.model import memory_model
 from minimind_ds.model.lora import Lora
-from minimind_ds.plan import memory_model
-from minimind_ds.plan.memory_model import GIB
+from minimind_ds.model.memory_model import GIB
 
 # Arithmetic that is off by half says nothing of a run that is refused.
 IMPOSSIBLE = 2

@@ -14,7 +14,7 @@ import pytest
 from minimind_ds.config.deepspeed_json import read_json
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
-from minimind_ds.plan import memory_model
+from minimind_ds.model import memory_model
 from minimind_ds.plan.measure import compare
 from minimind_ds.training import memory
 from tests.conftest import ROOT, environment

@@ -14,8 +14,9 @@ from minimind_ds import kernels
 from minimind_ds.bench.throughput import planned
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
+from minimind_ds.model import memory_model
 from minimind_ds.model.decoder import kernel_requirements
-from minimind_ds.plan import cpu_rates, hardware, memory_model, time_model, time_report, work
+from minimind_ds.plan import cpu_rates, hardware, time_model, time_report, work
 from minimind_ds.plan.hardware import NEVER, Rate
 from minimind_ds.plan.work import BACKWARD, FORWARD, UPDATE
 from minimind_ds.training.metrics import flops_per_token

@@ -24,7 +24,8 @@ from minimind_ds.config.precision import DTYPES
 from minimind_ds.data import loader
 from minimind_ds.distributed import engine
 from minimind_ds.distributed.world import World
-from minimind_ds.plan import counted, measure, memory_model
+from minimind_ds.model import memory_model
+from minimind_ds.plan import counted, measure
 from minimind_ds.training.build import build_engine
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.metrics import flops_per_token

@@ -14,8 +14,9 @@ sys.path.insert(0, str(ROOT))
 
 from minimind_ds.distributed import engine  # noqa: E402
 from minimind_ds.distributed.world import read_world  # noqa: E402
+from minimind_ds.model import memory_model  # noqa: E402
 from minimind_ds.model.loss import scaled_loss  # noqa: E402
-from minimind_ds.plan import counted, memory_model  # noqa: E402
+from minimind_ds.plan import counted  # noqa: E402
 from minimind_ds.plan import measure as plan_check  # noqa: E402
 from minimind_ds.training.step import fetch  # noqa: E402
 from tests.distributed.ranks.layouts import fresh_engine, make_run  # noqa: E402
