@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from minimind_ds import verify  # noqa: E402
 from minimind_ds.distributed import engine  # noqa: E402
 from minimind_ds.distributed.world import read_world  # noqa: E402
-from minimind_ds.verify import faults, laws  # noqa: E402
+from minimind_ds.verify import faults, laws, operations  # noqa: E402
 from minimind_ds.verify.reduced_run import make_reduced_run  # noqa: E402
 from tests.routes import watched_routes  # noqa: E402
 
@@ -40,6 +40,8 @@ def main(out: pathlib.Path, cases: list[dict]) -> None:
     world = read_world()
     engine.start(world)
     torch.manual_seed(0)
+    # A quarter of the elements, for the time it takes.
+    operations.LEAST = 2**16
     layout_law = laws.LAWS["layout"]
     for case in cases:
         # Of all laws' samples, in fp32 whatever the run's precision.
