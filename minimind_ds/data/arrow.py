@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from minimind_ds.config.errors import UserError
-from minimind_ds.data.json_text import MAX_LINE_BYTES, DataError, reason
+from minimind_ds.data.json_text import MAX_LINE_BYTES, DataError, letters, reason
 
 PARQUET, ARROW_FILE, ARROW_STREAM = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff"
 ROWS = 256
@@ -39,7 +39,7 @@ def rows(paths: list[Path], read: Callable[[int], None],
                     record = _as_json({name: column[row].as_py(maps_as_pydicts="strict")
                                        for name, column in zip(batch.schema.names, batch.columns)
                                        if shown is None or name in shown})
-                    if _letters(record) > MAX_LINE_BYTES:
+                    if letters(record) > MAX_LINE_BYTES:
                         raise DataError(f"{path} record {number + 1} is longer than {MAX_LINE_BYTES >> 20} MiB")
                     number += 1
                     yield number, 0, record
@@ -48,7 +48,7 @@ def rows(paths: list[Path], read: Callable[[int], None],
             raise DataError(f"{path} is damaged, after record {number}: {reason(err)}") from None
         except UserError:
             raise
-        except (ArithmeticError, KeyError, ValueError) as err:
+        except (ArithmeticError, KeyError, ValueError, RecursionError) as err:
             # A date of the year 10000 within a turn, a map that has a key twice, a decimal of flipped bits.
             raise DataError(f"{path} holds what cannot be read, after record {number}: {reason(err)}") from None
 
@@ -104,8 +104,3 @@ def _as_json(value: Any) -> Any:
         return int(value) if number.is_integer() and abs(number) < 1 << 53 else number
     # An interval, a UUID, a date within a turn.
     return value.item() if hasattr(value, "item") else str(value)
-
-
-def _letters(value: Any) -> int:
-    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return len(value) if isinstance(value, str) else sum(map(_letters, parts))

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
 
     numbers: np.ndarray
     lines: np.ndarray
-    raws: list[bytes]
+    raws: list
     first_index: int
     size: int
     position: int

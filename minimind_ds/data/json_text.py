@@ -14,6 +14,8 @@ from typing import Any
 from minimind_ds.config.errors import UserError
 
 MAX_LINE_BYTES = 64 << 20
+# Of a record of an array or a column: fewer than what Python sends to another process, in which half a thousand end.
+MOST_LEVELS = 100
 
 
 class DataError(UserError):
@@ -111,6 +113,16 @@ def string(value: Any, what: str) -> str:
         except UnicodeEncodeError as err:
             raise UserError(f"{what} is not valid Unicode (lone surrogate at character {err.start + 1})") from None
     return value
+
+
+def letters(value: Any, levels: int = MOST_LEVELS) -> int:
+    """Of all texts of a value, keys among them.  Raises RecursionError where it has more levels than that."""
+    if isinstance(value, str):
+        return len(value)
+    if not levels:
+        raise RecursionError("nested too deeply")
+    parts = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(letters(part, levels - 1) for part in parts)
 
 
 def list_of(value: Any, what: str) -> list:

@@ -14,7 +14,6 @@ import gc
 import itertools
 import math
 import os
-import pickle
 import signal
 import sys
 import time
@@ -33,6 +32,7 @@ from minimind_ds.config.errors import UserError
 from minimind_ds.data import IGNORE
 from minimind_ds.data.conversation import DataError, Parser, no_record
 from minimind_ds.data.journal import Batch, Chunk, Part
+from minimind_ds.data.json_text import letters
 from minimind_ds.data.readers import RecordFile
 from minimind_ds.data.sample import Augment, Encoded, build_samples, pieces_of
 from minimind_ds.data.tokenizer import Tokenizer
@@ -78,13 +78,13 @@ class Encoder:
         self.words = WordCache(tok)
         self.dtype = np.uint16 if tok.vocab_size <= 1 << 15 else np.uint32
 
-    def __call__(self, raws: list[bytes], first_index: int, are_lines: bool = True) -> Chunk:
-        """first_index: the first one's place among all records.  are_lines: else each is pickled."""
+    def __call__(self, raws: list, first_index: int) -> Chunk:
+        """first_index: the first one's place among all records."""
         bad, items, good = None, [], []
         self.parser.forget()
         for place, raw in enumerate(raws):
             try:
-                items.append(self.parser.parse(raw if are_lines else pickle.loads(raw)))
+                items.append(self.parser.parse(raw))
                 good.append(place)
             except UserError as err:
                 bad = bad or (place, str(err))
@@ -130,7 +130,7 @@ def _flat(lists: Iterable[list[int]]) -> np.ndarray:
 
 
 def batches(source: RecordFile, after: int = 0) -> Iterator[Batch]:
-    """The records but for the first `after`, in groups of about CHUNK_BYTES bytes, at least one record each."""
+    """The records but for the first `after`, in groups of about CHUNK_BYTES, at least one record each."""
     numbers, lines, raws, size, end = [], [], [], 0, None
 
     def batch() -> Batch:
@@ -138,10 +138,10 @@ def batches(source: RecordFile, after: int = 0) -> Iterator[Batch]:
                      source.position, end)
     try:
         for number, line, raw in itertools.islice(source, after, None):
+            size += size_of(raw, source.place(number, line))
             numbers.append(number)
             lines.append(line)
-            raws.append(raw if source.unit == "line" else pickled(raw, source.place(number, line)))
-            size += len(raws[-1])
+            raws.append(raw)
             if size >= CHUNK_BYTES or len(raws) == CHUNK_RECORDS:
                 yield batch()
                 after += len(raws)
@@ -152,19 +152,19 @@ def batches(source: RecordFile, after: int = 0) -> Iterator[Batch]:
         yield batch()
 
 
-def pickled(raw: object, place: str) -> bytes:
+def size_of(raw: object, place: str) -> int:
+    """Bytes of a line, or letters of a record."""
     try:
-        return pickle.dumps(raw, pickle.HIGHEST_PROTOCOL)
+        return len(raw) if isinstance(raw, bytes) else letters(raw)
     except RecursionError:
         raise DataError(f"{place}: it is nested too deeply") from None
 
 
-def encoded_chunks(todo: Iterable[Batch], are_lines: bool, encode: Encoder,
-                   workers: int) -> Iterator[tuple[Batch, Chunk]]:
+def encoded_chunks(todo: Iterable[Batch], encode: Encoder, workers: int) -> Iterator[tuple[Batch, Chunk]]:
     """Every batch with its Chunk, in order, with at most about WAITING_BYTES of records in memory."""
     if workers < 2:
         for batch in todo:
-            yield batch, encode(batch.raws, batch.first_index, are_lines)
+            yield batch, encode(batch.raws, batch.first_index)
         return
     with worker_pipes(workers) as pipes:
         for pipe in pipes:
@@ -188,7 +188,7 @@ def encoded_chunks(todo: Iterable[Batch], are_lines: bool, encode: Encoder,
             if batch is not None:
                 pipe = idle.pop()
                 with _living():
-                    pipe.send((batch.raws, batch.first_index, are_lines))
+                    pipe.send((batch.raws, batch.first_index))
                 busy[pipe] = batch._replace(raws=[]), number
 
 
@@ -240,9 +240,9 @@ def _serve(pipe: connection.Connection):
     with contextlib.suppress(EOFError, OSError):
         encode = pipe.recv()
         while True:
-            raws, first_index, are_lines = pipe.recv()
+            raws, first_index = pipe.recv()
             try:
-                answer = encode(raws, first_index, are_lines)
+                answer = encode(raws, first_index)
             except UserError as err:
                 answer = err
             except Exception as err:
@@ -298,8 +298,7 @@ def write_chunks(part: Part, source: RecordFile, encode: Encoder, workers: int, 
     if part.records:
         print(f"going on after {part.records:,} records of {source.path} that were tokenised before", file=sys.stderr)
     with rare_collection():
-        todo = batches(source, part.records)
-        for batch, chunk in encoded_chunks(todo, source.unit == "line", encode, workers):
+        for batch, chunk in encoded_chunks(batches(source, part.records), encode, workers):
             if chunk.bad:
                 place, why = chunk.bad
                 first_bad = first_bad or f"{source.place(int(batch.numbers[place]), int(batch.lines[place]))}: {why}"

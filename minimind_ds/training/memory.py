@@ -1,6 +1,6 @@
 """Whether a run fits a rank's memory by the planner's arithmetic, before anything is built.
 
-    python -m pytest tests/plan/test_memory.py -k fits
+    python -m pytest tests/plan/test_planner.py -k fits
 """
 
 from __future__ import annotations

@@ -63,11 +63,11 @@ def interrupted(monkeypatch, small, build, tmp_path):
     """interrupted(): the part folder of a build that was interrupted after five chunks; and the calls since."""
     calls, firsts, encode = [], [], Encoder.__call__
 
-    def counted(self, raws, first_index, are_lines):
+    def counted(self, raws, first_index):
         calls.append(first_index)
         if len(calls) == 6 and not firsts:
             raise KeyboardInterrupt
-        return encode(self, raws, first_index, are_lines)
+        return encode(self, raws, first_index)
     path = write_lines(tmp_path / "talks.jsonl", map(talk, range(400)))
     whole = build(path, cache_dir=tmp_path / "other").content
     monkeypatch.setattr(Encoder, "__call__", counted)
@@ -107,11 +107,11 @@ def test_only_chunks_whose_hash_is_right_are_kept(interrupted, build, damage, wh
 def test_a_worker_that_is_killed_costs_nothing_of_what_was_tokenised(monkeypatch, small, build, tmp_path):
     calls, encode, outcome = [], Encoder.__call__, tmp_path / "outcome"
 
-    def killed(self, raws, first_index, are_lines):
+    def killed(self, raws, first_index):
         calls.append(first_index)
         if len(calls) == 4:
             raise BrokenProcessPool("as when a worker ends")
-        return encode(self, raws, first_index, are_lines)
+        return encode(self, raws, first_index)
     monkeypatch.setattr(Encoder, "__call__", killed)
     monkeypatch.setenv("MINIMIND_DS_OUTCOME", str(outcome))
     path = write_lines(tmp_path / "talks.jsonl", map(talk, range(400)))
@@ -210,10 +210,19 @@ def test_a_file_without_one_good_record_is_refused_with_the_first_bad_one(build,
     path = write_lines(tmp_path / "data.jsonl", [{"text": "a"}] * 5)
     with pytest.raises(DataError, match="holds no record: all 5 are bad; .*data.jsonl line 1: "):
         build(path, on_bad_record="skip")
-    nested = tmp_path / "nested.json"
-    nested.write_text('[{"conversations": ' + "[" * 900 + "]" * 900 + "}]")
-    with pytest.raises(DataError, match="record 1"):
-        build(nested)
+
+
+@pytest.mark.parametrize("depth", [99, 101, 600, 900])
+def test_a_record_that_is_nested_too_deeply_to_be_sent_is_named(depth, build, tmp_path):
+    record = {**talk(1), "more": json.loads("[" * (depth - 1) + "]" * (depth - 1))}
+    path = tmp_path / "nested.json"
+    path.write_text(json.dumps([talk(0), record]))
+    for workers in (0, 2):
+        if depth < 100:
+            assert len(build(path, workers=workers, cache_dir=tmp_path / f"{workers}")) == 2
+        else:
+            with pytest.raises(DataError, match="record 2 .line 1.: it is nested too deeply"):
+                build(path, workers=workers)
 
 
 # Verified

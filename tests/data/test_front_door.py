@@ -264,12 +264,12 @@ def test_a_file_that_changes_while_it_is_read_is_named(change, tmp_path, monkeyp
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(answered(content=f"{n}")) + "\n" for n in range(9)))
 
-    def encode_after_change(self, raws, first_index, are_lines, encode=Encoder.__call__):
+    def encode_after_change(self, raws, first_index, encode=Encoder.__call__):
         if change == "deleted":
             path.unlink()
         else:
             path.write_text(path.read_text() + "\n" if change == "longer" else "")
-        return encode(self, raws, first_index, are_lines)
+        return encode(self, raws, first_index)
     monkeypatch.setattr(Encoder, "__call__", encode_after_change)
     with pytest.raises(DataError, match="data.jsonl changed while it was being read; start again"):
         open_or_build(path, load_tokenizer(None), kind="conversations", max_seq_len=64, cache_dir=tmp_path / "cache")

@@ -71,8 +71,7 @@ def read_lines(case: tuple[bytes, str, str], folder: pathlib.Path, name: str = "
     path.write_bytes(content)
     records = read_records(path, kind, on_bad_record, tok.specials)
     encode = Encoder(tok, 256, "cut", None, Parser(kind, tok.specials), skip=True)
-    chunks = [encode(batch.raws, batch.first_index, records.source.unit == "line")
-              for batch in batches(records.source)]
+    chunks = [encode(batch.raws, batch.first_index) for batch in batches(records.source)]
     assert all(0 < n <= 256 for chunk in chunks for n in chunk.lengths)
     assert all(number >= 1 for number, _ in records)
     assert sum(chunk.counts["records"] for chunk in chunks) == records.read
