@@ -81,12 +81,8 @@ class AsyncSave:
         self.rank, self.ranks, self.wrong = dist.get_rank(), dist.get_world_size(), None
         self.store = default_store()
         # Every rank saves the same checkpoints in the same order.
-        number = self.store.add(f"saving/number of rank {self.rank}", 1)
-        self.key = f"saving/{number}"
-        if self.rank == 0:
-            # Who wrote the one before this had read the verdict on the one before that.
-            for name in (*range(self.ranks), "verdict"):
-                self.store.delete_key(f"saving/{number - 2}/{name}")
+        self.number = self.store.add(f"saving/number of rank {self.rank}", 1)
+        self.key = f"saving/{self.number}"
         self.thread = threading.Thread(target=self.run, name="saving", daemon=True)
         self.thread.start()
 
@@ -118,6 +114,9 @@ class AsyncSave:
             if theirs["wrong"]:
                 return f"{self.what} failed on rank {rank}: {theirs['wrong']}"
             files |= theirs["files"]
+        # Whoever writes this one has read the verdict on the one before.
+        for name in (*range(self.ranks), "verdict"):
+            self.store.delete_key(f"saving/{self.number - 1}/{name}")
         try:
             self.commit(files)
         except Exception as error:  # noqa: BLE001

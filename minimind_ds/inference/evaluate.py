@@ -146,8 +146,7 @@ def settings_of(args: argparse.Namespace, weight: Source, pretrained: bool) -> t
 
 def spelt(value: object) -> str:
     """A setting as a flag gives it."""
-    return untrusted.shown(value).strip("'") if isinstance(value, str) else f"{value:d}" if value in (
-        True, False) else untrusted.shown(value)
+    return untrusted.shown(int(value) if isinstance(value, bool) else value).strip("'")
 
 
 def build(state: dict, config: ModelConfig, adapters: Source | None, spec: str) -> MiniMindForCausalLM:

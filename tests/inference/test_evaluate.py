@@ -148,3 +148,8 @@ def test_a_mistake_is_one_line(out, run, monkeypatch, flags, said):
 def test_help_names_the_training_s_flags_with_their_defaults():
     text = " ".join(program_flags.evaluate().format_help().split())
     assert "length of a packed row, in tokens (default: 4096)" in text and "run.yaml beside the weights" in text
+
+
+def test_settings_are_said_as_flags_have_them():
+    said = [evaluate.spelt(value) for value in (True, False, 0.0, 1.0, 1, "cut")]
+    assert said == ["1", "0", "0.0", "1.0", "1", "cut"]
