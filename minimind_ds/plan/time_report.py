@@ -24,7 +24,7 @@ from minimind_ds.terminal import columns, count
 # How far off: runs on one H200, with the kernels and launches of their code, dense and with experts; runs on a CPU
 # (docs/PLAN_AND_VERIFY.md).
 GPU_ERROR = {False: "within 7 % of three runs on one H200", True: "5 to 22 % too short for three runs on one H200"}
-CPU_ERROR = "median error on two cores 6 to 20 %, with experts up to 59 % too short"
+CPU_ERROR = "median error on two cores 11 %, with experts up to 39 % too short"
 
 
 def check(options: argparse.Namespace) -> None:

@@ -84,7 +84,7 @@ def _record(choice: random.Random, dice: random.Random, words: list[str]) -> dic
     return {"conversations": [{"role": "system", "content": text(), key: tools}, *asked, answer()]}
 
 
-@pytest.mark.parametrize("which, count", [("embedded", 20_000), ("original", 4_000)])
+@pytest.mark.parametrize("which, count", [("embedded", 8_000), ("original", 2_000)])
 def test_what_people_type_becomes_no_control_token_and_earns_no_label(which, count):
     if which == "original" and not ORIGINAL.is_dir():
         pytest.skip("the original tokenizer's folder is not here")

@@ -27,9 +27,9 @@ def check(result: dict, faults: int) -> None:
     assert totals["equal"] and all(run["equal"] for run in result["runs"].values())
 
 
-def test_half_a_dozen_faults_leave_weights_and_curves_as_they_would_have_been(tmp_path):
-    check(injected(tmp_path, "--faults", "6", "--seed", "9", "--over", "zero1-moe-experts-rows",
-                   timeout=4 * HANG_S), 6)
+def test_a_few_faults_leave_weights_and_curves_as_they_would_have_been(tmp_path):
+    check(injected(tmp_path, "--faults", "4", "--seed", "9", "--over", "zero1-moe-experts-rows",
+                   timeout=4 * HANG_S), 4)
 
 
 def test_a_disk_that_fails_before_training_begins_is_one_line_and_not_a_user_s_mistake(tmp_path):

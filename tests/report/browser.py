@@ -34,7 +34,8 @@ class Browser:
 
     def __init__(self):
         self.errors, self.requests, self.number, self.buffer = [], [], 0, b""
-        self.profile = tempfile.TemporaryDirectory(prefix="chromium_")
+        # Its helper processes may write a moment longer than it lives.
+        self.profile = tempfile.TemporaryDirectory(prefix="chromium_", ignore_cleanup_errors=True)
         # The browser reads its third file and writes its fourth.
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
