@@ -70,11 +70,9 @@ def start(world: World, hang_minutes: float = 0.0, settings: dict | None = None)
         # Until here it was the time to gather; checkpoints and notes go through it from now on.
         store.set_timeout(timeout)
         device = {"device_id": world.device} if world.device.type == "cuda" else {}
-        try:
+        with rendezvous.opening(store, world, backend):
             dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout,
                                     **device)
-        except RuntimeError as error:
-            raise rendezvous.unmet(rendezvous.unconnected(world, backend, error)) from None
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
 
 

@@ -14,7 +14,9 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
 import psutil
 import torch
@@ -25,8 +27,9 @@ from minimind_ds.config.untrusted import shown
 from minimind_ds.distributed.world import World
 from minimind_ds.io import report
 
-# After which a rank that waits says so; how often rank 0 looks who is there; how long it waits to be read.
-TELL_S, LOOK_S, READ_S = 30.0, 0.05, 5.0
+# After which a rank that waits says so; how often rank 0 looks who is there, and a rank whether the others go on; how
+# long rank 0 waits to be read.
+TELL_S, LOOK_S, WATCH_S, READ_S = 30.0, 0.05, 1.0, 5.0
 OPEN = "all ranks are here"
 
 
@@ -84,6 +87,44 @@ def unconnected(world: World, backend: str, error: RuntimeError) -> str:
     return (f"rank {world.rank} on {host} met the others, and {backend} cannot connect them: "
             f"{first_line(error)}; did one of them end? Else set {backend.upper()}_SOCKET_IFNAME to the network "
             "interface that all machines share")
+
+
+@contextlib.contextmanager
+def opening(store: dist.Store, world: World, backend: str) -> Iterator[None]:
+    """Within it the process group is opened: where one rank cannot, the others, which would wait for it as long as
+    for a collective, end with its words.
+
+    Raises:
+        ValueError: this rank cannot.
+    """
+    opened = threading.Event()
+    # One client serves one call at a time.
+    watcher = threading.Thread(target=watch, args=(store.clone(), world, opened), daemon=True)
+    watcher.start()
+    try:
+        yield
+    except RuntimeError as error:
+        said = unconnected(world, backend, error)
+        with contextlib.suppress(RuntimeError):
+            store.set("unconnected", said)
+        raise unmet(said) from None
+    finally:
+        opened.set()
+        watcher.join(READ_S)
+
+
+def watch(store: dist.Store, world: World, opened: threading.Event) -> None:
+    """Ends this process where another rank has said that it cannot open the process group, or rank 0 is gone."""
+    while not opened.wait(WATCH_S):
+        try:
+            said = store.get("unconnected").decode() if store.check(["unconnected"]) else ""
+        except RuntimeError as error:
+            said = f"rank {world.rank} on {socket.gethostname()} lost rank 0 at {place(world)}: {first_line(error)}"
+        # The main thread's own words come first.
+        if said and not opened.wait(WATCH_S):
+            report("unmet")
+            print(f"error: {said}", file=sys.stderr, flush=True)
+            os._exit(2)
 
 
 def listens_at(world: World) -> str:

@@ -65,6 +65,25 @@ def test_tasks_that_cannot_be_ranks_of_one_run_are_one_line(cluster, options, va
     assert said in done.stdout and not (cluster.home / "never" / "metrics.jsonl").exists()
 
 
+def test_ranks_that_meet_and_whose_networks_do_not_are_told_which_variable_to_set(cluster):  # noqa: F811
+    """Each node has an interface of its own that no cable leaves, and the variable names it."""
+    both, port = [], str(free_port())
+    for rank, address in enumerate(("192.0.2.1", "198.51.100.1")):
+        node = f"node{rank + 1}"
+        for words in ("link add apart type bridge", f"address add {address}/24 dev apart", "link set apart up"):
+            cluster.run("ip", *words.split(), on=node)
+        both.append(on(cluster, node, sys.executable, "launch/sft.py", *few(cluster), "--save_dir",
+                       str(cluster.home / "apart"), RANK=str(rank), LOCAL_RANK="0", WORLD_SIZE="2",
+                       LOCAL_WORLD_SIZE="1", MASTER_ADDR="node1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="apart"))
+    for rank, process in enumerate(both):
+        said = process.communicate(timeout=HANG_S)[0]
+        cluster.run("ip", "link", "delete", "apart", on=f"node{rank + 1}")
+        lines = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in said, said
+        assert re.match(r"error: rank [01] on node[12] met the others, and gloo cannot connect them: ", lines[0])
+        assert "set GLOO_SOCKET_IFNAME to the network interface that all machines share" in lines[0]
+
+
 @pytest.mark.slow
 def test_plain_torchrun_on_two_machines_trains_as_slurm_does(cluster):  # noqa: F811
     """Two network namespaces, an agent on each, no SLURM in between; the port of the first, or their own meeting."""
