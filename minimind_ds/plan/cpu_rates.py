@@ -70,7 +70,7 @@ def measure(s: Setting, selection: KernelSelection, attended: float) -> Device:
 
 def measured(s: Setting, selection: KernelSelection, attended: float) -> Device:
     # As a run on a CPU does.
-    engine.keep_memory()
+    engine.keep_memory(sum(part.total for part in trained_parts(s)))
     threads, together = threads_of(s.ranks)
     clock = time.thread_time if threads == 1 else time.perf_counter
     before, barrier = torch.get_num_threads(), threading.Barrier(together)

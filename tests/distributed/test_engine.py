@@ -6,16 +6,18 @@ import sys
 
 import pytest
 
+from minimind_ds.distributed import engine
 from tests.conftest import ROOT, environment
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's allocator is told to")
-@pytest.mark.parametrize("tuned, given_back", [({}, 0.0), ({"MALLOC_ARENA_MAX": "8"}, 1.0)], ids=["ours", "user's"])
-def test_memory_that_a_step_frees_stays_with_the_process_unless_the_user_tunes_malloc(tuned, given_back):
-    code = """
+@pytest.mark.parametrize("parameters, tuned, given_back", [
+    (engine.KEPT_FROM, {}, 0.0), (engine.KEPT_FROM - 1, {}, 1.0), (engine.KEPT_FROM, {"MALLOC_ARENA_MAX": "8"}, 1.0)])
+def test_memory_that_a_step_of_a_large_model_frees_stays_unless_the_user_tunes_malloc(parameters, tuned, given_back):
+    code = f"""
 import psutil, torch
 from minimind_ds.distributed import engine
-engine.keep_memory()
+engine.keep_memory({parameters})
 x = torch.ones(2**26)
 held = psutil.Process().memory_info().rss
 del x
