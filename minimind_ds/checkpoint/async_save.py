@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from minimind_ds.distributed import malloc
 from minimind_ds.distributed.torch_compat import default_store
 from minimind_ds.io import fsync
 
@@ -98,6 +99,7 @@ class AsyncSave:
             mine["wrong"] = f"{type(error).__name__}: {error}"
         # Lets go of the copies.
         self.files = ()
+        malloc.trim()
         try:
             self.store.set(f"{self.key}/{self.rank}", json.dumps(mine))
             if self.rank == 0:

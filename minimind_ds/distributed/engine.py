@@ -9,25 +9,19 @@ the loss undoes the second.
 
 from __future__ import annotations
 
-import ctypes
 import datetime
 import functools
 import logging
 import os
-import platform
 import warnings
 
 import torch
 import torch.distributed as dist
 
-from minimind_ds.distributed import deepspeed_compat, rendezvous, torch_compat
+from minimind_ds.distributed import deepspeed_compat, malloc, rendezvous, torch_compat
 from minimind_ds.distributed.world import World, export
 
 TIMEOUT_MINUTES = 30
-# 64 MiB of parameters: as much as glibc keeps by itself.  Of mallopt (malloc.h): nothing freed goes back, no block is
-# mapped by itself, one arena for all threads.
-KEPT_FROM = 2**24
-KEPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
 
 
 class NonFinite(RuntimeError):
@@ -77,18 +71,6 @@ def start(world: World, hang_minutes: float = 0.0, settings: dict | None = None)
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
 
 
-def keep_memory(parameters: int) -> None:
-    """On a CPU: tensors that a step of a large model frees stay with the process for the next step.
-
-    glibc gives large blocks back to the system, which hands them out again a page of zeros at a time: half of a step
-    of 200 million parameters.  Where the user's environment tunes malloc, or it is not glibc's, nothing is changed.
-    """
-    tuned = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
-    if parameters >= KEPT_FROM and platform.libc_ver()[0] == "glibc" and not tuned:
-        for parameter, value in KEPT.values():
-            ctypes.CDLL(None).mallopt(parameter, value)
-
-
 def patience(hang_minutes: float) -> datetime.timedelta:
     """How long collectives wait: longer than the watchdog, which has more to say than that it has waited."""
     return datetime.timedelta(minutes=max(TIMEOUT_MINUTES, hang_minutes + 5))
@@ -119,7 +101,7 @@ def initialize(model: torch.nn.Module, config: dict):
         # deepspeed_compat.clip_gradients does it instead.
         config = {**config, "gradient_clipping": 0.0}
     if next(model.parameters()).device.type == "cpu":
-        keep_memory(sum(p.numel() for p in model.parameters()))
+        malloc.keep(sum(p.numel() for p in model.parameters()))
     trained = [p for p in model.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(model=model, config=config, model_parameters=trained)
     deepspeed_compat.undo_warm_start(engine)

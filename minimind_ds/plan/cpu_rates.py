@@ -27,7 +27,7 @@ from torch import Tensor
 from minimind_ds import kernels
 from minimind_ds.config.model import ParallelDims
 from minimind_ds.config.precision import DTYPES
-from minimind_ds.distributed import engine
+from minimind_ds.distributed import malloc
 from minimind_ds.kernels import KernelSelection
 from minimind_ds.model.memory_model import Setting, trained_parts
 from minimind_ds.model.product import chained_product
@@ -70,7 +70,7 @@ def measure(s: Setting, selection: KernelSelection, attended: float) -> Device:
 
 def measured(s: Setting, selection: KernelSelection, attended: float) -> Device:
     # As a run on a CPU does.
-    engine.keep_memory(sum(part.total for part in trained_parts(s)))
+    malloc.keep(sum(part.total for part in trained_parts(s)))
     threads, together = threads_of(s.ranks)
     clock = time.thread_time if threads == 1 else time.perf_counter
     before, barrier = torch.get_num_threads(), threading.Barrier(together)
