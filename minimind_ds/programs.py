@@ -31,6 +31,7 @@ from minimind_ds.config.deepspeed_check import check_keys  # noqa: E402
 from minimind_ds.config.run import RunConfig  # noqa: E402
 from minimind_ds.config.spellings import OneLineParser, instead  # noqa: E402
 from minimind_ds.data import files  # noqa: E402
+from minimind_ds.data.conversation import read_records  # noqa: E402
 from minimind_ds.paths import LAUNCH, ROOT, is_bare  # noqa: E402
 from minimind_ds.resilience.signals import Preparing  # noqa: E402
 from minimind_ds.terminal import hold_streams  # noqa: E402
@@ -68,6 +69,8 @@ DEEPSPEED, WEIGHTS = "DeepSpeed", "the weights"
 REPORT_S = 30
 # transformers must not look for anything on the network.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# Of a training, whose first record is looked at beforehand.
+MOST_FILES = 16
 # A rank of two holds some 40; kernels that are compiled, workers and evaluations more.
 OPEN_FILES = 256
 # A node that does not answer is preflight's to name; PyTorch would add its C++ stacks.
@@ -153,7 +156,7 @@ def check_flags(name: str, argv: list[str], *, here: bool = True, chooses: bool 
     try:
         if program.trains:
             config = run.parse_run_config(argv, name, run_flags.PROGRAMS[name])
-            check_run(config, here, chooses)
+            check_run(config, name, here, chooses)
             return config
         _, rest = program.flags().parse_known_args(argv)
         if program.more == "sft":
@@ -162,7 +165,7 @@ def check_flags(name: str, argv: list[str], *, here: bool = True, chooses: bool 
             training.hints = {**training.hints, **program_flags.INSTEAD.get(name, {})}
             training.parse_args(spellings.translate(rest)[0])
             if name == "verify":
-                check_run(run.parse_run_config(rest, "sft", run_flags.PROGRAMS["sft"]), here)
+                check_run(run.parse_run_config(rest, "sft", run_flags.PROGRAMS["sft"]), "sft", here)
         elif not program.more:
             check_named(program.flags().parse_args(argv), here)
     except UserError as error:
@@ -171,14 +174,16 @@ def check_flags(name: str, argv: list[str], *, here: bool = True, chooses: bool 
     return None
 
 
-def check_run(config: RunConfig, here: bool, chooses: bool = False) -> None:
-    """Raises UserError for a training's files that are not there, and for what its DeepSpeed file alone gets wrong."""
+def check_run(config: RunConfig, program: str, here: bool, chooses: bool = False) -> None:
+    """Raises UserError for files of a training that are not there, for what its DeepSpeed file alone gets wrong, and
+    for data whose first record is none."""
     if here and (config.deepspeed is not None or not chooses):
         check_keys(config.deepspeed, deepspeed_file.read(config))
     if here:
         check_there("" if config.from_weight == "none" else config.from_weight)
         for paths in filter(None, (config.data_path, config.eval_path)):
-            files.expand(paths)
+            for source in files.expand(paths)[:MOST_FILES if config.on_bad_record == "stop" else 0]:
+                next(iter(read_records(source.path, run_flags.KINDS[program])))
 
 
 def check_named(args: argparse.Namespace, here: bool) -> None:

@@ -172,6 +172,24 @@ def test_a_training_without_a_deepspeed_file_ends_before_torch_and_the_command_n
     assert end.value.code == 2 and err.startswith("error: --deepspeed is missing: name ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("program, text, said", [
+    ("sft", "", "is empty"), ("sft", '{"conversations": [}', "line 1: the line is not valid JSON"),
+    ("sft", '{"text": "The sea."}', "line 1: "), ("pretrain", '{"conversations": []}', "pretraining needs a 'text'"),
+    ("verify", "[1]", "record 1")])
+def test_data_whose_first_record_is_none_ends_before_a_launcher_or_torch(program, text, said, tmp_path, capsys,
+                                                                        monkeypatch):
+    monkeypatch.setattr(programs, "launch", None)
+    (tmp_path / "data.jsonl").write_text(text)
+    words = [program, "--deepspeed", "zero1", "--data_path", str(tmp_path / "data.jsonl")]
+    with pytest.raises(SystemExit) as end:
+        programs.command(words)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and f"error: {tmp_path}/data.jsonl" in err and said in err and err.count("\n") == 1, err
+    # What is to be skipped is counted later.
+    if program == "sft":
+        programs.check_flags(program, [*words[1:], "--on_bad_record", "skip"])
+
+
 def test_a_python_without_the_libraries_is_told_where_they_are():
     done = subprocess.run([sys.executable, "-S", "launch/chat.py"], cwd=ROOT, text=True, capture_output=True,
                           env=environment(PYTHONPATH=""))
