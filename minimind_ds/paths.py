@@ -21,6 +21,12 @@ def at_home(path: str) -> str:
         return path
 
 
+def is_bare(name: str) -> bool:
+    """Whether this is a name as MiniMind gives weights, such as full_sft, and not a path: nothing of it is there."""
+    path = pathlib.Path(name)
+    return path.name == name and path.suffix not in (".pth", ".safetensors") and not path.exists()
+
+
 def cache_folder() -> pathlib.Path:
     """The user's cache folder for this program, by the XDG rules."""
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")

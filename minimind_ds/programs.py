@@ -9,9 +9,11 @@ Nothing here loads torch, so that --help and a mistake in a flag answer at once.
 
 from __future__ import annotations
 
+import argparse
 import functools
 import importlib
 import os
+import pathlib
 import resource
 import sys
 import threading
@@ -24,10 +26,13 @@ from minimind_ds.config.errors import UserError, first_line, one_line, report_bu
 report_bugs()
 
 from minimind_ds import __version__  # noqa: E402
-from minimind_ds.config import program_flags, run, run_flags, spellings  # noqa: E402
+from minimind_ds.config import deepspeed_file, program_flags, run, run_flags, spellings  # noqa: E402
+from minimind_ds.config.deepspeed_check import check_keys  # noqa: E402
+from minimind_ds.config.run import RunConfig  # noqa: E402
 from minimind_ds.config.spellings import OneLineParser, instead  # noqa: E402
 from minimind_ds.data import files  # noqa: E402
-from minimind_ds.paths import LAUNCH, ROOT  # noqa: E402
+from minimind_ds.data.conversation import read_records  # noqa: E402
+from minimind_ds.paths import LAUNCH, ROOT, is_bare  # noqa: E402
 from minimind_ds.resilience.signals import Preparing  # noqa: E402
 from minimind_ds.terminal import hold_streams  # noqa: E402
 
@@ -44,6 +49,8 @@ class Program(NamedTuple):
     launcher: int = NEVER
     # Of main, before the command line.
     arguments: tuple[str, ...] = ()
+    # What takes seconds to load besides PyTorch, which is then said wherever the output goes.
+    loads: str = ""
     # For libraries that are loaded later.
     environment: dict[str, str] = {}
     # Whether it is a training, which leaves a report.
@@ -54,13 +61,16 @@ class Program(NamedTuple):
 
 def trainer(name: str, about: str) -> Program:
     return Program(about, functools.partial(run.parser, name, run_flags.PROGRAMS[name]), "training.loop", ALWAYS,
-                   (name,), trains=True)
+                   (name,), DEEPSPEED, trains=True)
 
 
+DEEPSPEED, WEIGHTS = "DeepSpeed", "the weights"
 # As long as a run's end may wait for its report, in seconds.
 REPORT_S = 30
 # transformers must not look for anything on the network.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
+# Of a training, whose first record is looked at beforehand.
+MOST_FILES = 16
 # A rank of two holds some 40; kernels that are compiled, workers and evaluations more.
 OPEN_FILES = 256
 # A node that does not answer is preflight's to name; PyTorch would add its C++ stacks.
@@ -68,20 +78,21 @@ QUIET = {"TORCH_CPP_LOG_LEVEL": "FATAL"}
 PROGRAMS = {
     "sft": trainer("sft", "fine-tune on conversations, whole or LoRA, under DeepSpeed"),
     "pretrain": trainer("pretrain", "pretrain on texts under DeepSpeed"),
-    "chat": Program("talk to a trained model", program_flags.chat, "inference.chat", environment=OFFLINE),
+    "chat": Program("talk to a trained model", program_flags.chat, "inference.chat", loads=WEIGHTS,
+                    environment=OFFLINE),
     "score": Program("exact match on held-out conversations", program_flags.score, "inference.score",
-                     environment=OFFLINE),
+                     loads=WEIGHTS, environment=OFFLINE),
     "evaluate": Program("loss, perplexity and token accuracy on data files", program_flags.evaluate,
-                        "inference.evaluate", ASKED),
+                        "inference.evaluate", ASKED, loads=DEEPSPEED),
     "export": Program("weights for transformers, vLLM or MiniMind", program_flags.export, "inference.export_weights"),
     "plan": Program("memory, traffic and time of a run at every ZeRO stage", program_flags.plan, "plan.report",
                     more="sft"),
     "verify": Program("check a run's data, labels, kernels and DeepSpeed file", program_flags.verify, "verify", ASKED,
-                      more="sft"),
+                      loads=DEEPSPEED, more="sft"),
     "benchmark": Program("throughput of the real training step", program_flags.benchmark, "bench.throughput", ASKED,
-                         more="sft"),
+                         loads=DEEPSPEED, more="sft"),
     "preflight": Program("are all nodes alike, healthy and connected?", program_flags.preflight,
-                         "resilience.preflight", ASKED, environment=QUIET, more="any"),
+                         "resilience.preflight", ASKED, loads=DEEPSPEED, environment=QUIET, more="any"),
     "report": Program("one HTML file of a run, or of several side by side", program_flags.report, "report"),
     "train_tokenizer": Program("train a tokenizer on your text", program_flags.train_tokenizer,
                                "data.train_tokenizer"),
@@ -106,10 +117,9 @@ def run_program(name: str, argv: list[str]) -> int:
     allow_files()
     for variable, value in program.environment.items():
         os.environ.setdefault(variable, value)
-    # A log of ranks begins with it; where a program's output is read by another, it would be noise.
-    if rank() == "0" and (program.launcher != NEVER or sys.stderr.isatty()):
-        print(f"{name}: loading PyTorch{' and DeepSpeed' if program.launcher != NEVER else ''} …", file=sys.stderr,
-              flush=True)
+    # Of the others, an output that another program reads gets no more than they have to tell.
+    if rank() == "0" and (program.loads or sys.stderr.isatty()):
+        print(f"{name}: loading PyTorch{' and ' * bool(program.loads)}{program.loads} …", file=sys.stderr, flush=True)
     try:
         importlib.import_module("torch")
     except ValueError as error:
@@ -135,28 +145,61 @@ def allow_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, hard))
 
 
-def check_flags(name: str, argv: list[str], *, here: bool = True) -> None:
+def check_flags(name: str, argv: list[str], *, here: bool = True, chooses: bool = False) -> RunConfig | None:
     """Ends with code 2 where the command line has a mistake that can be told without torch; --help ends here, too.
 
-    here: whether the program runs on this machine, where its data must be then.
+    here: whether the program runs on this machine, where its files must be then.
+    chooses: a training's DeepSpeed file is chosen later, where none is named.
+    Returns the run, of a training.
     """
     program = PROGRAMS[name]
     try:
         if program.trains:
             config = run.parse_run_config(argv, name, run_flags.PROGRAMS[name])
-            for paths in filter(None, (config.data_path, config.eval_path) if here else ()):
-                files.expand(paths)
-            return
+            check_run(config, name, here, chooses)
+            return config
         _, rest = program.flags().parse_known_args(argv)
         if program.more == "sft":
             training = run.parser("sft", {})
             training.others = program.flags().known()
+            training.hints = {**training.hints, **program_flags.INSTEAD.get(name, {})}
             training.parse_args(spellings.translate(rest)[0])
+            if name == "verify":
+                check_run(run.parse_run_config(rest, "sft", run_flags.PROGRAMS["sft"]), "sft", here)
         elif not program.more:
-            program.flags().parse_args(argv)
+            check_named(program.flags().parse_args(argv), here)
     except UserError as error:
         spellings.say_once(one_line(error))
         raise SystemExit(2) from None
+    return None
+
+
+def check_run(config: RunConfig, program: str, here: bool, chooses: bool = False) -> None:
+    """Raises UserError for files of a training that are not there, for what its DeepSpeed file alone gets wrong, and
+    for data whose first record is none."""
+    if here and (config.deepspeed is not None or not chooses):
+        check_keys(config.deepspeed, deepspeed_file.read(config))
+    if here:
+        check_there("" if config.from_weight == "none" else config.from_weight)
+        for paths in filter(None, (config.data_path, config.eval_path)):
+            for source in files.expand(paths)[:MOST_FILES if config.on_bad_record == "stop" else 0]:
+                next(iter(read_records(source.path, run_flags.KINDS[program])))
+
+
+def check_named(args: argparse.Namespace, here: bool) -> None:
+    """Raises UserError for weights and data that another program's flags do not name, or that are not there."""
+    weight = program_flags.load_from(args)[0] if hasattr(args, "load_from") else getattr(args, "weight", None)
+    if here:
+        for path in (weight, getattr(args, "lora", None)):
+            check_there(path)
+        if hasattr(args, "data_path"):
+            files.expand(args.data_path)
+
+
+def check_there(weights: str | None) -> None:
+    """Raises UserError for a path that leads nowhere; a bare name, or none, is for later."""
+    if weights and not is_bare(weights) and not os.path.lexists(weights):
+        raise UserError(f"{weights}: no such file or folder{files.like(pathlib.Path(weights), '')}")
 
 
 def write_report(prepared) -> None:
@@ -206,8 +249,8 @@ def command(argv: list[str] | None = None) -> int:
     if when == NEVER or is_rank():
         return start(name, words)
     asked, rest = launcher_flags(words)
-    check_flags(name, rest, here="--hostfile" not in asked)
-    return launch(name, asked, rest) if asked or when == ALWAYS else start(name, rest)
+    config = check_flags(name, rest, here="--hostfile" not in asked, chooses=True)
+    return launch(name, asked, rest, config) if asked or when == ALWAYS else start(name, rest)
 
 
 def usage() -> str:
@@ -236,10 +279,10 @@ def launcher_flags(words: list[str]) -> tuple[list[str], list[str]]:
             for word in (f"--{name}", str(value))], rest
 
 
-def launch(name: str, asked: list[str], words: list[str]) -> NoReturn:
-    """Becomes DeepSpeed's launcher, with a DeepSpeed file where the flags name none."""
+def launch(name: str, asked: list[str], words: list[str], config: RunConfig | None) -> NoReturn:
+    """Becomes DeepSpeed's launcher, with a DeepSpeed file where a training's flags and YAML name none."""
     said = ""
-    if name in run_flags.PROGRAMS and not {"--deepspeed", "--config"} & {word.partition("=")[0] for word in words}:
+    if config is not None and config.deepspeed is None:
         words, said = ["--deepspeed", "zero1", *words], ", with ds_configs/zero1.json (--deepspeed names another)"
     # ninja of this environment first, for what DeepSpeed compiles.
     os.environ["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])

@@ -11,6 +11,7 @@ import argparse
 import pathlib
 
 from minimind_ds.config import run_flags
+from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS
 from minimind_ds.config.run import FLAGS, PRECISIONS, value_type
 from minimind_ds.config.spellings import SHAPE, OneLineParser, number, program_parser, to_bool
@@ -26,6 +27,10 @@ LIMITS = {"min_free_gib": (20.0, "least free disk in the run folder and the cach
 # Flags of the training that evaluate takes, too: what an evaluation gives depends on these, besides the precision.
 AS_TRAINED = ("max_seq_len", "too_long", "pack_len", "packing", "batch_size", "accumulation_steps", "on_bad_record",
               "learn", "text_markers", "seed", "kernels", "cache_dir", "num_workers")
+# Flags of other programs that these have another for.
+INSTEAD = {"plan": dict.fromkeys(("gpus", "num_gpus"), "write --ranks N, the GPUs of all machines together")}
+# The weights that eval_llm.py takes where no --weight is named.
+USUAL = "full_sft"
 # What check_kernels does.
 PARTS = ("correctness", "curve", "timings")
 SWITCH = dict(nargs="?", const=True, type=to_bool)
@@ -49,6 +54,26 @@ def weights(p: OneLineParser) -> None:
                    help="positions beyond those trained (YaRN), as MiniMind's flag")
     p.add_argument("--dtype", choices=PRECISIONS, help="precision (default: that of the weights)")
     p.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+
+
+def load_from(args: argparse.Namespace) -> tuple[str, str | None]:
+    """--load_from -> what --weight and --tokenizer mean with it."""
+    if args.load_from is None:
+        if args.weight is None:
+            raise UserError("--weight is missing: name a run folder, a weights file or an exported folder")
+        return args.weight, args.tokenizer
+    folder = pathlib.Path(args.load_from)
+    if (folder / "config.json").is_file():
+        if args.weight is not None:
+            raise UserError(f"--weight {args.weight} and --load_from {folder}, a Hugging Face folder, both name "
+                            "weights: give one")
+        return str(folder), args.tokenizer
+    if folder.is_dir():
+        return args.weight or USUAL, args.tokenizer or str(folder)
+    if args.load_from == "model":
+        return args.weight or USUAL, args.tokenizer
+    raise UserError(f"--load_from {folder}: no such folder; name a Hugging Face folder, or the folder of a tokenizer "
+                    "for MiniMind's own weights")
 
 
 def preset(p: OneLineParser, meaning: str) -> None:

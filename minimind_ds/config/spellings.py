@@ -111,7 +111,8 @@ class OneLineParser(argparse.ArgumentParser):
         if rest:
             flags = [found[1] for found in map(FLAG.fullmatch, rest) if found]
             known = [*self.others, *self.known()]
-            said = instead(flags[0].replace("-", "_"), known, self.hints, self.same) if flags else ""
+            said = instead(flags[0].replace("-", "_"), known, self.hints, self.same) if flags else of_a_flag(
+                rest[0], known)
             self.error(f"unrecognized arguments: {' '.join(rest)}{said}")
         return parsed
 
@@ -169,6 +170,12 @@ def instead(name: str, known: Iterable[str], hints: dict[str, str] = HINTS, same
         return f"; {hints[name]}"
     close = difflib.get_close_matches(name, [*known, *same], n=1)
     return f"; did you mean {sign}{same.get(close[0], close[0])}?" if close else ""
+
+
+def of_a_flag(value: str, known: Iterable[str]) -> str:
+    """What to say of a path that stands without its flag: '; did you mean --weight out/sft?', or nothing."""
+    name = next((name for name in ("weight", "data_path") if name in known), None)
+    return f"; did you mean --{name} {value}?" if name and os.path.exists(value) else ""
 
 
 def ours(name: str, same: dict[str, str] = SAME) -> str:

@@ -57,14 +57,15 @@ def load(weight: Source, preset: str | None = None, lora: Source | None = None, 
         raise UserError(f"unknown preset {preset!r}; there are {', '.join(PRESETS)}")
     config = weight_files.read_config(weight)
     state = weight_files.read_state(weight)
-    if config is None:
+    if not (carried := config is not None):
         config = PRESETS[preset] if preset else shape
         if config is None:
-            raise UserError(f"{weight} does not carry its model's configuration: name a preset")
+            raise UserError(f"{weight} does not carry its model's configuration: name a preset"
+                            f"{weight_files.like_presets(state)}")
         embedding = state.get("model.embed_tokens.weight")
         if embedding is not None and embedding.dim() == 2:
             config = dataclasses.replace(config, vocab_size=embedding.shape[0])
-    state = minimind.from_minimind(state, config, str(weight))
+    state = weight_files.fitted(state, config, weight, carried=carried)
     if lora is None:
         return state, config
     matrices, facts, _ = adapters.load_adapters(lora, config)
@@ -93,7 +94,8 @@ def tokenizer_of(weight: Source, named: str | None = None, lora: Source | None =
     own = recorded(lora) if lora else None
     path = named or (find_tokenizer(lora) if own else None) or find_tokenizer(weight)
     if path is None:
-        raise UserError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer")
+        raise UserError(f"{weight}: no tokenizer beside the weights: name one with --tokenizer (a run's "
+                        "is RUN/tokenizer, MiniMind's its folder model)")
     tokenizer, own = load_tokenizer(path), own or recorded(weight)
     if own and (why := own.difference(tokenizer)):
         raise UserError(f"{weight}: these are weights of another tokenizer than {tokenizer.name}: {why}")

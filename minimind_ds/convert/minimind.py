@@ -8,13 +8,15 @@ Files of MiniMind and of Hugging Face (Qwen3, Qwen3-MoE, Llama) hold one tensor 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from minimind_ds.config.errors import UserError
-from minimind_ds.config.model import ModelConfig
+from minimind_ds.config.model import PRESETS, ModelConfig
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -128,6 +130,17 @@ def from_minimind(state: dict[str, Tensor], config: ModelConfig, source: str = "
     derived = ("freqs_cos", "freqs_sin", "inv_freq")
     kept = {name: tensor for name, tensor in state.items() if name.rpartition(".")[2] not in derived}
     return check(stack_experts(kept, config), config, source)
+
+
+def presets_of(state: dict[str, Tensor]) -> list[str]:
+    """The presets whose weights have these names and shapes, whatever the vocabulary."""
+    fitting, embedding = [], state.get("model.embed_tokens.weight")
+    for name, preset in PRESETS.items():
+        rows = preset.vocab_size if embedding is None or embedding.dim() != 2 else embedding.shape[0]
+        with contextlib.suppress(UserError):
+            from_minimind(state, replace(preset, vocab_size=rows))
+            fitting.append(name)
+    return fitting
 
 
 def to_minimind(state: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:

@@ -62,12 +62,6 @@ def file_name(save_weight: str, config: ModelConfig) -> str:
     return f"{save_weight}_{config.hidden_size}{'_moe' if config.use_moe else ''}.safetensors"
 
 
-def is_bare(name: str) -> bool:
-    """Whether this is a name as MiniMind gives weights, such as full_sft, and not a path: nothing of it is there."""
-    path = Path(name)
-    return path.name == name and path.suffix not in (".pth", ".safetensors") and not path.exists()
-
-
 def find_bare(flag: str, names: Sequence[str], folders: Sequence[str | Path], config: ModelConfig) -> Path:
     """The weights that MiniMind means by a name: full_sft is full_sft_768.pth, full_sft_768_moe.pth for experts; ours
     end in .safetensors, and come first.
@@ -88,7 +82,8 @@ def find_bare(flag: str, names: Sequence[str], folders: Sequence[str | Path], co
             return path
     others = [path for folder in folders for path in sorted(folder.glob(f"{glob.escape(names[0])}_*"))
               if path.suffix in (".safetensors", ".pth")]
-    also = f"; there is {', '.join(map(str, others))}: name its size, or the path" if others else "; name a path"
+    also = (f"; there is {', '.join(map(str, others))}: name its size (--preset, or --hidden_size and its like), or "
+            "the path") if others else "; name a path"
     raise UserError(f"{flag} {names[0]}: no such file or folder, and no {' or '.join(map(str, wanted))} in "
                     f"{' or '.join(map(str, folders))}{also}")
 
@@ -206,7 +201,24 @@ def load_weights(path: Source, config: ModelConfig) -> dict[str, Tensor]:
     theirs = read_config(path)
     if theirs is not None:
         check_same_model(path, theirs, config)
-    return minimind.from_minimind(read_state(path), config, str(path))
+    return fitted(read_state(path), config, path, carried=theirs is not None)
+
+
+def fitted(state: dict[str, Tensor], config: ModelConfig, path: Source, *, carried: bool) -> dict[str, Tensor]:
+    """The weights under our names, as minimind.from_minimind has them.
+
+    carried: whether the file says of which model it is; where not, an error says which preset's it may be.
+    """
+    try:
+        return minimind.from_minimind(state, config, str(path))
+    except UserError as error:
+        raise UserError(f"{error}{'' if carried else like_presets(state)}") from None
+
+
+def like_presets(state: dict[str, Tensor]) -> str:
+    """'; its shapes are those of --preset debug', for a message, or nothing."""
+    names = minimind.presets_of(state)
+    return f"; its shapes are those of --preset {' or '.join(names)}" if names else ""
 
 
 def read_state(path: Source) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ import difflib
 import glob
 import itertools
 import os
+import re
 import stat
 from collections import Counter
 from dataclasses import dataclass
@@ -79,6 +80,9 @@ def find(path: str) -> list[Path]:
     if mode is None:
         parts = [part.strip() for part in path.split(",")]
         hint = "; several files are separated by spaces" if len(parts) > 1 and all(map(os.path.exists, parts)) else ""
+        shared = re.fullmatch(r"(.+)[:=@][\d.]+", path)
+        if shared and os.path.exists(shared[1]):
+            hint = "; a share stands in a run's YAML, data_path: [{path: FILE, share: 2}]"
         where = "" if os.path.isabs(path) else f" in {os.getcwd()}"
         hint = hint or like(Path(path))
         raise DataError(f"{untrusted.shown_path(path)} does not exist{where}{hint}")
@@ -87,9 +91,9 @@ def find(path: str) -> list[Path]:
     return found if stat.S_ISDIR(mode) else [Path(path)]
 
 
-def like(path: Path) -> str:
-    """'; did you mean data/sft.jsonl?', of the data files beside a path that is not there, or nothing."""
-    beside = [name for name in os.listdir(path.parent) if name.endswith(DATA_ENDINGS)] if path.parent.is_dir() else []
+def like(path: Path, endings: str | tuple[str, ...] = DATA_ENDINGS) -> str:
+    """'; did you mean data/sft.jsonl?', of the files with such endings beside a path that is not there, or nothing."""
+    beside = [name for name in os.listdir(path.parent) if name.endswith(endings)] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, beside[:MOST_MATCHES], n=1)
     return f"; did you mean {untrusted.shown_path(str(path.parent / close[0]))}?" if close else ""
 

@@ -7,18 +7,16 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import NamedTuple
 
 from minimind_ds.checkpoint.weights import opened
+from minimind_ds.config import program_flags
 from minimind_ds.config.errors import UserError
 from minimind_ds.config.model import PRESETS, ModelConfig
 from minimind_ds.config.run import RunConfig
 from minimind_ds.config.spellings import SHAPE, choose_model
 from minimind_ds.convert import weight_files
-
-# What eval_llm.py takes where no --weight is named.
-USUAL = "full_sft"
+from minimind_ds.paths import is_bare
 
 
 class Chosen(NamedTuple):
@@ -35,9 +33,9 @@ def choose(args: argparse.Namespace) -> Chosen:
     Raises:
         ValueError: none named, none there, weights named twice, or a shape that is missing or not the weights' own.
     """
-    weight, tokenizer = load_from(args)
+    weight, tokenizer = program_flags.load_from(args)
     told = {name: getattr(args, name) for name in SHAPE if getattr(args, name) is not None}
-    bare = weight_files.is_bare(weight)
+    bare = is_bare(weight)
     shape, notes = shape_of(args.preset, told, usual=bare), []
 
     def named(flag: str, name: str, *others: str) -> str:
@@ -49,37 +47,18 @@ def choose(args: argparse.Namespace) -> Chosen:
     carried = weight_files.read_config(path)
     if carried is None and shape is None:
         raise UserError(f"{path} does not carry its model's configuration: name --preset, or --hidden_size, "
-                        "--num_hidden_layers and --use_moe as in MiniMind")
+                        "--num_hidden_layers and --use_moe as in MiniMind"
+                        f"{weight_files.like_presets(weight_files.read_state(path))}")
     if carried is not None:
         check_shape(path, carried, told, args.preset)
         shape = carried
     lora = None if args.lora == "None" else args.lora
-    if lora and weight_files.is_bare(lora):
+    if lora and is_bare(lora):
         lora = named("--lora", lora, f"{lora}_lora")
     lora = opened(lora)
     arguments = dict(weight=path, tokenizer=tokenizer, lora=lora, shape=shape,
                      inference_rope_scaling=args.inference_rope_scaling)
     return Chosen(arguments, notes, bare and "pretrain" in weight)
-
-
-def load_from(args: argparse.Namespace) -> tuple[str, str | None]:
-    """--load_from -> what --weight and --tokenizer mean with it."""
-    if args.load_from is None:
-        if args.weight is None:
-            raise UserError("--weight is missing: name a run folder, a weights file or an exported folder")
-        return args.weight, args.tokenizer
-    folder = Path(args.load_from)
-    if (folder / "config.json").is_file():
-        if args.weight is not None:
-            raise UserError(f"--weight {args.weight} and --load_from {folder}, a Hugging Face folder, both name "
-                            "weights: give one")
-        return str(folder), args.tokenizer
-    if folder.is_dir():
-        return args.weight or USUAL, args.tokenizer or str(folder)
-    if args.load_from == "model":
-        return args.weight or USUAL, args.tokenizer
-    raise UserError(f"--load_from {folder}: no such folder; name a Hugging Face folder, or the folder of a tokenizer "
-                    "for MiniMind's own weights")
 
 
 def shape_of(preset: str | None, told: dict, usual: bool) -> ModelConfig | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,7 +38,7 @@ from minimind_ds.io import write_file
 from minimind_ds.model import lora
 from minimind_ds.model.decoder import MiniMindForCausalLM, kernel_requirements
 from minimind_ds.paths import cache_folder
-from minimind_ds.terminal import columns, wrap
+from minimind_ds.terminal import columns, count, wrap
 from minimind_ds.training.kept_weights import BEST
 from minimind_ds.training.live import LiveRun
 from minimind_ds.training.loop import user_error
@@ -61,9 +62,13 @@ def main(argv: list[str]) -> int:
         if world.size > 1:
             # Ranks that read other weights or data would add up what does not belong together.
             engine.start(world, settings={**about, "data": prepared.eval_sets[0].store.content})
+        if world.rank == 0:
+            for line in prepared.notes:
+                print(wrap(line), flush=True)
+            print(f"evaluating {count(len(prepared.stores[0]), 'sample')} …", file=sys.stderr, flush=True)
         result = {**about, "ranks": world.size, **evaluate(prepared, model)}
         if world.rank == 0:
-            for line in (*prepared.notes, *report(result)):
+            for line in report(result):
                 print(wrap(line))
             if args.out:
                 write_file(args.out, json.dumps(result, indent=2, ensure_ascii=False) + "\n")

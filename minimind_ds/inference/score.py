@@ -31,6 +31,7 @@ from minimind_ds.data.sample import prompt_ids, render
 from minimind_ds.data.tokenizer import Tokenizer
 from minimind_ds.inference import arguments
 from minimind_ds.inference.chat import Sampling, device_of, load_model, visible
+from minimind_ds.terminal import count
 
 # Room beyond the expected answer's tokens: the stop token, and enough to see that an answer goes on.
 SLACK = 4
@@ -53,7 +54,9 @@ def main(argv: list[str]) -> int:
         model, tok = load_model(**chosen.arguments, dtype=DTYPES.get(args.dtype), device=device_of(args))
         for note in (*chosen.notes, *passed_over(args.data_path)):
             print(note, file=sys.stderr)
-        result = score(model, tok, [q for of_source in questions for q in of_source], batch_size=args.batch_size)
+        asked = [q for of_source in questions for q in of_source]
+        print(f"answering {count(len(asked), 'question')} …", file=sys.stderr, flush=True)
+        result = score(model, tok, asked, batch_size=args.batch_size)
     except UserError as error:
         print(one_line(error), file=sys.stderr)
         return 2

@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 
+from minimind_ds.config.spellings import say_once
 from minimind_ds.resilience import launchers
 
 # sysexits.h's EX_TEMPFAIL: nothing is wrong, the same command goes on from the checkpoint.
@@ -137,9 +138,9 @@ class Preparing(Signals):
 
     @staticmethod
     def end(why: str) -> None:
-        """Does not return."""
-        print(f"{why}: ends at once, before any step; what is tokenised is kept, the same command goes on",
-              file=sys.stderr, flush=True)
+        """Does not return.  One rank of a machine speaks: where another has ended by a mistake, which it has told, the
+        launcher's SIGTERM to the rest is no news."""
+        say_once(f"{why}: ends at once, before any step; what is tokenised is kept, the same command goes on")
         os._exit(STOPPED)
 
 

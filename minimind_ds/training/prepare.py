@@ -39,7 +39,7 @@ from minimind_ds.distributed.world import World
 from minimind_ds.io import fsync
 from minimind_ds.model.decoder import kernel_requirements
 from minimind_ds.model.lora import Lora, find_targets, fingerprint
-from minimind_ds.paths import cache_folder
+from minimind_ds.paths import cache_folder, is_bare
 from minimind_ds.resilience import restarts
 from minimind_ds.training import disk, lr_schedule, memory, starting_weights
 
@@ -135,8 +135,6 @@ def prepare(program: str, argv: list[str], world: World, *, deepspeed: str | Non
     run = parse_run_config(argv, program, PROGRAMS[program])
     if deepspeed is not None:
         run = run.replace(deepspeed=deepspeed)
-    if run.deepspeed is None:
-        raise UserError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero1.json")
     raw = deepspeed_json.read(run)
     deepspeed_json.check_keys(run.deepspeed, raw)
     chosen_here = run.preset is None and not run.model
@@ -220,7 +218,7 @@ def choose(run: RunConfig, world: World) -> tuple[RunConfig, list[str]]:
 def find_start_weights(run: RunConfig) -> tuple[RunConfig, list[str]]:
     """--from_weight as a path, and a note where it was a bare name, as MiniMind's: weights of this model's size."""
     name = run.from_weight
-    if name == "none" or not weight_files.is_bare(name):
+    if name == "none" or not is_bare(name):
         return run, []
     # The vocabulary, which the tokenizer tells later, is no part of a file's name.
     config = run.model_config(vocab_size=1)

@@ -94,9 +94,10 @@ def test_cells_with_a_record_are_not_run_again(swept):
     assert {c.key for c in more}.isdisjoint(c.key for c in again)
 
 
-def test_a_cell_that_takes_too_long_is_ended_and_recorded(swept, tmp_path):
+def test_a_cell_is_named_before_it_runs_and_one_that_takes_too_long_is_ended_and_recorded(swept, tmp_path, capsys):
     one = sweep.cells_of(**{**CELLS, "kernels": ["auto"]}, flags=swept[1])[0]
-    record = sweep.run_cell(one, tmp_path, timeout=0.5)
+    record, = sweep.sweep([one], tmp_path, timeout=0.5, retry=False)["cells"]
+    assert capsys.readouterr().err == f"[1/1] {one.name} …\n"
     assert record["status"] == "timeout" and "0 s" in record["reason"]
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).returncode == 1
 

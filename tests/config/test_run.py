@@ -75,7 +75,8 @@ def test_what_is_wrong_in_the_yaml_is_named(tmp_path, text, expected):
 
 
 def test_a_value_given_twice_names_both_places(tmp_path):
-    with pytest.raises(ValueError, match="epochs is 2 on the command line and 3 in .*run.yaml"):
+    with pytest.raises(ValueError, match="epochs is 2 on the command line and 3 in .*run.yaml: give it once: "
+                                         "leave --epochs out, or change or delete that line of the file$"):
         parsed(tmp_path, "epochs: 3\n", "--epochs", "2")
     assert parsed(tmp_path, "epochs: 3\n", "--epochs", "3").epochs == 3
 

@@ -7,12 +7,13 @@ import re
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 
 import psutil
 import pytest
 import torch
 
-from minimind_ds import MiniMindForCausalLM, ModelConfig, Sample, collate, load_tokenizer
+from minimind_ds import PRESETS, MiniMindForCausalLM, ModelConfig, Sample, collate, load_tokenizer
 from minimind_ds.convert import export, huggingface, minimind, weight_files
 from tests.conftest import ROOT, environment
 
@@ -240,6 +241,8 @@ def test_bad_input_is_answered_in_one_line_and_writes_nothing(tmp_path):
     config = CONFIGS["minimind-3"]
     weight_files.save_safetensors(tmp_path / "sft_32.safetensors", state_of(config), config)
     torch.save(minimind.to_minimind(state_of(config), config), tmp_path / "a.pth")
+    debug = replace(PRESETS["debug"], vocab_size=64)
+    torch.save(minimind.to_minimind(state_of(debug), debug), tmp_path / "debug.pth")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     before = sorted(tmp_path.rglob("*"))
@@ -250,6 +253,9 @@ def test_bad_input_is_answered_in_one_line_and_writes_nothing(tmp_path):
         ("sft_32.safetensors", {"tokenizer": "absent"}, "absent"),
         ("a.pth", {}, "name a preset"),
         ("a.pth", {"preset": "debug"}, "does not fit the model"),
+        ("debug.pth", {}, "name a preset; its shapes are those of --preset debug$"),
+        ("debug.pth", {"preset": "minimind-3"}, "does not fit the model.*; its shapes are those of --preset debug$"),
+        ("debug.pth", {"preset": "debug"}, "no tokenizer beside the weights: name one with --tokenizer .a run's is"),
         ("sft_32.safetensors", {"to": "minimind", "out": tmp_path / "full"}, "exists"),
         ("sft_32.safetensors", {"to": "minimind", "out": tmp_path / "a.pth" / "b"}, "a.pth"),
     ]:

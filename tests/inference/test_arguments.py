@@ -102,10 +102,10 @@ def test_a_hugging_face_folder_is_loaded_whole_and_score_takes_the_same_flags(ho
     p = program_flags.chat()
     (home / "hf").mkdir(exist_ok=True)
     (home / "hf" / "config.json").touch()
-    assert arguments.load_from(p.parse_args(["--load_from", "hf"])) == ("hf", None)
+    assert program_flags.load_from(p.parse_args(["--load_from", "hf"])) == ("hf", None)
     with pytest.raises(ValueError, match="both name weights: give one"):
-        arguments.load_from(p.parse_args(["--load_from", "hf", "--weight", "full_sft"]))
-    assert arguments.load_from(p.parse_args(["--load_from", "model"])) == ("full_sft", "model")
+        program_flags.load_from(p.parse_args(["--load_from", "hf", "--weight", "full_sft"]))
+    assert program_flags.load_from(p.parse_args(["--load_from", "model"])) == ("full_sft", "model")
     args = program_flags.score().parse_args(["--load_from", "model", *SIZES, "--data_path", "x.jsonl"])
     chosen = arguments.choose(args).arguments
     assert (chosen["weight"], chosen["tokenizer"]) == ("out/full_sft_32.pth", "model")

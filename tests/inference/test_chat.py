@@ -272,6 +272,9 @@ def test_programs_answer_converse_and_score(folder):
     assert several.returncode == 0 and several.stdout == one.stdout, several.stderr
     scored = program("score", "--weight", folder, "--data_path", "examples/sft_heldout.jsonl", "--limit", 5, "--json")
     assert scored.returncode == 0, scored.stderr
+    # Through a pipe, too, what takes seconds is said before.
+    assert one.stderr.startswith("chat: loading PyTorch and the weights …\n")
+    assert scored.stderr.startswith("score: loading PyTorch and the weights …\nanswering 5 questions …\n")
     lines = scored.stdout.splitlines()
     assert json.loads(lines[-1])["total"] == 5 and lines[-2].startswith("exact match ")
 

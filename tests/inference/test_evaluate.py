@@ -79,9 +79,11 @@ def test_on_the_run_s_ranks_the_numbers_are_the_training_s_to_the_last_digit(out
 
 def test_alone_with_adapters_beside_their_base_they_are_the_training_s_to_1e_6(out, run):
     for adapters in (out / "adapters", out / "adapters" / "checkpoints"):
-        code, result, _, _ = run("--weight", out / "base", "--lora", adapters, "--data_path", *held(out))
+        code, result, _, err = run("--weight", out / "base", "--lora", adapters, "--data_path", *held(out))
         assert code == 0 and (result["dtype"], result["ranks"]) == ("fp32", 1)
         assert losses(result) == pytest.approx(own_losses(out / "adapters"), rel=1e-6)
+        # What takes long is said before.
+        assert err.endswith("evaluating 150 samples …\n")
     # Without them it is another model.
     base = run("--weight", out / "base", "--data_path", *held(out), "--max_seq_len", "128")[1]
     assert abs(losses(base)[0] - losses(result)[0]) > 1e-2

@@ -18,6 +18,8 @@ from minimind_ds.config.run_flags import FIRST, GROUPS
 from minimind_ds.config.spellings import SHAPE
 from tests.conftest import ROOT, cache_dir, environment, free_port
 
+DATA = "examples/sft_train.jsonl"
+OF_DATA = ["--data_path", DATA]
 SHELL = sorted(path.relative_to(ROOT).as_posix() for pattern in ("*.sh", "slurm/*.sh", "slurm/*.sbatch")
                for path in (ROOT / "launch").glob(pattern))
 
@@ -128,8 +130,19 @@ def test_a_shell_script_s_help_is_its_head_and_starts_nothing(script, tmp_path):
     (["sft", "--max_seq_len", "5000"], "raise pack_len"), (["pretrain", "--data_path", "no.x"], "no.x does not exist"),
     (["sft", "--config", "no.yaml"], "no.yaml"), (["sft", "--lr", "1", "--learning_rate", "1"], "give it once"),
     (["plan", "--presett", "debug"], "did you mean --preset?"), (["verify", "--dtype", "bf"], "--dtype"),
-    (["tokenize", "--foo"], "--foo"), (["benchmark", "--steps", "2", "--foo"], "--foo")])
+    (["tokenize", "--foo"], "--foo"), (["benchmark", "--steps", "2", "--foo"], "--foo"),
+    (["sft", "--deepspeed", "ds_configs/zero1.jsn"], "No such file or directory; shipped ones are "),
+    (["sft", "--from_weight", "tests/programms"], "no such file or folder; did you mean tests/programs?"),
+    (["sft", f"--data_path={DATA}:2"], "a share stands in a run's YAML"), (["verify"], "--deepspeed is missing"),
+    (["chat", "--prompt", "hi"], "--weight is missing"),
+    (["score", "--weight", "no/run", *OF_DATA], "no/run: no such file or folder"),
+    (["evaluate", "--weight", "full_sft", "--data_path", "no.x"], "no.x does not exist"),
+    (["export", "--weight", "no.pth", "--to", "hf", "--out", "x"], "no.pth: no such file or folder"),
+    (["chat", "--weight", "full_sft", "--lora", "no/run"], "no/run: no such file or folder"),
+    (["plan", "--gpus", "8"], "write --ranks N"), (["chat", "examples"], "did you mean --weight examples?"),
+    (["sft", DATA], f"did you mean --data_path {DATA}?")])
 def test_a_mistake_ends_before_a_launcher_or_torch(words, said, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     monkeypatch.setattr(programs, "launch", None)
     monkeypatch.setattr(programs.importlib, "import_module", None)
     try:
@@ -138,6 +151,43 @@ def test_a_mistake_ends_before_a_launcher_or_torch(words, said, capsys, monkeypa
         code = end.code
     err = capsys.readouterr().err
     assert code == 2 and said in err and err.startswith("error: ") and err.count("\n") == 1, err
+
+
+@pytest.mark.parametrize("name", ["sft", "pretrain"])
+def test_a_training_without_a_deepspeed_file_ends_before_torch_and_the_command_names_one(name, tmp_path, capsys,
+                                                                                       monkeypatch):
+    (tmp_path / "none.yaml").write_text("preset: debug\n")
+    (tmp_path / "own.yaml").write_text("deepspeed: zero0\n")
+    started = []
+    monkeypatch.setattr(programs.os, "execv", lambda path, words: started.append(words))
+    for yaml, has in (("none.yaml", ["--deepspeed", "zero1"]), ("own.yaml", [])):
+        words = ["--config", str(tmp_path / yaml)]
+        programs.command([name, *words])
+        assert started[-1][started[-1].index(str(ROOT / "launch" / f"{name}.py")) + 1:] == [*has, *words]
+    capsys.readouterr()
+    # As a rank of any launcher, or alone.
+    with pytest.raises(SystemExit) as end:
+        programs.check_flags(name, ["--config", str(tmp_path / "none.yaml")])
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: --deepspeed is missing: name ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("program, text, said", [
+    ("sft", "", "is empty"), ("sft", '{"conversations": [}', "line 1: the line is not valid JSON"),
+    ("sft", '{"text": "The sea."}', "line 1: "), ("pretrain", '{"conversations": []}', "pretraining needs a 'text'"),
+    ("verify", "[1]", "record 1")])
+def test_data_whose_first_record_is_none_ends_before_a_launcher_or_torch(program, text, said, tmp_path, capsys,
+                                                                        monkeypatch):
+    monkeypatch.setattr(programs, "launch", None)
+    (tmp_path / "data.jsonl").write_text(text)
+    words = [program, "--deepspeed", "zero1", "--data_path", str(tmp_path / "data.jsonl")]
+    with pytest.raises(SystemExit) as end:
+        programs.command(words)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and f"error: {tmp_path}/data.jsonl" in err and said in err and err.count("\n") == 1, err
+    # What is to be skipped is counted later.
+    if program == "sft":
+        programs.check_flags(program, [*words[1:], "--on_bad_record", "skip"])
 
 
 def test_a_python_without_the_libraries_is_told_where_they_are():

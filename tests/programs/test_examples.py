@@ -178,7 +178,7 @@ def test_a_yaml_begins_with_the_command_that_takes_it_and_finds_its_files(name, 
     command = f"launch/{'pretrain' if name == 'pretrain' else 'sft'}.py --config examples/{name}.yaml"
     assert name == "quickstart" or any(command in line for line in comment)
     monkeypatch.chdir(ROOT)
-    words = ["--config", f"examples/{name}.yaml", "--from_weight", "out/sft"]
-    programs.check_flags("pretrain" if name == "pretrain" else "sft", words)
+    words = ["--config", f"examples/{name}.yaml", "--from_weight", "a_bare_name"]
+    programs.check_flags("pretrain" if name == "pretrain" else "sft", words, chooses=name == "quickstart")
     run = parse_run_config(words, "sft", {})
     assert run.save_dir.startswith("out") and run.data_path in (None, *DATA)

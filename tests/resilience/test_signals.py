@@ -211,6 +211,14 @@ def test_torchrun_does_not_start_again_what_was_asked_to_stop(tmp_path, monkeypa
     restarts.refuse_after_stop(tmp_path)
 
 
+def test_before_the_training_one_rank_of_a_machine_says_that_it_ends():
+    code = "from minimind_ds.resilience.signals import Preparing; Preparing.end('SIGTERM')"
+    said = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(LOCAL_RANK=rank), text=True,
+                           capture_output=True) for rank in ("0", "1")]
+    assert [done.returncode for done in said] == [STOPPED, STOPPED]
+    assert said[0].stderr.startswith("SIGTERM: ends at once, before any step; ") and said[1].stderr == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_before_the_first_step_keeps_what_is_tokenised_and_ends_with_75(tmp_path, number):
     """Two thousand records make a chunk; the signal comes when the first is in the cache."""

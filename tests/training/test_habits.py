@@ -70,7 +70,7 @@ def test_a_bare_name_is_looked_for_beside_the_run_and_what_is_there_wins(tmp_pat
         find_start_weights(run)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "pretrain_768.pth").touch()
-    with pytest.raises(ValueError, match="; there is out/pretrain_768.pth: name its size, or the path$"):
+    with pytest.raises(ValueError, match="; there is out/pretrain_768.pth: name its size .--preset.*, or the path$"):
         find_start_weights(run)
     for path in ("out/pretrain_32_moe.pth", "out/pretrain_32.pth", "out/pretrain_32.safetensors",
                  "runs/sft/pretrain_32.pth"):

@@ -146,6 +146,8 @@ def sweep(cells: list[Cell], folder: pathlib.Path, *, timeout: float, retry: boo
     with tqdm(total=len(left), unit="cell", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
         for i, cell in enumerate(left):
             bar.set_postfix_str(cell.name)
+            if bar.disable:
+                print(f"[{i + 1}/{len(left)}] {cell.name} …", file=sys.stderr, flush=True)
             record = run_cell(cell, folder, timeout)
             append(path, record)
             bar.update()
