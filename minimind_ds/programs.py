@@ -9,8 +9,10 @@ Nothing here loads torch, so that --help and a mistake in a flag answer at once.
 
 from __future__ import annotations
 
+import codecs
 import functools
 import importlib
+import locale
 import os
 import resource
 import sys
@@ -95,8 +97,19 @@ PROGRAMS = {
 def start(name: str, argv: list[str]) -> int:
     """Runs a program in this process: --help and mistakes in flags first, what takes seconds to load after them."""
     hold_streams(lasting=PROGRAMS[name].trains)
+    read_utf8()
     with Preparing():
         return run_program(name, argv)
+
+
+def read_utf8() -> None:
+    """Where the locale is of another encoding, starts the process anew in UTF-8: torch opens its own files in the
+    locale's.  What is typed and shown stays in that."""
+    if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
+        return
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def run_program(name: str, argv: list[str]) -> int:
@@ -142,6 +155,7 @@ def check_flags(name: str, argv: list[str], *, here: bool = True) -> None:
     """
     program = PROGRAMS[name]
     try:
+        require_folder()
         if program.trains:
             config = run.parse_run_config(argv, name, run_flags.PROGRAMS[name])
             for paths in filter(None, (config.data_path, config.eval_path) if here else ()):
@@ -157,6 +171,14 @@ def check_flags(name: str, argv: list[str], *, here: bool = True) -> None:
     except UserError as error:
         spellings.say_once(one_line(error))
         raise SystemExit(2) from None
+
+
+def require_folder() -> None:
+    """Raises UserError where the folder worked in was deleted: no path can be told then."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the folder that this was started in: {error.strerror}; cd to another") from None
 
 
 def write_report(prepared) -> None:
