@@ -127,10 +127,8 @@ class Tokenizer(ABC):
         return self.specials[token]
 
     def _hf_config(self, added_tokens: list[dict]) -> dict:
-        """What tokenizer_config.json tells transformers."""
         token = {i: name for name, i in self.specials.items()}
-        added = {str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
-                 for entry in added_tokens}
+        added = {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in added_tokens}
         return dict(tokenizer_class="PreTrainedTokenizerFast", add_bos_token=False, add_eos_token=False,
                     bos_token=token[self.bos_id], eos_token=token[self.eos_id], pad_token=token[self.pad_id],
                     unk_token=token[self.pad_id], clean_up_tokenization_spaces=False, model_max_length=131072,
@@ -165,14 +163,14 @@ class HuggingFaceTokenizer(Tokenizer):
         except (KeyError, TypeError, AttributeError) as err:
             raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {type(err).__name__}: "
                             f"{first_line(err)}") from None
-        self._exported = self._files["tokenizer.json"] if plain == spec else _json_bytes(plain)
-        self._full = rust_tokenizer(self._exported.decode("utf-8"), folder, self.specials)
+        self._exported = self._files["tokenizer.json"] if plain == spec else json.dumps(plain).encode()
+        self._full = rust_tokenizer(self._exported.decode(), folder, self.specials)
         self._plain, self.is_byte_level = rust_tokenizer(json.dumps(twin), folder, {}), is_byte_level(twin)
         for token in CHAT_TOKENS:
             self.special_id(token)
         # transformers prefers the file to the entry.
-        file = self._files.get("chat_template.jinja", b"").decode("utf-8", "replace")
-        self.own_template = file or self._config.get("chat_template")
+        file = self._files.get("chat_template.jinja", b"")
+        self.own_template = file.decode("utf-8", "replace") or self._config.get("chat_template")
         self.bos_id = self._configured_id("bos_token", "<|im_start|>")
         self.eos_id = self._configured_id("eos_token", "<|im_end|>")
         self.pad_id = self._configured_id("pad_token", "<|endoftext|>", "<|im_end|>")
@@ -182,8 +180,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 raise UserError(f"{folder}/tokenizer_config.json: {role}_token is "
                                 f"{shown(self.piece(getattr(self, f'{role}_id')))}, a piece of text, no added token")
         check_chat_format(self, self._full)
-        roles = f"{self.bos_id},{self.eos_id},{self.pad_id}".encode()
-        self.fingerprint = hashlib.sha256(self._files["tokenizer.json"] + roles).hexdigest()
+        roles = f"{self.bos_id},{self.eos_id},{self.pad_id}"
+        self.fingerprint = hashlib.sha256(self._files["tokenizer.json"] + roles.encode()).hexdigest()
 
     def _configured_id(self, key: str, *otherwise: str) -> int:
         """The id of the token the config names under `key`; if it names none, of the first of `otherwise` there is."""
@@ -225,8 +223,7 @@ class HuggingFaceTokenizer(Tokenizer):
         _write_files(folder, self._files)
 
     def save_hf(self, folder: str | Path) -> None:
-        """Its tokenizer.json; of its other files, which may name code and tokens that nothing was trained with, the chat
-        template where it renders the same."""
+        """Its tokenizer.json; of its other files, which may name code and more tokens, at most the chat template."""
         config = self._hf_config(json.loads(self._exported)["added_tokens"])
         _write_files(folder, {"tokenizer.json": self._exported, "tokenizer_config.json": _json_bytes(config)})
 

@@ -239,8 +239,8 @@ def check_chat_format(tok, full: tokenizers.Tokenizer) -> None:
             text = f"<|im_start|>{tok.decode(said)}<|im_end|>\n"
             whole = full.encode(text, add_special_tokens=False).ids
         if whole != [start, *said, end, *newline]:
-            raise UserError(f"{tok.name}: its added tokens cut {shown(text)} otherwise than it is trained on; take out "
-                            "those that are parts of plain text or begin with another's name, and its post-processor")
+            raise UserError(f"{tok.name}: its added tokens or its post-processor make other ids of {shown(text)} than "
+                            "training does; take out those that are parts of plain text or begin with another's name")
 
 
 def check_texts(tok, texts: list[str]) -> None:
