@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -36,7 +37,8 @@ def write_file(path: str | Path, content: str | bytes | memoryview) -> None:
         fsync(aside)
         os.replace(aside, path)
     except BaseException:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         raise
     fsync(path.parent)
 

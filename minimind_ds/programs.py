@@ -10,8 +10,10 @@ Nothing here loads torch, so that --help and a mistake in a flag answer at once.
 from __future__ import annotations
 
 import argparse
+import codecs
 import functools
 import importlib
+import locale
 import os
 import pathlib
 import resource
@@ -106,8 +108,19 @@ PROGRAMS = {
 def start(name: str, argv: list[str]) -> int:
     """Runs a program in this process: --help and mistakes in flags first, what takes seconds to load after them."""
     hold_streams(lasting=PROGRAMS[name].trains)
+    read_utf8()
     with Preparing():
         return run_program(name, argv)
+
+
+def read_utf8() -> None:
+    """Where the locale is of another encoding, starts the process anew in UTF-8: torch opens its own files in the
+    locale's.  What is typed and shown stays in that."""
+    if codecs.lookup(locale.getpreferredencoding(False)).name == "utf-8":
+        return
+    os.environ.setdefault("PYTHONIOENCODING", f"{sys.stdout.encoding}:backslashreplace")
+    os.environ["PYTHONUTF8"] = "1"
+    os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def run_program(name: str, argv: list[str]) -> int:
@@ -154,6 +167,7 @@ def check_flags(name: str, argv: list[str], *, here: bool = True, chooses: bool 
     """
     program = PROGRAMS[name]
     try:
+        require_folder()
         if program.trains:
             config = run.parse_run_config(argv, name, run_flags.PROGRAMS[name])
             check_run(config, name, here, chooses)
@@ -200,6 +214,14 @@ def check_there(weights: str | None) -> None:
     """Raises UserError for a path that leads nowhere; a bare name, or none, is for later."""
     if weights and not is_bare(weights) and not os.path.lexists(weights):
         raise UserError(f"{weights}: no such file or folder{files.like(pathlib.Path(weights), '')}")
+
+
+def require_folder() -> None:
+    """Raises UserError where the folder worked in was deleted: no path can be told then."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise UserError(f"the folder that this was started in: {error.strerror}; cd to another") from None
 
 
 def write_report(prepared) -> None:

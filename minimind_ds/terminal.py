@@ -57,6 +57,9 @@ def hold_streams(lasting: bool) -> None:
     os.close(nowhere)
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name) or open(number, "w", encoding="utf-8", closefd=False)
+        if stream.errors == "strict":
+            # A file's name may hold what a terminal cannot show.
+            stream.reconfigure(errors="backslashreplace")
         setattr(sys, name, Lasting(stream) if lasting or name == "stderr" else stream)
 
 

@@ -10,7 +10,7 @@ set -euo pipefail
 MINIMIND_DS_HOME=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 export MINIMIND_DS_HOME
 
-if [ $# = 0 ] || [[ $1 = -* ]]; then
+if [ -z "${1:-}" ] || [[ $1 = -* ]]; then
     echo "error: usage: bash launch/slurm/chain.sh FOLDER [OPTION OF SBATCH...]" >&2
     exit 2
 fi

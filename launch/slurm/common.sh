@@ -33,6 +33,7 @@ whole() { # NAME...: variables that, if set, must be plain numbers
 words_of() { # NAME ARRAY: the blank-separated words of a variable, none of them a pattern for files
     read -r -d '' -a "$2" <<<"${!1:-}" || :
 }
+[ -n "${SLURM_JOB_ID:-}" ] || fail "this is no SLURM job: submit the file with sbatch"
 whole SLURM_JOB_ID SLURM_ARRAY_JOB_ID SLURM_ARRAY_TASK_ID SLURM_RESTART_COUNT SLURM_CPUS_PER_TASK SLURM_JOB_NUM_NODES \
     MASTER_PORT NODE_WAIT
 
@@ -67,7 +68,7 @@ environment() {
     fi
     python=${PYTHON:-python}
     # The logs too: there the ranks say how far they came.
-    mkdir -p "$logs"
+    mkdir -p "$logs" || exit 2
     local mounts="$home,$PWD,$logs${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
     if [ -n "${APPTAINER_IMAGE:-}" ]; then
         wrap=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$APPTAINER_IMAGE")

@@ -356,10 +356,12 @@ def load(engine, path: pathlib.Path) -> None:
     try:
         with deepspeed_compat.safe_loading(engine):
             loaded, _ = engine.load_checkpoint(str(path), tag=TAG)
-        assert loaded is not None, f"DeepSpeed found nothing under {path}"
+        if loaded is None:
+            raise KeyError(f"DeepSpeed found nothing under {path}")
         deepspeed_compat.continue_betas(engine)
         load_rng(path)
-    except (KeyError, TypeError, AttributeError, IndexError, AssertionError, SafetensorError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, AssertionError, FileNotFoundError,
+            SafetensorError) as error:
         raise UserError(f"{path}: its files are whole, and not what this run's engine writes ({type(error).__name__}: "
                         f"{first_line(error)}); --from_resume none starts over") from None
 

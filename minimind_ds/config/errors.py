@@ -16,8 +16,11 @@ import traceback
 REPORT = ("This is a bug in minimind_ds, not your mistake: please report it with the lines above, the command "
           "and the versions of torch and deepspeed.")
 # What is wrong with a path that a user named, and with a disk.
-OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+OF_PATHS = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+            errno.EBUSY)
+# What a disk says that is full, failing or gone.
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE)
+NO_THREADS = re.compile(r"(can't|unable to) start .*thread|resource temporarily unavailable", re.IGNORECASE)
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|unable to allocate|memoryerror|bad_alloc", re.IGNORECASE)
 # Characters of an error's line.
 MOST_SAID = 2000
@@ -51,12 +54,17 @@ def show_bug(kind, error, trace) -> None:
     if issubclass(kind, BrokenPipeError):
         # Whoever read the output has enough, as head; a shell calls that 128 + SIGPIPE.
         os._exit(141)
-    if issubclass(kind, OSError) and (error.errno in FULL or error.errno in OF_PATHS and error.filename):
+    if issubclass(kind, OSError) and (error.errno in DISK or error.errno in OF_PATHS and error.filename):
         # Whoever named the path, or cares for the disk, can put it right.
         name = str(error.filename or "writing")[-300:]
-        end(one_line(f"{name}: {error.strerror}"), 1 if error.errno in FULL else 2)
+        end(one_line(f"{name}: {error.strerror}"), 1 if error.errno in DISK else 2)
+    if issubclass(kind, (RuntimeError, BlockingIOError)) and NO_THREADS.search(str(error)):
+        end(one_line(f"no more processes, threads or memory for them here ({first_line(error)}): raise ulimit -u and "
+                     "-v, or the container's limits"), 1)
     if issubclass(kind, MemoryError) or issubclass(kind, RuntimeError) and NO_MEMORY.search(str(error)):
         end(one_line(f"out of memory: {first_line(error)}; lower --batch_size or --pack_len (launch/plan.py)"), 1)
+    if issubclass(kind, Warning):
+        end(one_line(f"PYTHONWARNINGS or -W makes an error of a library's {kind.__name__}: {first_line(error)}"), 2)
     if issubclass(kind, ModuleNotFoundError) and error.name and not error.name.startswith("minimind_ds"):
         end(one_line(f"{sys.executable} has no {error.name}: activate the environment that has (source "
                      ".venv/bin/activate; bash launch/setup_env.sh makes it)"), 2)

@@ -60,6 +60,14 @@ def rules(spec: dict) -> str:
     return json.dumps({key: told(spec.get(key)) for key in ("normalizer", "pre_tokenizer", "model")}, sort_keys=True)
 
 
+def as_trained(spec: dict) -> dict:
+    """A tokenizer.json without what training leaves out: dropout, cutting, padding, added tokens that take what is
+    beside them."""
+    off = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    return {**spec, "truncation": None, "padding": None, "model": {**spec["model"], "dropout": None},
+            "added_tokens": [{**token, **off} for token in spec.get("added_tokens") or []]}
+
+
 def added_tokens(specials: dict[str, int], visible: frozenset[str]) -> list[dict]:
     """The control tokens as tokenizer.json lists them; the visible ones are not special."""
     flags = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)

@@ -28,6 +28,7 @@ from minimind_ds.data import hf_folder
 from minimind_ds.data.tokenizer_check import (
     META_SPACE,
     PROBE,
+    check_chat_format,
     check_export,
     check_parts,
     check_text,
@@ -125,6 +126,14 @@ class Tokenizer(ABC):
             raise UserError(f"tokenizer {self.name} has no control token {shown(token)}")
         return self.specials[token]
 
+    def _hf_config(self, added_tokens: list[dict]) -> dict:
+        token = {i: name for name, i in self.specials.items()}
+        added = {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in added_tokens}
+        return dict(tokenizer_class="PreTrainedTokenizerFast", add_bos_token=False, add_eos_token=False,
+                    bos_token=token[self.bos_id], eos_token=token[self.eos_id], pad_token=token[self.pad_id],
+                    unk_token=token[self.pad_id], clean_up_tokenization_spaces=False, model_max_length=131072,
+                    added_tokens_decoder=added, chat_template=hf_folder.exported_template(self.own_template))
+
     def __len__(self) -> int:
         return self.vocab_size
 
@@ -132,8 +141,8 @@ class Tokenizer(ABC):
 class HuggingFaceTokenizer(Tokenizer):
     """A folder with tokenizer.json (BPE) and tokenizer_config.json.
 
-    Text goes through a twin of the tokenizer whose added tokens are taken out, so no text can spell one: the library's
-    own `encode_special_tokens` switch covers only those marked special, which MiniMind's <think> is not.
+    Text goes through a twin whose added tokens are taken out, so no text can spell one: the library's own
+    `encode_special_tokens` covers only those marked special, which MiniMind's <think> is not.
     """
 
     def __init__(self, folder: str | Path):
@@ -148,18 +157,20 @@ class HuggingFaceTokenizer(Tokenizer):
             self.specials = control_ids(spec)
             twin = without_added_tokens(spec, self.specials)
             check_parts(spec)
+            plain = hf_folder.as_trained(spec)
         except UserError as err:
             raise UserError(f"{folder}/tokenizer.json: {err}") from None
         except (KeyError, TypeError, AttributeError) as err:
             raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {type(err).__name__}: "
                             f"{first_line(err)}") from None
-        self._full = rust_tokenizer(self._files["tokenizer.json"].decode("utf-8"), folder, self.specials)
+        self._exported = self._files["tokenizer.json"] if plain == spec else json.dumps(plain).encode()
+        self._full = rust_tokenizer(self._exported.decode(), folder, self.specials)
         self._plain, self.is_byte_level = rust_tokenizer(json.dumps(twin), folder, {}), is_byte_level(twin)
         for token in CHAT_TOKENS:
             self.special_id(token)
         # transformers prefers the file to the entry.
-        file = self._files.get("chat_template.jinja", b"").decode("utf-8", "replace")
-        self.own_template = file or self._config.get("chat_template")
+        file = self._files.get("chat_template.jinja", b"")
+        self.own_template = file.decode("utf-8", "replace") or self._config.get("chat_template")
         self.bos_id = self._configured_id("bos_token", "<|im_start|>")
         self.eos_id = self._configured_id("eos_token", "<|im_end|>")
         self.pad_id = self._configured_id("pad_token", "<|endoftext|>", "<|im_end|>")
@@ -168,8 +179,9 @@ class HuggingFaceTokenizer(Tokenizer):
             if getattr(self, f"{role}_id") not in self.specials.values():
                 raise UserError(f"{folder}/tokenizer_config.json: {role}_token is "
                                 f"{shown(self.piece(getattr(self, f'{role}_id')))}, a piece of text, no added token")
-        roles = f"{self.bos_id},{self.eos_id},{self.pad_id}".encode()
-        self.fingerprint = hashlib.sha256(self._files["tokenizer.json"] + roles).hexdigest()
+        check_chat_format(self, self._full)
+        roles = f"{self.bos_id},{self.eos_id},{self.pad_id}"
+        self.fingerprint = hashlib.sha256(self._files["tokenizer.json"] + roles.encode()).hexdigest()
 
     def _configured_id(self, key: str, *otherwise: str) -> int:
         """The id of the token the config names under `key`; if it names none, of the first of `otherwise` there is."""
@@ -211,11 +223,9 @@ class HuggingFaceTokenizer(Tokenizer):
         _write_files(folder, self._files)
 
     def save_hf(self, folder: str | Path) -> None:
-        """The folder's own files again, with the chat template trained on; remote code references go."""
-        config = {key: value for key, value in self._config.items() if key != "auto_map"}
-        config["chat_template"] = hf_folder.exported_template(self.own_template)
-        files = {name: content for name, content in self._files.items() if name != "chat_template.jinja"}
-        _write_files(folder, {**files, "tokenizer_config.json": _json_bytes(config)})
+        """Its tokenizer.json; of its other files, which may name code and more tokens, at most the chat template."""
+        config = self._hf_config(json.loads(self._exported)["added_tokens"])
+        _write_files(folder, {"tokenizer.json": self._exported, "tokenizer_config.json": _json_bytes(config)})
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -298,15 +308,6 @@ class SentencePieceTokenizer(Tokenizer):
         spec = self._hf_spec()
         _write_files(folder, {"tokenizer.json": _json_bytes(spec),
                               "tokenizer_config.json": _json_bytes(self._hf_config(spec["added_tokens"]))})
-
-    def _hf_config(self, added_tokens: list[dict]) -> dict:
-        token = {i: name for name, i in self.specials.items()}
-        added = {str(entry["id"]): {key: value for key, value in entry.items() if key != "id"}
-                 for entry in added_tokens}
-        return dict(tokenizer_class="PreTrainedTokenizerFast", add_bos_token=False, add_eos_token=False,
-                    bos_token=token[self.bos_id], eos_token=token[self.eos_id], pad_token=token[self.pad_id],
-                    unk_token=token[self.pad_id], clean_up_tokenization_spaces=False, model_max_length=131072,
-                    added_tokens_decoder=added, chat_template=hf_folder.exported_template(None))
 
 
 def load_tokenizer(path: str | Path | None = None) -> Tokenizer:

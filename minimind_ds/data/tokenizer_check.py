@@ -229,6 +229,20 @@ def check_export(tok, spec: dict) -> None:
                             "train it as launch/train_tokenizer.py does")
 
 
+def check_chat_format(tok, full: tokenizers.Tokenizer) -> None:
+    """Raises UserError where a chat, as `tokenizers` reads it whole in an exported folder, has other ids than it is
+    trained on: an added token that holds a space, for example, or begins with another's name."""
+    start, end = tok.special_id("<|im_start|>"), tok.special_id("<|im_end|>")
+    for role in ("system", "user", "assistant", "tool"):
+        said, newline = tok.encode_batch([f"{role}\nA text, of two lines.\nThe other.", "\n"])
+        with library(f"{tok.name} cannot encode a chat"):
+            text = f"<|im_start|>{tok.decode(said)}<|im_end|>\n"
+            whole = full.encode(text, add_special_tokens=False).ids
+        if whole != [start, *said, end, *newline]:
+            raise UserError(f"{tok.name}: its added tokens or its post-processor make other ids of {shown(text)} than "
+                            "training does; take out those that are parts of plain text or begin with another's name")
+
+
 def check_texts(tok, texts: list[str]) -> None:
     control = set(tok.specials.values())
     for at in range(0, len(texts), BATCH):

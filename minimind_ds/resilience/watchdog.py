@@ -85,7 +85,9 @@ class Watchdog:
     def watch(self) -> None:
         while not self.over.is_set():
             # Library code that hangs and lets no Python run, this thread neither: its stack comes from a C thread.
-            faulthandler.dump_traceback_later(self.limit_s, file=STDERR)
+            with contextlib.suppress(RuntimeError):
+                # Where no more threads can be started, this one still looks.
+                faulthandler.dump_traceback_later(self.limit_s, file=STDERR)
             self.over.wait(self.look_s)
             doing, age = self.doing, time.monotonic() - self.since
             if age > self.limit_s and not self.over.is_set():

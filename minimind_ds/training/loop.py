@@ -8,7 +8,6 @@ numbers, and the loss the same on any layout.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shlex
@@ -23,7 +22,7 @@ import torch.distributed as dist
 
 from minimind_ds import __version__, checkpoint, terminal
 from minimind_ds.checkpoint.async_save import SaveFailed
-from minimind_ds.config.errors import FULL, UserError, first_line, one_line
+from minimind_ds.config.errors import DISK, UserError, first_line, one_line
 from minimind_ds.data import loader
 from minimind_ds.data.conversation import DataError
 from minimind_ds.distributed import engine
@@ -50,9 +49,6 @@ from minimind_ds.training.resume import (
 )
 from minimind_ds.training.step import Position, evaluate, fetch, train_step
 from minimind_ds.training.summary import ending, summary
-
-# What a disk says that is full, failing or gone.
-DISK = (*FULL, errno.EIO, errno.EROFS, errno.ESTALE)
 
 
 def main(program: str, argv: list[str], at_end: Callable[[PreparedRun], None] | None = None) -> int:

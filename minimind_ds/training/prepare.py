@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pathlib
 import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -276,9 +277,11 @@ def check_machine(run: RunConfig, ds: dict, world: World, config: ModelConfig) -
 def check_nvme(where: str, block: dict) -> None:
     """Raises ValueError unless states can be kept on disk: a folder to write to, and libaio."""
     folder = block.get("nvme_path")
-    if not folder or not os.access(folder, os.W_OK):
+    try:
+        tempfile.TemporaryFile(dir=folder or os.devnull).close()
+    except (OSError, TypeError):
         raise UserError(f"{where}.nvme_path is {folder!r}, which is no folder this machine can write to; name one on "
-                         "its NVMe disk")
+                         "its NVMe disk") from None
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):

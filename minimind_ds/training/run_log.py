@@ -114,4 +114,5 @@ def kept(folder: pathlib.Path, rank: int, first: str) -> Iterator[Callable[[str]
     finally:
         for name in LOGGERS:
             logging.getLogger(name).removeHandler(handler)
-        file.close()
+        with contextlib.suppress(OSError):
+            file.close()

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import sentencepiece
+from transformers import AutoTokenizer
 
 from minimind_ds.config.errors import UserError
 from minimind_ds.data import tokenizer_check
@@ -72,6 +73,42 @@ def test_dropout_does_not_reach_the_ids(tmp_path):
     with_dropout, without = (load_tokenizer(folder_of(tmp_path / name, dropout=rate)) for name,
                              rate in (("a", 0.9), ("b", None)))
     assert {tuple(with_dropout.encode(TEXT)) for _ in range(20)} == {tuple(without.encode(TEXT))}
+    with_dropout.save_hf(tmp_path / "exported")
+    assert json.loads((tmp_path / "exported" / "tokenizer.json").read_text())["model"]["dropout"] is None
+
+
+def added(content: str, i: int, **flags) -> dict:
+    return dict(id=i, content=content, single_word=False, lstrip=False, rstrip=False, normalized=False,
+                special=True) | flags
+
+
+@pytest.mark.parametrize("content", [" ", "\n", "two", "<|im_start|>assist"])
+def test_an_added_token_that_cuts_a_chat_otherwise_than_training_is_refused(content, tmp_path):
+    spec, _ = small()
+    free = 1 + max([*spec["model"]["vocab"].values(), *(token["id"] for token in spec["added_tokens"])])
+    folder = folder_of(tmp_path / "t", added_tokens=[*spec["added_tokens"], added(content, free)])
+    with pytest.raises(UserError, match="its added tokens or its post-processor make other ids of '<|im_start|>"):
+        load_tokenizer(folder)
+
+
+def test_an_exported_folder_names_no_code_and_no_token_that_training_did_not_know(tmp_path):
+    spec, _ = small()
+    folder = folder_of(tmp_path / "t", added_tokens=[token | {"lstrip": True, "rstrip": True}
+                                                     for token in spec["added_tokens"]])
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    strange = {"auto_map": {"AutoTokenizer": ["theirs.Tokenizer", None]}, "tokenizer_class": "BertTokenizer",
+               "additional_special_tokens": ["the"], "extra_special_tokens": {"x": "the"},
+               "added_tokens_decoder": {"9000": added("wo l", 9000)}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | strange))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["the"]}))
+    tok = load_tokenizer(folder)
+    tok.save_hf(tmp_path / "exported")
+    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == ["tokenizer.json",
+                                                                               "tokenizer_config.json"]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    said = "user\nthe two  lines \n of the world\n"
+    assert theirs(f"<|im_start|>{said}<|im_end|>\n ", add_special_tokens=False)["input_ids"] == [
+        tok.special_id("<|im_start|>"), *tok.encode(said), tok.special_id("<|im_end|>"), *tok.encode("\n ")]
 
 
 def test_patterns_of_known_tokenizers_repeat_nothing_that_repeats():

@@ -176,6 +176,8 @@ def test_what_this_machine_cannot_run_is_refused_in_one_line(tmp_path, name):
     (("zero_hpz_partition_size", 3), "zero_hpz_partition_size 3 does not divide the 8 ranks"),
     (("zero_quantized_gradients", True), "zero_quantized_gradients needs a GPU"),
     (("offload_param", {"device": "nvme"}), "offload_param.nvme_path is None"),
+    # root may write there, says the system.
+    (("offload_param", {"device": "nvme", "nvme_path": "/proc"}), "offload_param.nvme_path is '/proc', which"),
 ])
 def test_parts_of_zero_plus_plus_and_nvme_are_refused_by_name(tmp_path, change, word):
     config = copy.deepcopy(read_json(str(FILES / "zero3.json")))

@@ -109,10 +109,19 @@ def test_a_batch_script_calculates_with_numbers_only_and_expands_no_pattern(tmp_
             refused = common("echo on", **{name: value})
             assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and name in refused.stderr, refused
             assert not refused.stdout
+    for said, variables in (("this is no SLURM job", {"SLURM_JOB_ID": ""}), ("mkdir: ", {"LOG_DIR": "/proc/x"})):
+        refused = common("environment", **variables)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1 and said in refused.stderr, refused
     (tmp_path / "file").touch()
     done = common("words_of FLAGS words; printf '%s,' \"${words[@]}\"", FLAGS="--a *  $(touch owned)\n\t?ile 'x y'")
     assert done.stdout == "--a,*,$(touch,owned),?ile,'x,y',", done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("words", [[], [""], ["-x"]])
+def test_a_chain_without_a_folder_is_told_its_usage(words):
+    done = subprocess.run(["bash", str(ROOT / "launch/slurm/chain.sh"), *words], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: usage: ") and done.stderr.count("\n") == 1
 
 
 def test_a_chain_hands_its_flags_on_word_for_word(tmp_path):

@@ -14,6 +14,7 @@ from minimind_ds.data.train_tokenizer import main as train_tokenizer
 from minimind_ds.inference.evaluate import check_out as check_result
 from minimind_ds.io import write_file
 from minimind_ds.report import check_out as check_report
+from minimind_ds.training.run_log import kept
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -34,6 +35,12 @@ def python(code: str, shell: str = "", **options) -> subprocess.CompletedProcess
     ("ModuleNotFoundError('x', name='psutil')", 2, "has no psutil: activate the environment"),
     ("RuntimeError(\"DefaultCPUAllocator: can't allocate memory: 9\")", 1, "out of memory"),
     ("MemoryError()", 1, "out of memory"),
+    ("OSError(5, 'Input/output error', 'x')", 1, "x: Input/output error"),
+    ("OSError(30, 'Read-only file system', 'x')", 1, "x: Read-only file system"),
+    ("OSError(16, 'Device or resource busy', 'x')", 2, "x: Device or resource busy"),
+    ("RuntimeError(\"can't start new thread\")", 1, "no more processes, threads or memory for them here"),
+    ("BlockingIOError(11, 'Resource temporarily unavailable')", 1, "no more processes, threads or memory"),
+    ("DeprecationWarning('x')", 2, "PYTHONWARNINGS or -W makes an error of a library's DeprecationWarning: x"),
     ("BrokenPipeError(32, 'Broken pipe')", 141, "")])
 def test_what_is_wrong_with_the_machine_is_one_line_and_no_bug(error, code, said):
     done = python(f"from minimind_ds.config.errors import report_bugs; report_bugs(); raise {error}")
@@ -53,7 +60,7 @@ def test_too_few_open_files_are_raised_or_said():
 
 
 def test_an_unknown_error_is_still_a_bug_with_its_traceback():
-    for error in ("OSError(5, 'Input/output error', 'x')", "RuntimeError('x')", "ModuleNotFoundError('x')"):
+    for error in ("OSError(22, 'Invalid argument', 'x')", "RuntimeError('x')", "ModuleNotFoundError('x')"):
         done = python(f"from minimind_ds.config.errors import report_bugs; report_bugs(); raise {error}")
         assert done.returncode == 1 and "Traceback" in done.stderr and "please report it" in done.stderr
 
@@ -79,6 +86,38 @@ def test_a_training_outlives_its_output_and_no_file_gets_its_lines(tmp_path, str
     assert done.returncode == 0, done
     said, number = out.read_text().split()
     assert said == "finished" and int(number) > 2 and "Traceback" not in done.stderr
+
+
+def test_what_an_encoding_does_not_have_is_shown_as_escapes(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    for lasting in (True, False):
+        done = python(f"from minimind_ds.terminal import hold_streams; hold_streams({lasting}); print('\\u4e2d\\xe9')")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "\\u4e2d\\xe9\n", "")
+
+
+def test_a_locale_of_another_encoding_is_no_matter(monkeypatch, tmp_path):
+    """torch opens its own files, which are UTF-8, in the locale's encoding."""
+    for name, value in {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}.items():
+        monkeypatch.setenv(name, value)
+    done = python("import sys; from minimind_ds import programs; programs.hold_streams(lasting=False); "
+                  "programs.read_utf8(); print(sys.flags.utf8_mode, sys.stdout.encoding, sys.stdout.errors)")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1 ascii backslashreplace\n", "")
+
+
+def test_a_folder_that_was_deleted_is_said_in_one_line(tmp_path):
+    for words in ("sft --save_dir x", "plan --preset debug", "report x"):
+        code = 'mkdir "$1/gone"; cd "$1/gone"; rmdir "$1/gone"; exec "$0" -m minimind_ds $2'
+        done = subprocess.run(["bash", "-c", code, sys.executable, str(tmp_path), words], capture_output=True,
+                              text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1, done
+        assert "the folder that this was started in: No such file or directory; cd to another" in done.stderr
+
+
+def test_a_log_whose_disk_is_full_ends_no_training(tmp_path):
+    (tmp_path / "run.log").symlink_to("/dev/full")
+    with kept(tmp_path, 0, "started"):
+        print("a line")
+    assert (tmp_path / "run.log").is_char_device()
 
 
 def test_neither_a_folder_nor_a_device_is_written_over(tmp_path):
