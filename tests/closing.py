@@ -16,6 +16,7 @@ from tests import starts
 ALL, BY_APT = "bash launch/test.sh", "apt-get install --no-install-recommends"
 # A word in the reason of a skip: (what the test needs, the command that runs it then).
 NEEDS = {
+    "numpy<2.4": ("a NumPy that Triton's interpreter can use", f"pip install 'numpy<2.4' && {ALL}"),
     **dict.fromkeys(("without a GPU", "with a GPU", "want of a GPU"), ("a machine without a GPU", ALL)),
     "GPU": ("a GPU", "bash launch/gpu_check.sh"),
     "CUDA": ("a GPU", "bash launch/gpu_check.sh"),

@@ -11,11 +11,16 @@ import pytest
 import torch
 
 from minimind_ds.bench import gpu_tests, kernels, supervise
-from minimind_ds.bench.kernels import cases, contenders, items, measure
+from minimind_ds.bench.gpu import children, summary
+from minimind_ds.bench.kernels import cases, contenders, items, measure, runner
 from tests.conftest import ROOT
 from tests.waiting import HANG_S
 
 pytest.importorskip("triton")
+from minimind_ds.bench.kernels import interpretable  # noqa: E402
+
+NO_INTERPRETER = "it is for machines without a GPU" if torch.cuda.is_available() else interpretable.why_not()
+needs_the_interpreter = pytest.mark.skipif(NO_INTERPRETER is not None, reason=f"interpreter: {NO_INTERPRETER}")
 CPU = torch.device("cpu")
 MACHINE = {"device", "driver", "torch", "triton", "deepspeed", "date", "commit"}
 
@@ -33,7 +38,7 @@ def check_kernels(out, *flags):
     return document
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@needs_the_interpreter
 @pytest.mark.parametrize("groups", ["router", *(pytest.param(groups, marks=pytest.mark.slow)
                                                  for groups in ("attention,router", "leaks"))])
 def test_correctness_compares_every_kernel_with_fp64_and_finds_no_leak(tmp_path, groups):
@@ -49,7 +54,7 @@ def test_correctness_compares_every_kernel_with_fp64_and_finds_no_leak(tmp_path,
         assert all(set(r["errors"]) >= {"out", "dq", "dk", "dv"} for r in found if r["op"] == "attention")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@needs_the_interpreter
 def test_timings_stand_beside_their_floor_and_absent_ones_say_why(tmp_path):
     document = check_kernels(tmp_path, "--parts", "timings", "--groups", "moe")
     assert document["rates"]["moe"]["flop_per_s"] > 0 and document["rates"]["moe"]["byte_per_s"] > 0
@@ -63,7 +68,7 @@ def test_timings_stand_beside_their_floor_and_absent_ones_say_why(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@needs_the_interpreter
 def test_a_model_trains_along_the_same_curve_with_our_kernels(tmp_path):
     document = check_kernels(tmp_path, "--parts", "curve", "--groups", "dense")
     assert {r["dtype"] for r in document["results"]} == {"fp32", "bf16"}
@@ -71,6 +76,41 @@ def test_a_model_trains_along_the_same_curve_with_our_kernels(tmp_path):
         assert r["largest_relative_difference"] <= r["bound"]
         assert "attention = triton" in r["kernels"]["triton"]
         assert all(len(curve) == 4 and curve[-1] < curve[0] for curve in r["curves"].values())
+
+
+@pytest.fixture
+def older_triton_newer_numpy(monkeypatch):
+    """A loop's bound is an array of one element, and that is no Python number: triton 3.6 with numpy 2.4."""
+    from triton.runtime import interpreter
+
+    stock = interpreter._patch_lang_tensor
+
+    def index(tensor):
+        if tensor.handle.data.ndim:
+            raise TypeError("only 0-dimensional arrays can be converted to Python scalars")
+        return int(tensor.handle.data)
+
+    def patch(tensor, scope):
+        stock(tensor, scope)
+        scope.set_attr(tensor, "__index__", index)
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    interpretable.why_not.cache_clear()
+    yield
+    interpretable.why_not.cache_clear()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU nothing is interpreted")
+def test_parts_that_no_interpreter_can_run_are_left_out_in_a_line(tmp_path, older_triton_newer_numpy):
+    agreement, moe = tmp_path / "agreement.json", tmp_path / "moe.json"
+    assert children.run("agreement.operations", agreement, small=True, folder=tmp_path) == 0
+    assert runner.run_group("correctness", "moe", moe, small=True, without=()) == 0
+    records = {file.stem: json.loads(file.read_text())["records"] for file in (agreement, moe)}
+    for record, in records.values():
+        assert record["status"] == "absent" and "numpy<2.4" in record["reason"]
+    line, = summary.left_out(records)
+    assert line.startswith("- left out: agreement, moe: ") and "\n" not in line
 
 
 def spoilt(change):

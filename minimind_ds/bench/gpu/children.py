@@ -28,15 +28,12 @@ def run(name: str, file: pathlib.Path, *, small: bool, folder: pathlib.Path) -> 
     import torch
 
     from minimind_ds.bench.kernels.items import Setting, rate_of
-    from minimind_ds.bench.kernels.runner import run_items
+    from minimind_ds.bench.kernels.runner import interpreted, run_items
 
     if torch.cuda.is_available():
         torch.cuda.set_device(0)
-    elif part in ("agreement", "variants"):
-        from minimind_ds.bench.kernels import interpreter
-
-        interpreter.install()
-        interpreter.OPTIONS.races = False
+    elif part in ("agreement", "variants") and not interpreted(part, name, file):
+        return 0
     setting = Setting(torch.device("cuda" if torch.cuda.is_available() else "cpu"), small)
     rates = functools.partial(rate_of, torch.bfloat16, setting) if part in ("products", "variants") else None
     module = "variants" if name.endswith("_variants") else "products" if part == "products" else "training"

@@ -21,7 +21,7 @@ def text(document: dict) -> str:
              f"{machine.get('deepspeed')}, driver {machine.get('driver')}, commit {machine.get('commit')}", "",
              f"{'all right' if document['ok'] else 'NOT ALL RIGHT'} after {document['seconds']:.0f} s "
              f"({'; '.join(document['notes'])})", ""]
-    lines += wrong([r for records in results.values() for r in records])
+    lines += wrong([r for records in results.values() for r in records]) + left_out(results)
     lines += throughput(results.get("throughput", [])) + stages(results.get("stages", []))
     lines += profile(results.get("throughput", [])) + timed(results)
     lines += ["", "## What to do next, by milliseconds of a dense step of 32,768 tokens over the floor", ""]
@@ -33,6 +33,12 @@ def wrong(records: list[dict]) -> list[str]:
     bad = [r for r in records if r["status"] in BAD]
     return [f"- **{r['status']}**{'' if r['ours'] else ' (not ours)'} {r.get('item') or r['op']}: "
             f"{str(next((r[key] for key in ('reason', 'errors', 'moved') if r.get(key)), ''))[:300]}" for r in bad]
+
+
+def left_out(results: dict) -> list[str]:
+    """The parts that the interpreter cannot run here, and why."""
+    found = {name: r["reason"] for name, records in results.items() for r in records if r["op"] == "interpreter"}
+    return [f"- left out: {', '.join(found)}: {next(iter(found.values()))}"] if found else []
 
 
 def throughput(records: list[dict]) -> list[str]:

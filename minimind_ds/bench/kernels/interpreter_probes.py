@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from minimind_ds.bench.kernels import interpretable
+
 
 @triton.jit
 def arithmetic(x_ptr, y_ptr, out_ptr, N: tl.constexpr):
@@ -76,7 +78,8 @@ def raises(kernel, word: str, programs: int = 4) -> str | None:
 
 def failures() -> list[str]:
     """What is wrong with the honest interpreter on this Triton; empty when all is well."""
-    found = [raises(load_past_the_end, "out of bounds", 1), raises(store_past_the_end, "out of bounds", 1),
+    found = [interpretable.why_not(),
+             raises(load_past_the_end, "out of bounds", 1), raises(store_past_the_end, "out of bounds", 1),
              raises(store_where_others_store, "race"), raises(load_what_others_store, "race"),
              raises(store_twice, "race", 1)]
     x, out = torch.ones(16), torch.zeros(16)

@@ -29,17 +29,31 @@ def run_group(part: str, name: str, file: pathlib.Path, *, small: bool, without:
     from .items import Setting, items, rate_of
 
     if triton.knobs.runtime.interpret:
-        # The stock interpreter multiplies bf16 as bit patterns; this one rounds as a GPU does.
-        from minimind_ds.bench.kernels import interpreter
-
-        interpreter.install()
-        interpreter.OPTIONS.races = False
+        if not interpreted(part, name, file):
+            return 0
     elif not torch.cuda.is_available():
         raise RuntimeError("no GPU, and TRITON_INTERPRET is not 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     setting = Setting(device, small, without)
     rates = functools.partial(rate_of, torch.bfloat16, setting) if part == "timings" else None
     return run_items(items(part, name, setting), part, file, LIMIT_SMALL if small else LIMIT, rates)
+
+
+def interpreted(part: str, name: str, file: pathlib.Path) -> bool:
+    """From here on this process interprets kernels; False, and the file says why, where nothing can."""
+    from minimind_ds.bench.kernels import interpretable
+
+    if reason := interpretable.why_not():
+        print(f"   left out: {part}: {name}: {reason}", flush=True)
+        write(file, {"records": [{"item": "interpreter", "op": "interpreter", "ours": True, "status": "absent",
+                                  "reason": reason}]})
+        return False
+    # The stock interpreter multiplies bf16 as bit patterns; this one rounds as a GPU does.
+    from minimind_ds.bench.kernels import interpreter
+
+    interpreter.install()
+    interpreter.OPTIONS.races = False
+    return True
 
 
 def run_items(items: Iterable, part: str, file: pathlib.Path, limit_s: float, rates=None) -> int:

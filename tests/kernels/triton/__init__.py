@@ -15,6 +15,8 @@ import subprocess
 import sys
 from importlib import metadata
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 WHOLE = "whole"
 # What decides what a compiler makes of a launch.
@@ -28,7 +30,11 @@ def environment(interpret: bool) -> dict[str, str]:
 
 
 def hold(name: str, slow: bool, timeout: float = 3600):
-    """Runs tests/kernels/triton/NAME_facts.py in the interpreter; fails with its report."""
+    """Runs tests/kernels/triton/NAME_facts.py in the interpreter; fails with its report, skips where none runs."""
+    from minimind_ds.bench.kernels import interpretable
+
+    if reason := interpretable.why_not():
+        pytest.skip(reason)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore::RuntimeWarning",
                f"tests/kernels/triton/{name}_facts.py", *(["--slow"] if slow else [])]
     done = subprocess.run(command, cwd=ROOT, env=environment(interpret=True), capture_output=True, text=True,
