@@ -6,6 +6,7 @@ wanted.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -66,6 +67,14 @@ def hold_streams(lasting: bool) -> None:
 def width() -> int:
     """Columns of the terminal (COLUMNS, where it is set); 80 without one."""
     return max(LEAST, shutil.get_terminal_size((80, 24)).columns)
+
+
+def bar_width() -> dict:
+    """tqdm's options for a bar as wide as the terminal; one that says it has no width, as containers' do, gets 80."""
+    with contextlib.suppress(OSError):
+        if os.get_terminal_size(2).columns == 0:
+            return {"ncols": 80}
+    return {"dynamic_ncols": True}
 
 
 def wrap(text: str, indent: str = "    ") -> str:

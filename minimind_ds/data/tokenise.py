@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from minimind_ds import terminal
 from minimind_ds.config.errors import UserError
 from minimind_ds.data import IGNORE
 from minimind_ds.data.conversation import DataError, Parser, no_record
@@ -269,7 +270,7 @@ class Progress:
         self.began = self.said = time.monotonic()
         self.first: int | None = None
         self.bar = tqdm(desc=f"tokenising {name}", total=n_bytes, unit="B", unit_scale=True, file=sys.stderr,
-                        dynamic_ncols=True, disable=not (shown and sys.stderr.isatty()))
+                        **terminal.bar_width(), disable=not (shown and sys.stderr.isatty()))
 
     def at(self, position: int) -> None:
         """Reports how many bytes of the file are done."""

@@ -89,7 +89,7 @@ class Metrics:
         self.began = time.monotonic()
         if sys.stderr.isatty():
             # The screen's own stream: a bar is nothing for a log.
-            self.bar = tqdm(total=self.total_steps, initial=self.first, bar_format=BAR, dynamic_ncols=True,
+            self.bar = tqdm(total=self.total_steps, initial=self.first, bar_format=BAR, **terminal.bar_width(),
                             file=sys.__stderr__)
 
     def write(self, line: dict) -> None:

@@ -5,6 +5,7 @@
 
 import os
 import pathlib
+import pty
 import subprocess
 import sys
 
@@ -102,6 +103,23 @@ def test_a_locale_of_another_encoding_is_no_matter(monkeypatch, tmp_path):
     done = python("import sys; from minimind_ds import programs; programs.hold_streams(lasting=False); "
                   "programs.read_utf8(); print(sys.flags.utf8_mode, sys.stdout.encoding, sys.stdout.errors)")
     assert (done.returncode, done.stdout, done.stderr) == (0, "1 ascii backslashreplace\n", "")
+
+
+def test_a_terminal_that_says_no_width_has_a_bar():
+    """As docker exec's, in its first moments."""
+    ours, theirs = pty.openpty()
+    assert os.get_terminal_size(theirs).columns == 0
+    code = """
+from tqdm import tqdm
+from minimind_ds import terminal
+with tqdm(total=2, desc="steps", **terminal.bar_width()) as bar:
+    bar.update(2)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=theirs, check=True)
+    os.close(theirs)
+    shown = os.read(ours, 65536).decode().splitlines()[-1]
+    os.close(ours)
+    assert "steps: 100%" in shown and len(shown.rpartition("\r")[2]) <= 80
 
 
 def test_a_folder_that_was_deleted_is_said_in_one_line(tmp_path):

@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 
 from tqdm import tqdm
 
+from minimind_ds import terminal
 from minimind_ds.config.errors import NO_MEMORY, UserError
 from minimind_ds.distributed.world import free_port
 from minimind_ds.io import write_file
@@ -143,7 +144,7 @@ def sweep(cells: list[Cell], folder: pathlib.Path, *, timeout: float, retry: boo
     left = [cell for cell in cells if cell.key not in done]
     if len(left) < len(cells):
         print(f"{len(cells) - len(left)} of {len(cells)} cells are in {path} already", flush=True)
-    with tqdm(total=len(left), unit="cell", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+    with tqdm(total=len(left), unit="cell", **terminal.bar_width(), disable=not sys.stderr.isatty()) as bar:
         for i, cell in enumerate(left):
             bar.set_postfix_str(cell.name)
             if bar.disable:
