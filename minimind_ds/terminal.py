@@ -70,7 +70,7 @@ def width() -> int:
 
 
 def bar_width() -> dict:
-    """tqdm's options for a bar as wide as the terminal; one that says it has no size, as containers' do, gets 80 by 24."""
+    """tqdm's options for a bar as wide as the terminal, or 80 where it says that it has no size, as containers' do."""
     with contextlib.suppress(OSError):
         if os.get_terminal_size(2).columns == 0:
             return {"ncols": 80, "nrows": 24}
