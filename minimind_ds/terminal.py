@@ -126,3 +126,11 @@ def columns(names: list[str], rows: Iterable[tuple[str, list[str]]]) -> list[str
             lines.append("  ".join([name.ljust(first), *(cells[i].rjust(sizes[i]) for i in range(at, upto))]).rstrip())
         at = upto
     return lines
+
+
+def size(value: float) -> str:
+    """Bytes in the unit that fits them."""
+    for unit, of in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(value) >= of:
+            return f"{value / of:,.1f} {unit}"
+    return f"{value:,.0f} B"

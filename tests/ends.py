@@ -9,6 +9,7 @@ a checkpoint, and then the whole of the interpreter's own end.
 
 import argparse
 import collections
+import importlib
 import json
 import os
 import pathlib
@@ -72,8 +73,9 @@ def main() -> int:
     parser.add_argument("--stop", action="store_true", help="end the runs by SIGTERM to one rank: exit code 75")
     args = parser.parse_args()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # noqa: F401  (forked ranks have it loaded)
-
+    # Forked ranks have loaded what they need.
+    for name in ("deepspeed", "torch._dynamo", "deepspeed.runtime.zero.muon.muon_optimizer"):
+        importlib.import_module(name)
     from minimind_ds.resilience.signals import STOPPED
     from minimind_ds.training import loop
 

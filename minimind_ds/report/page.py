@@ -18,7 +18,7 @@ import types
 import jinja2
 import markupsafe
 
-from minimind_ds import __version__
+from minimind_ds import __version__, terminal
 from minimind_ds.config.errors import UserError
 from minimind_ds.report import tables
 from minimind_ds.report.curves import charts
@@ -45,7 +45,7 @@ def render(runs: list[tables.Shown]) -> str:
         runs=runs, curves=curves, title=", ".join(shown.run.name for shown in runs), now=now, version=__version__,
         differing=tables.differing(runs), heads=types.SimpleNamespace(
             source=tables.SOURCE_HEAD, start=tables.START_HEAD, number=tables.NUMBER_HEAD),
-        memory_rows=lambda memory: [[part, tables.size(planned)] for part, planned in memory.parts],
+        memory_rows=lambda memory: [[part, terminal.size(planned)] for part, planned in memory.parts],
         pairs=lambda settings: [[name, value] for name, value, _ in settings],
         style=markupsafe.Markup((HERE / "page.css").read_text(encoding="utf-8")), scripts=list(map(inlined, scripts)),
         hashes=list(map(fingerprint, scripts)), numbers=as_json([dataclasses.asdict(curve) for curve in curves]),

@@ -139,13 +139,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {seconds % 60:02.0f} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def size(value: float) -> str:
-    for unit, of in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(value) >= of:
-            return f"{value / of:,.1f} {unit}"
-    return f"{value:,.0f} B"
-
-
 def share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "–"
 

@@ -16,10 +16,10 @@ from minimind_ds.config.run import RunConfig
 from minimind_ds.convert.minimind import expected_shapes
 from minimind_ds.model import lora
 from minimind_ds.model.lora import Lora
+from minimind_ds.terminal import size
 
 # fp32 numbers beside each master; of optimizers that are not here, and of Muon's matrices, fewer are certain.
 MOMENTS = {"adam": 2, "adamw": 2, "fusedadam": 2, "lamb": 2, "lion": 1, "adagrad": 1, "muon": 1}
-GIB = 1 << 30
 
 
 def elements(shapes: dict) -> int:
@@ -55,13 +55,13 @@ def check(run: RunConfig, ds: dict, config: ModelConfig, adapters: Lora | None, 
     free = shutil.disk_usage(folder).free
     one = checkpoint_bytes(ds, run.dtype, config, adapters, experts=experts) if run.save_interval else 0
     weights = 4 * elements(lora.shapes(config, adapters) if adapters else expected_shapes(config))
-    said = f"{run.save_dir}: the disk has {free / GIB:,.2f} GiB free"
+    said = f"{run.save_dir}: the disk has {size(free)} free"
     if one + weights > free:
-        raise UserError(f"{said}, and a checkpoint takes {one / GIB:,.2f} GiB, the final weights "
-                        f"{weights / GIB:,.2f}: make room, or name another --save_dir")
+        raise UserError(f"{said}, and a checkpoint takes {size(one)}, the final weights "
+                        f"{size(weights)}: make room, or name another --save_dir")
     # The next one is written before the oldest goes.
     most = (run.keep + 1) * one + weights * (1 + run.keep_best)
     if run.save_interval and most > free:
         return [f"{said}, and {run.keep} checkpoints ({run.place('keep')}), the next one and the final weights take "
-                f"{most / GIB:,.2f}: the run may fill it"]
+                f"{size(most)}: the run may fill it"]
     return []
