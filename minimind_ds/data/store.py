@@ -1,11 +1,11 @@
 """A data file, tokenised once: a folder of flat files that open in no time, however large.
 
 Tokenising is the slow part of starting a run, so its result is kept: token ids one after another, the label of a token
-as its top bit (a label is always the next token's id), and where each sample begins.  Opening maps the files and reads
-next to nothing.  A cache is found by everything that decides its content (the data file's path, size, time and ends;
-the tokenizer; the options; the code that renders), is written aside and renamed, and is never trusted: what opening
-reads is compared with its hash then, each block of tokens when a sample is first read from it.  A damaged one is built
-again.  The folder may be deleted at any time.
+as its top bit (a label is always the next token's id), and where each sample begins.  Opening reads next to nothing,
+and maps all but the tokens.  A cache is found by everything that decides its content (the data file's path, size, time
+and ends; the tokenizer; the options; the code that renders), is written aside and renamed, and is never trusted: what
+opening reads is compared with its hash then, each block of tokens when a sample is first read from it.  A damaged one
+is built again.  The folder may be deleted at any time.
 
     python -c "from minimind_ds.data.store import open_or_build as o; from minimind_ds import load_tokenizer as t;
         print(o('examples/sft_train.jsonl', t(), kind='conversations', max_seq_len=768, cache_dir='/tmp/c').stats)"
@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+import weakref
 from concurrent.futures import BrokenExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,28 +51,64 @@ OPTIONS = {"random_system_ratio": 0.0, "drop_empty_think_ratio": 0.0, "seed": 0,
            "learn": "all", "text_markers": "literal"}
 
 
-class Blocks:
-    """Blocks of a tokens.bin, each compared with the hash of when it was written before anything is read from it."""
+class TokenFile:
+    """A tokens.bin, read where it is asked for; each block is compared with the hash of when it was written before.
 
-    def __init__(self, folder: Path, raw: np.ndarray, hashes: bytes):
-        self.folder, self.raw, self.hashes = folder, raw, hashes
+    Not mapped: where a disk fails, or the file is cut, a mapping ends the process without a word.
+    """
+
+    def __init__(self, folder: Path, dtype: np.dtype, hashes: bytes):
+        self.folder, self.dtype, self.hashes = folder, dtype, hashes
+        with untrusted.open_file(folder / "tokens.bin", sys.maxsize) as file:
+            self.fd, self.size = os.dup(file.fileno()), os.fstat(file.fileno()).st_size
+        weakref.finalize(self, os.close, self.fd)
         self.checked = np.zeros(len(hashes) // 32, dtype=bool)
+
+    def read(self, begins_N: np.ndarray, ends_N: np.ndarray) -> np.ndarray:
+        """The tokens begins_N[i]:ends_N[i], one after another, with their top bits.
+
+        Raises:
+            DataError: they are not those that were written, or cannot be read.
+        """
+        begins_N, ends_N = begins_N * self.dtype.itemsize, ends_N * self.dtype.itemsize
+        if not self.checked.all():
+            self.check(begins_N, ends_N)
+        out, at = memoryview(bytearray(int((ends_N - begins_N).sum()))), 0
+        for begin, end in zip(begins_N.tolist(), ends_N.tolist()):
+            self.fill(out[at:at + end - begin], begin)
+            at += end - begin
+        return np.frombuffer(out, self.dtype)
+
+    def fill(self, out: memoryview, begin: int) -> None:
+        """Reads as many bytes as `out` has room for, from the byte `begin`."""
+        try:
+            while out:
+                count = os.preadv(self.fd, [out], begin)
+                if not count:
+                    self.refuse(f"tokens.bin ends at byte {begin:,}")
+                out, begin = out[count:], begin + count
+        except OSError as err:
+            raise DataError(f"the token cache {self.folder} cannot be read ({err.strerror}): is its disk "
+                            "sound?") from None
 
     def check(self, begins: np.ndarray, ends: np.ndarray) -> None:
         """Raises DataError unless the bytes begins[i]:ends[i] are those that were written."""
         for begin, end in zip((begins // BLOCK_BYTES).tolist(), ((ends - 1) // BLOCK_BYTES).tolist()):
             for block in range(begin, end + 1):
                 if not self.checked[block] and not self.sound(block):
-                    then = "it is built again at the next start"
-                    try:
-                        (self.folder / "meta.json").unlink()
-                    except OSError as err:
-                        then = f"and cannot be built again there ({err.strerror}): name another --cache_dir"
-                    raise DataError(f"the token cache {self.folder} is damaged: block {block} of tokens.bin changed "
-                                    f"after it was written; {then}")
+                    self.refuse(f"block {block} of tokens.bin changed after it was written")
+
+    def refuse(self, what: str) -> None:
+        then = "it is built again at the next start"
+        try:
+            (self.folder / "meta.json").unlink()
+        except OSError as err:
+            then = f"and cannot be built again there ({err.strerror}): name another --cache_dir"
+        raise DataError(f"the token cache {self.folder} is damaged: {what}; {then}")
 
     def sound(self, block: int) -> bool:
-        part = self.raw[block * BLOCK_BYTES:(block + 1) * BLOCK_BYTES]
+        part = memoryview(bytearray(min(BLOCK_BYTES, self.size - block * BLOCK_BYTES)))
+        self.fill(part, block * BLOCK_BYTES)
         self.checked[block] = hashlib.sha256(part).digest() == self.hashes[block * 32:(block + 1) * 32]
         return bool(self.checked[block])
 
@@ -95,10 +132,9 @@ class TokenStore:
     stats: dict[str, int]
     content: str
     folder: Path
-    # (F,) uint16 or uint32 of the whole file; the top bit says that the next token is the label.
-    tokens: np.ndarray
+    # uint16 or uint32 of the whole file; the top bit says that the next token is the label.
+    tokens: TokenFile
     starts: np.ndarray
-    blocks: Blocks
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -114,12 +150,7 @@ class TokenStore:
             DataError: the cache has changed since it was written.
         """
         begins_N = self.starts[indices]
-        ends_N = begins_N + self.lengths[indices]
-        if not self.blocks.checked.all():
-            self.blocks.check(begins_N * self.tokens.itemsize, ends_N * self.tokens.itemsize)
-        begins, ends = begins_N.tolist(), ends_N.tolist()
-        none = [self.tokens[:0]]
-        raw_F = np.concatenate([self.tokens[begin:end] for begin, end in zip(begins, ends)] or none)
+        raw_F = self.tokens.read(begins_N, begins_N + self.lengths[indices])
         top_bit = raw_F.dtype.type(1 << (8 * raw_F.itemsize - 1))
         ids_F = (raw_F & ~top_bit).astype(np.int64)
         # A sample's last token has no label, so no label comes from the sample after it.
@@ -156,7 +187,7 @@ class TokenStore:
         Raises:
             DataError: a byte has changed since.
         """
-        intact = all(map(self.blocks.sound, range(len(self.blocks.checked))))
+        intact = all(map(self.tokens.sound, range(len(self.tokens.checked))))
         if not (intact and self.content.startswith(hash_files(self.folder))):
             raise DataError(f"the token cache {self.folder} is damaged; delete it and it is built again")
 
@@ -278,15 +309,14 @@ def _open(folder: Path, key: str, path: Path) -> TokenStore | None:
         if seal != seal_of(meta) or meta["key"] != key or not plain_counts(meta["stats"]) or not isinstance(
                 meta["content"], str):
             return None
-        arrays = {name: _map(folder / name, dtype or np.dtype(meta["dtype"])) for name, dtype in FILES.items()}
+        arrays = {name: _map(folder / name, dtype) for name, dtype in FILES.items() if name != "tokens.bin"}
         hashes = untrusted.read_bytes(folder / "blocks.bin", MOST_OF_HASHES)
-        blocks = Blocks(folder, arrays["tokens.bin"].view(np.uint8), hashes)
-        small = {name: arrays[name] for name in FILES if name != "tokens.bin"} | {"blocks.bin": hashes}
+        tokens = TokenFile(folder, np.dtype(meta["dtype"]), hashes)
+        small = {**arrays, "blocks.bin": hashes}
         if any(hashlib.sha256(content).hexdigest() != meta["hashes"][name] for name, content in small.items()):
             return None
         # The ends, which a torn write spoils, now; what lies between when it is read.
-        size = arrays["tokens.bin"].nbytes
-        if size != meta["token_bytes"] or not (blocks.sound(0) and blocks.sound(len(blocks.checked) - 1)):
+        if tokens.size != meta["token_bytes"] or not (tokens.sound(0) and tokens.sound(len(tokens.checked) - 1)):
             return None
     # A UserError is a ValueError: not there, no regular file, no JSON.
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, IndexError):
@@ -295,7 +325,7 @@ def _open(folder: Path, key: str, path: Path) -> TokenStore | None:
     offsets = arrays["offsets.bin"]
     return TokenStore(path=path, lengths=np.diff(offsets).astype(np.int32), labelled=arrays["labelled.bin"],
                       lines=arrays["lines.bin"], stats=meta["stats"], content=meta["content"], folder=folder,
-                      tokens=arrays["tokens.bin"], starts=offsets[:-1], blocks=blocks)
+                      tokens=tokens, starts=offsets[:-1])
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -232,15 +232,15 @@ def test_a_block_that_changed_is_noticed_when_a_sample_is_first_read_from_it_and
                                                                                               capsys):
     path = write_lines(tmp_path / "many.jsonl", map(talk, range(400)))
     first = build(path)
-    n_blocks = len(first.blocks.checked)
+    n_blocks = len(first.tokens.checked)
     assert n_blocks > 3
     content = first.read(range(len(first)))[0]
     for at in (4096, 2 * 4096 + 17):
         store = build(path)
         flip_bit(store.folder / "tokens.bin", at)
         store = build(path)
-        begins = store.starts * store.tokens.itemsize
-        touched = (begins // 4096 <= at // 4096) & ((begins + store.lengths * store.tokens.itemsize - 1) // 4096
+        begins = store.starts * store.tokens.dtype.itemsize
+        touched = (begins // 4096 <= at // 4096) & ((begins + store.lengths * store.tokens.dtype.itemsize - 1) // 4096
                                                     >= at // 4096)
         untouched = np.flatnonzero(~touched)
         store.read(untouched)
@@ -250,7 +250,7 @@ def test_a_block_that_changed_is_noticed_when_a_sample_is_first_read_from_it_and
         again = build(path)
         assert "damaged; building it again" in capsys.readouterr().err
         assert again.read(range(len(again)))[0].tolist() == content.tolist()
-        assert again.blocks.checked.all()
+        assert again.tokens.checked.all()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give files away")

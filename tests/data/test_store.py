@@ -13,6 +13,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from minimind_ds.data.conversation import DataError, read_records
 from minimind_ds.data.sample import Augment, build_sample, build_text_sample
@@ -182,6 +183,15 @@ def test_verify_finds_a_changed_bit_anywhere(tmp_path, build):
     flip_bit(store.folder / "tokens.bin", middle)
     with pytest.raises(DataError, match="damaged"):
         store.verify()
+
+
+def test_a_cache_that_is_cut_short_under_a_run_is_one_line_and_no_signal(data, build):
+    store = build(data)
+    first = store[0]
+    os.truncate(store.folder / "tokens.bin", 0)
+    with pytest.raises(DataError, match="tokens.bin ends at byte 0; it is built again at the next start"):
+        store[0]
+    assert torch.equal(build(data)[0].input_ids, first.input_ids)
 
 
 def program(data, cache):
