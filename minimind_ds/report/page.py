@@ -38,7 +38,7 @@ def render(runs: list[tables.Shown]) -> str:
     curves = charts([shown.run for shown in runs])
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), autoescape=True, trim_blocks=True,
                                      lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=finalize)
-    environment.filters |= {"size": tables.size, "share": tables.share, "grouped": lambda value: f"{value:,.0f}",
+    environment.filters |= {"size": terminal.size, "share": tables.share, "grouped": lambda value: f"{value:,.0f}",
                             "path": tables.path_of}
     now = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return environment.get_template("page.html").render(
