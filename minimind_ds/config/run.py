@@ -317,11 +317,12 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
 
 def find_shipped(name: str, folder: pathlib.Path) -> str:
     """The file that --deepspeed names: a path from `folder`, or the bare name of a shipped file, as zero2."""
-    shipped = DS_CONFIGS / f"{name}.json"
-    if pathlib.PurePath(name).name == name and not (folder / name).exists() and shipped.is_file():
+    # Names too long for a file are os.path's to ask about: pathlib raises.
+    shipped, there = DS_CONFIGS / f"{name}.json", os.path.exists(folder / name)
+    if pathlib.PurePath(name).name == name and not there and os.path.isfile(shipped):
         return str(shipped)
     # As the other paths of a YAML, from where the command is started, too.
-    return name if not (folder / name).exists() and os.path.exists(name) else str(folder / name)
+    return name if not there and os.path.exists(name) else str(folder / name)
 
 
 def read_yaml(path: str) -> tuple[dict, dict]:

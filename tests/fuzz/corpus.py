@@ -158,6 +158,7 @@ CORPUS = {
     "-- as a value": ("flags", ["--epochs=--"], NO),
     "-- alone": ("flags", ["--data_path", "--"], NO),
     "a value of 3,000 characters": ("flags", ["--num_workers", "x" * 3000], NO),
+    "a DeepSpeed file's name too long for a file": ("flags", ["--deepspeed", "x" * 300], YES),
     "a temperature that divides to infinity": ("flags of the other programs", ("chat", ["--temperature", "1e-320"]),
                                                NO),
     "a row beyond memory": ("flags", ["--pack_len", "1000000000"], NO),
