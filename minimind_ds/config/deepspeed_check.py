@@ -261,6 +261,8 @@ def check_whole(path: str, config: dict) -> None:
         try:
             with quiet():
                 DeepSpeedConfig({**batch, **part})
+        except MemoryError:
+            raise
         except Exception as error:
             return error
         return None

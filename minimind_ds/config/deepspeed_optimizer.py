@@ -228,6 +228,8 @@ def try_params(path: str, what: str, block: str, params: dict, use) -> None:
     """Raises UserError where use(params) fails; parameters without any one of which it would not are named."""
     try:
         return use(params)
+    except MemoryError:
+        raise
     except Exception as error:
         said = brief(error)
     found = []

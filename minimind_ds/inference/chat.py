@@ -102,10 +102,11 @@ class Sampling:
         for name, good, what in (("temperature", self.temperature == 0 or least <= self.temperature <= most,
                                   f"0, or from {least} to {most:g}"),
                                  ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-                                 ("top_k", 0 <= self.top_k < MOST_TOKENS, "at least 0"),
+                                 ("top_k", 0 <= self.top_k <= MOST_TOKENS, f"from 0 to {MOST_TOKENS:,}"),
                                  ("repetition_penalty", least <= self.repetition_penalty <= most,
                                   f"from {least} to {most:g}"),
-                                 ("max_new_tokens", 1 <= self.max_new_tokens < MOST_TOKENS, "at least 1")):
+                                 ("max_new_tokens", 1 <= self.max_new_tokens <= MOST_TOKENS,
+                                  f"from 1 to {MOST_TOKENS:,}")):
             if not good:
                 raise UserError(f"--{name} is {shown(getattr(self, name))}; it must be {what}")
 
