@@ -186,12 +186,14 @@ def yaml_mapping(text: str, what: str) -> dict:
         raise UserError(f"{what}: not valid YAML: {type(error).__name__}: {str(error)[:MOST_SHOWN]}") from None
     if not isinstance(value, dict):
         raise UserError(f"{what} holds {shown(value)}, not `key: value` lines")
-    check_values(value, what)
+    check_values(value, what, nul=False)
     return value
 
 
-def check_values(value: Any, what: str, most_values: int = MOST_VALUES) -> None:
+def check_values(value: Any, what: str, most_values: int = MOST_VALUES, *, nul: bool = True) -> None:
     """Raises UserError for what is nested too deeply, or too much, and for text that is none.
+
+    nul: whether text may hold NUL, as a tokenizer's does and no path can.
 
     A value that YAML's anchors repeat counts each time; a loop of them is nested without end.
     """
@@ -202,6 +204,8 @@ def check_values(value: Any, what: str, most_values: int = MOST_VALUES) -> None:
             parts = [*item, *item.values()] if isinstance(item, dict) else item if isinstance(item, list) else ()
             if isinstance(item, str) and not item.isascii() and any("\ud800" <= c <= "\udfff" for c in item):
                 raise UserError(f"{what}: {shown(item)} is no text: it holds half of a surrogate pair")
+            if isinstance(item, str) and not nul and "\0" in item:
+                raise UserError(f"{what}: {shown(item)} holds a NUL byte")
             count += len(parts)
             if count > most_values:
                 raise UserError(f"{what}: more than {most_values} values")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -108,7 +109,7 @@ def find(path: Source) -> list[Path | InMemory]:
     """The weight files that a path means: a file itself, a run folder's one .safetensors, a Hugging Face folder's.
 
     Raises:
-        ValueError: nothing there, or several weights to choose from.
+        ValueError: nothing there, no regular files, or several weights to choose from.
     """
     if isinstance(path, InMemory):
         return [path]
@@ -118,6 +119,9 @@ def find(path: Source) -> list[Path | InMemory]:
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
     files = sorted(path.glob("*.safetensors"))
+    for file in files:
+        # The library waits for ever at a pipe that nobody writes to.
+        untrusted.open_file(file, sys.maxsize).close()
     if (path / "config.json").is_file():
         if not files:
             raise UserError(f"{path}: a Hugging Face folder without .safetensors files (pickled ones are not read)")
@@ -225,7 +229,11 @@ def read_state(path: Source) -> dict[str, Tensor]:
     """Weights under the names of their files.  Raises ValueError on what cannot be read."""
     state = {}
     for file in find(path):
-        state |= read_safetensors(file) if file.suffix == ".safetensors" else read_pth(file)
+        more = read_safetensors(file) if file.suffix == ".safetensors" else read_pth(file)
+        if twice := state.keys() & more:
+            raise UserError(f"{path}: {untrusted.shown(min(twice))} is in {file.name} and in another file beside it; "
+                            "leave the files of one save there")
+        state |= more
     for name, tensor in state.items():
         check_tensor(tensor, f"{path}: {untrusted.shown(name)}")
     return state

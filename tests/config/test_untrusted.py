@@ -35,6 +35,7 @@ def test_json_that_is_not_plain_is_one_line(text, said):
     (BOMB, "more than 100000 values"),
     ("a: &a [*a]\n", "nested too deeply"),
     ("a: 1\na: 2\n", "it line 2: not valid YAML: key 'a' appears twice"),
+    ('a: "b\\0c"\n', r"it: 'b\x00c' holds a NUL byte"),
     ("a: !!python/object/apply:os.system [ls]\n", "it line 1: not valid YAML"),
     ("a: " + "[" * 5000, "nested too deeply"),
     ("a: 2020-13-45\n", "not valid YAML"),

@@ -12,8 +12,10 @@ from dataclasses import replace
 import psutil
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from minimind_ds import PRESETS, MiniMindForCausalLM, ModelConfig, Sample, collate, load_tokenizer
+from minimind_ds.config.errors import UserError
 from minimind_ds.convert import export, huggingface, minimind, weight_files
 from tests.conftest import ROOT, environment
 
@@ -265,6 +267,17 @@ def test_bad_input_is_answered_in_one_line_and_writes_nothing(tmp_path):
     done = export_program("--weight", tmp_path / "absent", "--to", "hf", "--out", tmp_path / "hf")
     assert done.returncode == 2 and "no such file" in done.stderr and done.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_s_files_are_regular_and_hold_each_tensor_once(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name, tensors in ("model-1-of-2", "ab"), ("model-2-of-2", "bc"):
+        save_file({tensor: torch.ones(2) for tensor in tensors}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(UserError, match="'b' is in model-2-of-2.safetensors and in another file beside it"):
+        weight_files.read_state(tmp_path)
+    os.mkfifo(tmp_path / "model-3-of-3.safetensors")
+    with pytest.raises(UserError, match="model-3-of-3.safetensors is a pipe, not a regular file"):
+        weight_files.read_state(tmp_path)
 
 
 @pytest.mark.parametrize("broken, said", [
