@@ -79,11 +79,21 @@ MOST_SAID = 800
 FLAG = re.compile(r"--([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
 
 
+class Store(argparse.Action):
+    """argparse's own, but for a list given twice, of which the first would be lost."""
+
+    def __call__(self, parser, namespace, values, flag=None):
+        if flag and self.nargs == "+" and getattr(namespace, self.dest) is not self.default:
+            parser.error(f"{flag} is given twice; name all after one, separated by spaces")
+        setattr(namespace, self.dest, values)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse that takes - for _ in flags, and whose error is a single line with a guess at what was meant."""
 
     def __init__(self, *args, hints: dict[str, str] | None = None, same: dict[str, str] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.register("action", None, Store)
         self.hints, self.same = hints or {}, same or {}
         # Names of flags that are taken elsewhere on the same command line.
         self.others: list[str] = []
@@ -194,14 +204,12 @@ def translate(argv: list[str]) -> tuple[list[str], dict[str, str]]:
     """-> (the command line in our spelling, each flag as it was written, by our name).
 
     Raises:
-        UserError: one flag in two spellings, or data named twice, of which the first would be lost.
+        UserError: one flag in two spellings.
     """
     written = {}
     for word in filter(FLAG.fullmatch, argv):
         flag = word.partition("=")[0]
         name = ours(flag[2:])
-        if name in written and name in ("data_path", "eval_path"):
-            raise UserError(f"{flag} is given twice; name all its files after one, separated by spaces")
         if ours(written.setdefault(name, flag)[2:], {}) != ours(flag[2:], {}):
             raise UserError(f"{written[name]} and {flag} are one flag: give it once")
     return [of_home(respelt(word, SAME)) for word in argv], written
