@@ -56,6 +56,7 @@ def hold_streams(lasting: bool) -> None:
     while (nowhere := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(nowhere, True)
     os.close(nowhere)
+    sys.stdin = sys.stdin or open(0, closefd=False)
     for name, number in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name) or open(number, "w", encoding="utf-8", closefd=False)
         if stream.errors == "strict":

@@ -252,11 +252,11 @@ def test_paths_of_flags_are_expanded_and_never_lost(tmp_path, capsys):
     assert (run.data_path, run.save_dir, run.from_weight) == tuple(
         os.path.join(home, name) for name in ("a.jsonl", "run", "weights"))
     assert parsed("--data_path", "~/a", "b").data_path == [os.path.join(home, "a"), "b"]
-    for parse, words in ((parsed, ("--data_path", "a", "--data_path", "b")),
-                         (parsed, ("--train_file=a", "--train_file", "b")),
-                         (lambda *words: program_flags.score().parse_args(words), ("--data_path=a", "--data_path=b"))):
+    for program, words in ((parsed, ["--data_path", "a", "--data_path", "b"]),
+                           (parsed, ["--train_file=a", "--train_file", "b"]),
+                           (lambda *said: program_flags.score().parse_args(said), ["--data_path=a", "--data_path=b"])):
         with pytest.raises(SystemExit):
-            parse(*words)
+            program(*words)
         assert "--data_path is given twice; name all after one, separated by spaces" in capsys.readouterr().err
     for flag in ("--data_path", "--cache_dir", "--save_dir"):
         with pytest.raises(UserError, match=f"{flag} is empty: name a path, or leave it out"):

@@ -70,6 +70,7 @@ TRAINING = """
 import os, sys
 from minimind_ds.terminal import hold_streams
 hold_streams(lasting=True)
+sys.stdin.isatty()
 for step in range(2000):
     print("step", step, flush=step % 2)
 print("error", file=sys.stderr, flush=True)
