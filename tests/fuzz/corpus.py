@@ -140,6 +140,7 @@ CORPUS = {
     "an empty integer": ("run YAML", yaml("seed: !!int ''"), NO),
     "no boolean": ("run YAML", yaml("compile: !!bool 7"), NO),
     "an impossible date": ("run YAML", yaml("save_dir: 2001-99-99"), NO),
+    "a NUL in YAML": ("run YAML", yaml('save_dir: "a\\0b"'), NO),
     "an object of Python's": ("run YAML", yaml("save_dir: !!python/object/apply:os.system [ls]"), NO),
     "an integer beyond floats": ("run YAML", yaml("learning_rate: " + "9" * 400), NO),
     "a length of 3,000 digits": ("run YAML", yaml("max_seq_len: -" + "9" * 3000), NO),
