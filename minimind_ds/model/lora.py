@@ -223,8 +223,8 @@ def load_adapters(path: weight_files.Source,
     else:
         metadata = weight_files.read_metadata(file)
         if "lora" not in metadata:
-            raise UserError(f"{path}: holds a whole model's weights, or PEFT's adapters, which are not read: name a "
-                            "LoRA run")
+            raise UserError(f"{path}: holds no LoRA adapters of a run, but a whole model's weights, or PEFT's "
+                            "adapters, which are not read")
         try:
             lora, theirs = read_facts(metadata["lora"]), ModelConfig.from_dict(
                 untrusted.json_object(metadata["config"], "its configuration"))

@@ -327,7 +327,7 @@ def test_a_file_that_does_not_fit_is_answered_in_one_line(tmp_path):
     (tmp_path / "torn.pth").write_bytes(b"PK\3\4 torn")
     for name, model, said in [
         ("absent", config, "no such file"),
-        ("base.safetensors", config, "whole model's weights, or PEFT's adapters, which are not read"),
+        ("base.safetensors", config, "no LoRA adapters of a run, but a whole model's weights, or PEFT's adapters"),
         ("lora.safetensors", other, "hidden_size is 32 there and 64 here"),
         ("damaged.safetensors", config, "alpha is 'much'; it must be a number above 0"),
         ("fewer.safetensors", config, "4 unexpected .*o_proj.lora.A.weight"),
