@@ -249,7 +249,7 @@ def open_or_build(path: str | Path, tok: Tokenizer, *, kind: str, max_seq_len: i
                     shutil.rmtree(folder)
                 remove_forgotten(Path(cache_dir), but=part)
                 encode = Encoder(tok, max_seq_len, policy, augment, Parser(kind, tok.specials), records.skip)
-                workers = worker_count(size) if workers is None else workers
+                workers = worker_count(size, workers)
                 build(folder, part if alone else None,
                       lambda aside: write_store(aside, records.source, encode, key, workers, bar, lasting=alone))
                 if not _is(path, identity, key):

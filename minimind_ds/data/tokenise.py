@@ -20,7 +20,7 @@ import time
 import traceback
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import BrokenExecutor
 from multiprocessing import connection, get_context, resource_tracker
 from pathlib import Path
@@ -43,6 +43,8 @@ from minimind_ds.data.words import WordCache
 CHUNK_BYTES, WAITING_BYTES, CHUNK_RECORDS = 1 << 20, 32 << 20, 2000
 # A worker process takes seconds to start: one for each of this many bytes of the file.
 BYTES_PER_WORKER = 16 << 20
+# More would have no chunk to work on.
+MOST_WORKERS = WAITING_BYTES // CHUNK_BYTES
 SAY_EVERY_S = 30
 # The garbage collector's own thresholds let it look through a chunk's objects again and again, a third of the time;
 # with these it looks when so many new ones are left, which are several chunks'.
@@ -61,9 +63,13 @@ def usable_cores() -> int:
     return max(1, min(cores))
 
 
-def worker_count(n_bytes: int) -> int:
-    """Processes worth starting for a file of this size."""
-    return min(usable_cores(), n_bytes // BYTES_PER_WORKER)
+def worker_count(n_bytes: int, asked: int | None = None) -> int:
+    """Processes that tokenise a file of this size: as many as asked for, or as are worth starting.
+
+    Two for each usable core at most: others would take memory and no work.
+    """
+    return min(usable_cores(), n_bytes // BYTES_PER_WORKER, MOST_WORKERS) if asked is None else min(
+        asked, 2 * usable_cores(), MOST_WORKERS)
 
 
 class Encoder:
@@ -162,18 +168,18 @@ def size_of(raw: object, place: str) -> int:
 
 
 def encoded_chunks(todo: Iterable[Batch], encode: Encoder, workers: int) -> Iterator[tuple[Batch, Chunk]]:
-    """Every batch with its Chunk, in order, with at most about WAITING_BYTES of records in memory.
-
-    A worker is started when there is a batch for it and none is idle, so that no more are than have work.
-    """
+    """Every batch with its Chunk, in order, with at most about WAITING_BYTES of records in memory."""
     if workers < 2:
         for batch in todo:
             yield batch, encode(batch.raws, batch.first_index)
         return
-    with starting_workers() as start:
-        idle, busy, done, given = [], {}, {}, 0
+    with worker_pipes(workers) as pipes:
+        for pipe in pipes:
+            with _living():
+                pipe.send(encode)
+        idle, busy, done, given = pipes, {}, {}, 0
         for number, batch in itertools.chain(enumerate(todo), [(-1, None)]):
-            while busy and (batch is None or len(busy) == workers or len(busy) + len(done) > 2 * workers or sum(
+            while busy and (batch is None or not idle or len(busy) + len(done) > 2 * workers or sum(
                     b.size for b, _ in (*busy.values(), *done.values())) > WAITING_BYTES):
                 for pipe in connection.wait(list(busy)):
                     with _living():
@@ -187,40 +193,36 @@ def encoded_chunks(todo: Iterable[Batch], encode: Encoder, workers: int) -> Iter
                     yield done.pop(given)
                     given += 1
             if batch is not None:
+                pipe = idle.pop()
                 with _living():
-                    pipe = idle.pop() if idle else start(encode)
                     pipe.send((batch.raws, batch.first_index))
                 busy[pipe] = batch._replace(raws=[]), number
 
 
 @contextlib.contextmanager
-def starting_workers() -> Iterator[Callable[[Encoder], connection.Connection]]:
-    """What starts a process that tokenises and gives the pipe to it; all end with the block.
+def worker_pipes(workers: int) -> Iterator[list[connection.Connection]]:
+    """Pipes to so many processes that tokenise, each of which takes an Encoder first.
 
     A pipe breaks where its worker is killed, at any moment; Python's pool of processes may wait for ever then.
     """
     context, pipes, processes = get_context("spawn"), [], []
     # It lets SIGINT through again when it is started.
     resource_tracker.ensure_running()
-
-    def start(encode: Encoder) -> connection.Connection:
-        # Ctrl-C is for this process, which ends the others.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            ours, theirs = context.Pipe()
-            pipes.append(ours)
-            with theirs:
-                process = context.Process(target=_serve, args=(theirs,), daemon=True)
-                process.start()
-            processes.append(process)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        ours.send(encode)
-        return ours
-
+    # Ctrl-C is for this process, which ends the others.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
-        yield start
+        with _living():
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                pipes.append(ours)
+                with theirs:
+                    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+                    process.start()
+                processes.append(process)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        yield list(pipes)
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
         for process in processes:
             process.kill()
             process.join()

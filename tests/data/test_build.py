@@ -329,7 +329,7 @@ def test_the_cores_a_process_may_use_are_counted(tmp_path, monkeypatch):
     assert usable_cores() == 2
     monkeypatch.setattr(tokenise, "usable_cores", lambda: 8)
     assert worker_count(1 << 20) == 0 and worker_count(5 * tokenise.BYTES_PER_WORKER) == 5
-    assert worker_count(1 << 40) == 8
+    assert worker_count(1 << 40) == 8 and worker_count(1, 3) == 3 and worker_count(1 << 40, 10**9) == 16
 
 
 def test_chunks_are_bounded_by_their_text_and_not_only_by_their_records(small):

@@ -51,8 +51,8 @@ def test_a_worker_that_is_killed_while_it_starts_is_not_waited_for(later, tmp_pa
 
 
 def test_what_a_worker_cannot_do_is_raised_here_with_where_it_was():
-    with tokenise.starting_workers() as start:
-        pipe = start(Encoder(load_tokenizer(None), 64, "cut", None, None))
+    with tokenise.worker_pipes(1) as (pipe,):
+        pipe.send(Encoder(load_tokenizer(None), 64, "cut", None, None))
         pipe.send(([b"{}"], 0))
         answer = pipe.recv()
     assert type(answer) is RuntimeError and str(answer).startswith("AttributeError: 'NoneType' object has no")
