@@ -300,8 +300,10 @@ def parse_run_config(argv: list[str], program: str, defaults: dict) -> RunConfig
             value = find_shipped(value, pathlib.Path())
         if name in values and values[name] != value and not (name in PATHS and of_paths(
                 os.path.abspath, values[name]) == of_paths(os.path.abspath, value)):
-            raise UserError(f"{name} is {value} on the command line and {values[name]} in {yaml_path}: give it once: "
-                            f"leave {written[name]} out, or change or delete that line of the file")
+            one, other = (untrusted.shown(" ".join(said) if isinstance(said, list) else said)
+                          for said in (value, values[name]))
+            raise UserError(f"{name} is {one} on the command line and {other} in {yaml_path}: give it once: leave "
+                            f"{written[name]} out, or change or delete that line of the file")
         values[name], given[name] = value, written[name]
     for name in (PATHS | {"from_weight", "from_resume"}) & values.keys():
         if not values[name]:

@@ -54,7 +54,7 @@ def without(run, names: dict, why: str) -> None:
     """Raises UserError for the first of `names` (each with its value that means off) that is not off."""
     for name, off in names.items():
         if getattr(run, name) != off:
-            raise UserError(f"{run.place(name)} is {getattr(run, name)} {why}")
+            raise UserError(f"{run.place(name)} is {untrusted.shown(getattr(run, name))} {why}")
 
 
 def check_lora(run) -> None:

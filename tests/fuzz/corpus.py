@@ -136,6 +136,7 @@ CORPUS = {
     # YAML and flags.
     "an alias bomb": ("run YAML", bomb(), NO),
     "a loop of aliases": ("run YAML", yaml("a: &a [*a]"), NO),
+    "adapters' layers of 3,000 characters and no rank": ("run YAML", yaml("lora_targets: " + "x" * 3000), NO),
     "a key twice in YAML": ("run YAML", yaml("epochs: 1\nepochs: 2"), NO),
     "an empty integer": ("run YAML", yaml("seed: !!int ''"), NO),
     "no boolean": ("run YAML", yaml("compile: !!bool 7"), NO),

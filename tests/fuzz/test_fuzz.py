@@ -76,8 +76,9 @@ def crash(case, folder):
 def test_the_harness_finds_what_a_reader_can_do_wrong(monkeypatch):
     from tests.fuzz import harness
 
-    monkeypatch.setattr(harness, "CPU_S", 0.2)
-    monkeypatch.setattr(harness, "IDLE_S", 1.0)
+    monkeypatch.setattr(harness, "CPU_S", 0.5)
+    # Time without its cores counts as idle on a busy machine.
+    monkeypatch.setattr(harness, "IDLE_S", 6.0)
     numbers = iter(range(100))
     target = Target("crash", lambda draw: next(numbers), crash)
     # Each by itself: a process's numbers begin anew.
