@@ -135,7 +135,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 def say_once(line: str) -> None:
     """Every rank parses the same command line; one of a machine says what is wrong with it."""
-    if os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
+    if "0" in (os.environ.get("RANK"), os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))):
         print(line, file=sys.stderr, flush=True)
 
 

@@ -68,6 +68,9 @@ def start(world: World, hang_minutes: float = 0.0, settings: dict | None = None)
         with rendezvous.opening(store, world, backend):
             dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout,
                                     **device)
+    if world.size == 1:
+        # It meets nobody, and the library looks for its interface all the same.
+        rendezvous.check_interface((backend,))
     deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
 
 

@@ -147,10 +147,11 @@ def gpu(world: World) -> str | None:
     return str(getattr(torch.cuda.get_device_properties(world.device), "uuid", None) or "")
 
 
-def check_interface() -> None:
-    """Raises ValueError where a variable names no network interface of this machine."""
+def check_interface(libraries: tuple[str, ...] = ("gloo", "nccl")) -> None:
+    """Raises ValueError where a variable of these libraries names no network interface of this machine."""
     there = [name for _, name in socket.if_nameindex()]
-    gloo, nccl = os.environ.get("GLOO_SOCKET_IFNAME", ""), os.environ.get("NCCL_SOCKET_IFNAME", "")
+    gloo, nccl = (os.environ.get(f"{library.upper()}_SOCKET_IFNAME", "") if library in libraries else ""
+                  for library in ("gloo", "nccl"))
     wrong = [("GLOO_SOCKET_IFNAME", name) for name in gloo.split(",") if name and name not in there]
     # NCCL takes beginnings of names, whole names after =, and all others after ^.
     starts = tuple(nccl.removeprefix("=").split(","))

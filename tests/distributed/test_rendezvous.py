@@ -132,6 +132,14 @@ def test_an_environment_that_cannot_work_is_one_line(monkeypatch, variables, sai
         rendezvous.join(read_world(), {}, datetime.timedelta(seconds=1))
 
 
+def test_one_rank_needs_the_interface_of_its_own_library_alone():
+    start = "from minimind_ds.distributed import engine, world; engine.start(world.read_world())"
+    for variable, error in (("GLOO", "GLOO_SOCKET_IFNAME is 'ib0', and "), ("NCCL", "")):
+        done = subprocess.run([sys.executable, "-c", start], cwd=ROOT, capture_output=True, text=True,
+                              env=environment(**{f"{variable}_SOCKET_IFNAME": "ib0", "CUDA_VISIBLE_DEVICES": ""}))
+        assert error in done.stderr and bool(done.returncode) == bool(error), done.stderr
+
+
 STEP = {"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
 OPEN_MPI = {f"OMPI_COMM_WORLD_{name}": value for name, value in
             [("RANK", "3"), ("SIZE", "4"), ("LOCAL_RANK", "1"), ("LOCAL_SIZE", "2")]}
