@@ -307,7 +307,7 @@ def _open(folder: Path, key: str, path: Path) -> TokenStore | None:
         meta = untrusted.read_json(folder / "meta.json")
         seal = meta.pop("seal")
         if seal != seal_of(meta) or meta["key"] != key or not plain_counts(meta["stats"]) or not isinstance(
-                meta["content"], str):
+                meta["content"], str) or meta["dtype"] not in ("uint16", "uint32"):
             return None
         arrays = {name: _map(folder / name, dtype) for name, dtype in FILES.items() if name != "tokens.bin"}
         hashes = untrusted.read_bytes(folder / "blocks.bin", MOST_OF_HASHES)

@@ -14,6 +14,7 @@ import torch
 
 from minimind_ds.config.model import PRESETS
 from minimind_ds.convert import huggingface
+from minimind_ds.data.build import seal_of
 from tests.fuzz import run_folder_targets, tokenizer_targets, weight_targets
 from tests.fuzz.data_targets import RECORDS, columns
 
@@ -113,6 +114,14 @@ def cache(name: str, at: int) -> dict:
     content = bytearray(files[name])
     content[len(content) // 2 + at] ^= 1
     files[name] = bytes(content)
+    return {"files": files, "part": {}, "plant": None}
+
+
+def other_cache(**changes) -> dict:
+    """A token cache of other facts, sealed as they are."""
+    files = dict(run_folder_targets.store()[3])
+    meta = {name: value for name, value in json.loads(files["meta.json"]).items() if name != "seal"} | changes
+    files["meta.json"] = json.dumps(meta | {"seal": seal_of(meta)}).encode()
     return {"files": files, "part": {}, "plant": None}
 
 
@@ -287,6 +296,7 @@ CORPUS = {
     "DONE of a list": ("notes of a run", lambda: notes(DONE=b"[1]"), NO),
     "DONE nested": ("notes of a run", lambda: notes(DONE=b'{"step": ' + b"[" * 9000), NO),
     "a byte in the middle of the tokens": ("token cache", lambda: cache("tokens.bin", 0), YES),
+    "a cache of tokens without a size": ("token cache", lambda: other_cache(dtype=[]), YES),
     "a byte of the cache's own words": ("token cache", lambda: cache("meta.json", 3), YES),
     # Shell.
     "a machine that is an option": ("host file", (b"-oProxyCommand=touch${IFS}owned slots=1\n", []), NO),
