@@ -362,7 +362,7 @@ def test_a_file_that_does_not_fit_is_answered_in_one_line(tmp_path):
 @pytest.mark.parametrize("preset, flags, said", [
     ("debug", ["--lora_rank", "4"], "--lora_rank is 4: .*--from_weight"),
     ("debug", ["--lora_rank", "-1"], "--lora_rank is -1; it must be at least 0"),
-    ("debug", ["--lora_targets", "q_proj"], "--lora_targets is q_proj without --lora_rank"),
+    ("debug", ["--lora_targets", "q_proj"], "--lora_targets is 'q_proj' without --lora_rank"),
     ("debug", ["--lora_alpha", "4"], "--lora_alpha is 4.0 without --lora_rank"),
     ("debug", ["--lora_dropout", "0.1"], "--lora_dropout is 0.1 without --lora_rank"),
     ("debug", ["--lora_rank", "4", "--from_weight", "W", "--lora_alpha", "0"], "--lora_alpha is 0.0; .* above 0"),
