@@ -98,7 +98,9 @@ def initialize(model: torch.nn.Module, config: dict):
     from deepspeed.utils import logger
 
     if asks_for_log(config):
-        logger.setLevel(logging.INFO)
+        # What prints them has a level of its own.
+        for one in (logger, *logger.handlers):
+            one.setLevel(logging.INFO)
     if config.get("zero_optimization", {}).get("stage", 0) == 0 and not (config["fp16"]["enabled"]
                                                                          or config["bf16"]["enabled"]):
         # deepspeed_compat.clip_gradients does it instead.
