@@ -95,7 +95,8 @@ def become(request: dict, stdio: list[int]) -> None:
         stream = io.TextIOWrapper(io.FileIO(own, "w", closefd=False), "utf-8", getattr(sys, name).errors,
                                   write_through=True)
         vars(sys).update({name: stream, f"__{name}__": stream})
-    # Python's own it seeds by itself.
+    # Python seeds its own, and a launcher has raised DeepSpeed's level of logging.
+    sys.modules["deepspeed.utils.logging"].set_log_level_from_string("warning")
     sys.modules["numpy"].random.seed()
     sys.modules["torch"].default_generator.seed()
     show([sys.executable, *["-u"] * unbuffered, *words])

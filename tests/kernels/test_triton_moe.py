@@ -3,9 +3,12 @@
 Each needs a process of its own: TRITON_INTERPRET is read when a kernel is defined.
 """
 
+from importlib import metadata
 
 import pytest
 import torch
+
+from tests.conftest import ROOT
 
 from .triton import compiled, hold
 
@@ -67,10 +70,11 @@ def form_launches():
 def test_nothing_spills_and_everything_fits(function, arch):
     found = compiled(f"test_triton_moe:{function}", arch)
     assert {one["kernel"] for one in found} == KERNELS
+    pinned = f"triton=={metadata.version('triton')};" in (ROOT / "constraints.txt").read_text()
     for one in found:
         # 16 bytes of stack without a load or store are a frame that ptxas reserves, no spill.  A bound on registers,
-        # for a second block on an SM, costs Triton 3.9 six words of a thread, and others none.
-        words = 8 if "maxnreg" in one["constants"] else 0
+        # for a second block on an SM, costs Triton 3.9 six words of a thread, and the pinned one none.
+        words = 8 if "maxnreg" in one["constants"] and not pinned else 0
         assert max(one["counts"]["STL"], one["counts"]["LDL"]) <= words and one["stack"] <= 16 + 4 * words, one
         assert one["shared"] <= SHARED[arch], one
 
